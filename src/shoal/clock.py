@@ -5,7 +5,7 @@ from typing import Protocol
 
 
 class Clock(Protocol):
-    """Monotonic seconds with an arbitrary zero; never compared between two nodes (DESIGN 5.4)."""
+    """Monotonic seconds with an arbitrary zero; never compared between two nodes (ADR 4)."""
 
     def now_s(self) -> float:
         """Seconds since this clock's zero; never falls."""

@@ -1,0 +1,1 @@
+"""Who runs which blocks: pure decisions on measured values."""

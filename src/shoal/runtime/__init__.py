@@ -1,0 +1,1 @@
+"""The serving core: sequences, steps and stages."""

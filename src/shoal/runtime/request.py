@@ -1,0 +1,96 @@
+"""Requests and answers as the serving core sees them: token ids and tensors, never text or JSON."""
+
+from enum import StrEnum
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from shoal.ids import DeploymentId, RequestId
+
+Array = NDArray[np.generic]
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
+    """How a token is chosen from its logits; the defaults choose the most likely one.
+
+    Order of application: logit bias, repetition penalty (over prompt and output), presence and frequency penalties
+    (over output), temperature, top-k, top-p, min-p, draw.  `temperature` 0 is greedy.  The draw is a function of
+    (logits, `seed`, position) alone (ADR 8).
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    """0 keeps all."""
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: dict[int, float] = {}
+    seed: int = 0
+    logprobs: int | None = None
+    """None: no log-probabilities; n: of the chosen token and the n most likely ones."""
+
+
+class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """Continue a prompt.  Stop strings are the gateway's business: it cancels when it has seen one."""
+
+    request: RequestId
+    deployment: DeploymentId
+    prompt: tuple[int, ...]
+    max_tokens: int
+    sampling: SamplingParams = SamplingParams()
+    stop_token_ids: tuple[int, ...] = ()
+    """End of sequence; the token that ends the answer is not delivered."""
+    ignore_eos: bool = False
+
+
+class FinishReason(StrEnum):
+    """Why an answer ended, in the OpenAI API's words where it has one."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    CANCELLED = "cancelled"
+    ERROR = "error"
+
+
+class TokenLogprob(msgspec.Struct, frozen=True, kw_only=True):
+    """Natural log-probability of a token before temperature and filters."""
+
+    token: int
+    logprob: float
+
+
+class SampledToken(msgspec.Struct, frozen=True, kw_only=True):
+    """One token of an answer; `position` counts from the start of the prompt."""
+
+    token: int
+    position: int
+    logprob: float | None = None
+    top: tuple[TokenLogprob, ...] = ()
+
+
+class OutputDelta(msgspec.Struct, frozen=True, kw_only=True):
+    """A piece of an answer.  The last one of a request carries `finish`, and `error` (a code and a text) if it failed."""
+
+    request: RequestId
+    tokens: tuple[SampledToken, ...] = ()
+    finish: FinishReason | None = None
+    error_code: str = ""
+    error: str = ""
+
+
+class InferRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """Run a plain model or an encoder once; `tensors` maps input names to arrays."""
+
+    request: RequestId
+    deployment: DeploymentId
+    tensors: dict[str, Array]
+
+
+class InferResult(msgspec.Struct, frozen=True, kw_only=True):
+    """Its outputs by name."""
+
+    request: RequestId
+    tensors: dict[str, Array]

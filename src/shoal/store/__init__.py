@@ -1,0 +1,1 @@
+"""Content-addressed artifacts and the tiers that hold them."""

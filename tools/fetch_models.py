@@ -47,7 +47,7 @@ def sha256(path: Path) -> str:
 
 
 def download(package: str, version: str, into: Path) -> Path:
-    python = os.environ.get("PIP_PYTHON", sys.executable)
+    python = os.environ.get("SHOAL_PIP_PYTHON", sys.executable)
     command = [
         python,
         "-m",

@@ -1,0 +1,1 @@
+"""Declared work and the state machines that bring it about."""

@@ -1,0 +1,60 @@
+"""Orders from the coordinator to a node.
+
+Each carries the fencing epoch of the lease under which it was given: a node refuses what is older than the newest it has seen
+(ADR 5).  Orders say what should be true, not what to do, so repeating one changes nothing.
+"""
+
+import msgspec
+
+from shoal.fleet.report import ShardId
+from shoal.ids import Digest, NodeId
+
+
+class Hold(msgspec.Struct, frozen=True, kw_only=True, tag="hold"):
+    """Have this shard loaded: fetch its chunks from *sources*, load it, report its locators."""
+
+    fencing_epoch: int
+    shard: ShardId
+    stages: int
+    manifest: Digest
+    start: int
+    stop: int
+    slots: int
+    context_tokens: int
+    in_flight: int
+    memory_bytes: int
+    sources: tuple[NodeId, ...]
+
+
+class Wire(msgspec.Struct, frozen=True, kw_only=True, tag="wire"):
+    """Send this shard's frames to the next stage (from the last one: token ids to the first)."""
+
+    fencing_epoch: int
+    shard: ShardId
+    next_node: NodeId
+    next_locators: tuple[str, ...]
+
+
+class Retire(msgspec.Struct, frozen=True, kw_only=True, tag="retire"):
+    """Unload this shard and give its memory back."""
+
+    fencing_epoch: int
+    shard: ShardId
+
+
+Order = Hold | Wire | Retire
+
+
+class Accepted(msgspec.Struct, frozen=True, kw_only=True, tag="accepted"):
+    """The order is noted; reports will show its progress."""
+
+
+class Refused(msgspec.Struct, frozen=True, kw_only=True, tag="refused"):
+    """The order is not followed: *code* and *text* say why; `fencing_epoch` is the newest this node knows."""
+
+    code: str
+    text: str
+    fencing_epoch: int
+
+
+Reply = Accepted | Refused

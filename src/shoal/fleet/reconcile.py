@@ -1,0 +1,152 @@
+"""Compare what a plan wants with what nodes report, and say what is missing: level-triggered, so a lost order or a lost
+report delays a deployment but never derails it.
+"""
+
+from collections.abc import Iterable, Mapping
+from enum import StrEnum
+
+import msgspec
+
+from shoal.fleet.order import Hold, Order, Retire, Wire
+from shoal.fleet.report import NodeReport, ShardId, ShardReport, ShardState
+from shoal.fleet.state import Deployment, FleetState, Standing, standing
+from shoal.ids import DeploymentId, NodeId
+from shoal.plan.problem import Infeasible, Plan
+
+
+class Phase(StrEnum):
+    """Where a deployment stands."""
+
+    PLANNING = "planning"
+    LOADING = "loading"
+    SERVING = "serving"
+    RECOVERING = "recovering"
+    REFUSED = "refused"
+
+
+class Addressed(msgspec.Struct, frozen=True, kw_only=True):
+    """An order and the node that it is for."""
+
+    node: NodeId
+    order: Order
+
+
+def phase(deployment: Deployment, reports: Mapping[NodeId, NodeReport]) -> Phase:
+    """The deployment's phase, given the newest reports of the nodes that are heard."""
+    match deployment.answer:
+        case None:
+            return Phase.PLANNING
+        case Infeasible():
+            return Phase.REFUSED
+        case Plan() as plan:
+            if broken(deployment, reports):
+                return Phase.RECOVERING
+            shards = [_shard_of(deployment, plan, i, reports) for i in range(len(plan.stages))]
+            wired = all(s is not None and s.state is ShardState.WIRED for s in shards)
+            return Phase.SERVING if wired else Phase.LOADING
+
+
+def broken(deployment: Deployment, reports: Mapping[NodeId, NodeReport]) -> str:
+    """Why the current plan cannot go on and another is needed; empty when it can."""
+    plan = deployment.answer
+    if not isinstance(plan, Plan):
+        return ""
+    for index, stage in enumerate(plan.stages):
+        if stage.node not in reports:
+            return f"node {stage.node} of stage {index} is gone"
+        shard = _shard_of(deployment, plan, index, reports)
+        if shard is not None and shard.state is ShardState.FAILED:
+            return f"stage {index} on {stage.node} failed: {shard.error}"
+    shards = [_shard_of(deployment, plan, i, reports) for i in range(len(plan.stages))]
+    if None in shards and any(s is not None and s.state is ShardState.WIRED for s in shards):
+        # The others are wired to a worker that is no more: its node was restarted.
+        return f"stage {shards.index(None)} lost its worker"
+    return ""
+
+
+def missing_orders(state: FleetState, fencing_epoch: int, now_s: float) -> tuple[Addressed, ...]:
+    """Every order that would bring the reported state nearer to the wanted one, in no particular order."""
+    reports = heard(state, now_s)
+    orders: list[Addressed] = []
+    for deployment in state.deployments.values():
+        if isinstance(deployment.answer, Plan) and not broken(deployment, reports):
+            orders += _towards(deployment, deployment.answer, reports, fencing_epoch)
+    wanted = {n: d.plan_epoch for n, d in state.deployments.items()}
+    for node, report in reports.items():
+        orders += [
+            Addressed(node=node, order=Retire(fencing_epoch=fencing_epoch, shard=s.shard))
+            for s in _stale(report.shards, wanted)
+        ]
+    return tuple(orders)
+
+
+def heard(state: FleetState, now_s: float) -> dict[NodeId, NodeReport]:
+    """Newest reports of the nodes that are not lost."""
+    return {n: m.report for n, m in state.members.items() if standing(m, now_s) is not Standing.LOST}
+
+
+def promised_bytes(reports: Iterable[NodeReport], besides: DeploymentId) -> dict[NodeId, int]:
+    """Memory that shards of other deployments hold, per node."""
+    return {
+        r.node: sum(
+            s.memory_bytes for s in r.shards if s.shard.deployment != besides and s.state is not ShardState.FAILED
+        )
+        for r in reports
+    }
+
+
+def _towards(
+    deployment: Deployment, plan: Plan, reports: Mapping[NodeId, NodeReport], fencing_epoch: int
+) -> list[Addressed]:
+    count = len(plan.stages)
+    shards = [_shard_of(deployment, plan, i, reports) for i in range(count)]
+    orders: list[Addressed] = []
+    for index, stage in enumerate(plan.stages):
+        shard = shards[index]
+        follower = shards[(index + 1) % count]
+        if shard is None:
+            hold = _hold(deployment, plan, index, reports, fencing_epoch)
+            orders.append(Addressed(node=stage.node, order=hold))
+        elif shard.state is ShardState.READY and follower is not None and follower.locators:
+            wire = Wire(
+                fencing_epoch=fencing_epoch,
+                shard=shard.shard,
+                next_node=plan.stages[(index + 1) % count].node,
+                next_locators=follower.locators,
+            )
+            orders.append(Addressed(node=stage.node, order=wire))
+    return orders
+
+
+def _hold(
+    deployment: Deployment, plan: Plan, index: int, reports: Mapping[NodeId, NodeReport], fencing_epoch: int
+) -> Hold:
+    stage, spec = plan.stages[index], deployment.spec
+    holders = tuple(n for n, r in reports.items() if spec.manifest in r.manifests)
+    return Hold(
+        fencing_epoch=fencing_epoch,
+        shard=ShardId(deployment=spec.deployment, plan_epoch=deployment.plan_epoch, stage=index),
+        stages=len(plan.stages),
+        manifest=spec.manifest,
+        start=stage.start,
+        stop=stage.stop,
+        slots=plan.shape.slots,
+        context_tokens=plan.shape.context_tokens,
+        in_flight=plan.shape.in_flight,
+        memory_bytes=stage.memory_bytes,
+        sources=holders or (spec.source,),
+    )
+
+
+def _shard_of(
+    deployment: Deployment, plan: Plan, index: int, reports: Mapping[NodeId, NodeReport]
+) -> ShardReport | None:
+    report = reports.get(plan.stages[index].node)
+    if report is None:
+        return None
+    wanted = ShardId(deployment=deployment.spec.deployment, plan_epoch=deployment.plan_epoch, stage=index)
+    return next((s for s in report.shards if s.shard == wanted), None)
+
+
+def _stale(shards: Iterable[ShardReport], wanted: Mapping[DeploymentId, int]) -> list[ShardReport]:
+    return [s for s in shards if wanted.get(s.shard.deployment, -1) != s.shard.plan_epoch]

@@ -1,0 +1,85 @@
+"""What a node says about itself, several times a second: the only source of the *actual* state."""
+
+from enum import StrEnum
+
+import msgspec
+
+from shoal.ids import DeploymentId, Digest, NodeId
+
+
+class ShardId(msgspec.Struct, frozen=True, kw_only=True):
+    """Stage *stage* of one plan of one deployment."""
+
+    deployment: DeploymentId
+    plan_epoch: int
+    stage: int
+
+    def __str__(self) -> str:
+        return f"{self.deployment}/{self.plan_epoch}/{self.stage}"
+
+
+class ShardState(StrEnum):
+    """How far a shard has come.  Each state follows the one before it; `failed` may follow any."""
+
+    FETCHING = "fetching"
+    LOADING = "loading"
+    READY = "ready"
+    WIRED = "wired"
+    FAILED = "failed"
+
+
+class ShardReport(msgspec.Struct, frozen=True, kw_only=True):
+    """A shard that this node holds.  `locators` are where its data session listens (from `ready` on)."""
+
+    shard: ShardId
+    state: ShardState
+    start: int
+    stop: int
+    locators: tuple[str, ...] = ()
+    error_code: str = ""
+    error: str = ""
+    memory_bytes: int = 0
+    """Planned bytes, promised from the moment the order was taken."""
+    fetched_bytes: int = 0
+    steps: int = 0
+    busy_s: float = 0.0
+    """Seconds that the engine has worked since it was loaded."""
+
+
+class NodeFacts(msgspec.Struct, frozen=True, kw_only=True):
+    """What does not change while a node runs."""
+
+    name: str
+    version: str
+    locators: tuple[str, ...]
+    """Where the agent listens for other agents."""
+    cores: int
+    memory_total_bytes: int
+    memory_budget_bytes: int
+    providers: tuple[str, ...] = ()
+    fingerprint: str = ""
+    gateway: str = ""
+    """Address of the node's HTTP gateway; empty when it has none."""
+    coordinates: bool = False
+    """May hold the coordinator's lease."""
+    slowdown: float = 1.0
+    """Factor by which an emulated device is slower than this machine; 1 on real ones."""
+
+
+class NodeReport(msgspec.Struct, frozen=True, kw_only=True):
+    """A heartbeat.  A higher `incarnation` is a restarted node; within one, a higher `sequence` is newer."""
+
+    node: NodeId
+    incarnation: int
+    sequence: int
+    facts: NodeFacts
+    load_1m: float = 0.0
+    memory_free_bytes: int = 0
+    shards: tuple[ShardReport, ...] = ()
+    manifests: tuple[Digest, ...] = ()
+    """Models of which this node has every chunk."""
+    leaving: bool = False
+
+    def newer_than(self, other: "NodeReport") -> bool:
+        """Whether this report replaces *other* of the same node."""
+        return (self.incarnation, self.sequence) > (other.incarnation, other.sequence)

@@ -1,0 +1,1 @@
+"""The loops of a node, and the one place where everything is wired."""

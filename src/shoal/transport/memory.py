@@ -1,0 +1,270 @@
+"""A fleet's fabric in one process: the fake that passes the port's contract, with weather.
+
+Each attachment has a thread for deliveries and one for answers, so a callback never runs on the sender's stack, as on the real
+fabric.  Delay, loss and partition are set per direction of a pair of attachments.  A message is aimed at the subscriptions
+that match when it is sent; delay never reorders what one sender sends to one receiver.
+"""
+
+import random
+import threading
+from collections.abc import Callable
+from functools import partial
+from queue import Empty, SimpleQueue
+
+import msgspec
+
+from shoal.clock import SystemClock
+from shoal.errors import InvalidRequestError, NodeUnreachableError, ShoalError
+from shoal.transport.bus import Closable, Lane, Sample
+from shoal.transport.fault import pack_error, unpack_error
+from shoal.transport.keys import check_key, check_pattern, matches
+from shoal.transport.stats import BusStats, Tally
+from shoal.transport.timed import TimedThread
+
+Replies = SimpleQueue[bytes | ShoalError]
+
+
+class Weather(msgspec.Struct, frozen=True, kw_only=True):
+    """What happens to messages in one direction; `loss` is the share that vanishes, from 0 to 1."""
+
+    delay_s: float = 0.0
+    loss: float = 0.0
+
+
+class Subscription:
+    """Somebody who wants samples, until closed."""
+
+    def __init__(
+        self, pattern: str, deliver: Callable[[Sample], None], remove: Callable[["Subscription"], None]
+    ) -> None:
+        self.pattern = pattern
+        self._deliver = deliver
+        self._remove = remove
+        self._open = True
+
+    def hand(self, sample: Sample) -> None:
+        """Deliver unless closed meanwhile."""
+        if self._open:
+            self._deliver(sample)
+
+    def close(self) -> None:
+        """Deliver nothing more; harmless when repeated."""
+        self._open = False
+        self._remove(self)
+
+
+class Answerer:
+    """Somebody who answers queries, until closed."""
+
+    def __init__(self, pattern: str, reply: Callable[[Sample], bytes], remove: Callable[["Answerer"], None]) -> None:
+        self.pattern = pattern
+        self.reply = reply
+        self._remove = remove
+
+    def close(self) -> None:
+        """Answer nothing more; harmless when repeated."""
+        self._remove(self)
+
+
+class MemoryFabric:
+    """Where the buses of one process meet."""
+
+    def __init__(self, *, seed: int = 0) -> None:
+        self._lock = threading.Lock()
+        self._buses: dict[str, MemoryBus] = {}
+        self._weather: dict[tuple[str, str], Weather] = {}
+        self._cut: set[frozenset[str]] = set()
+        self._last_due_s: dict[tuple[str, str], float] = {}
+        self._dice = random.Random(seed)  # noqa: S311 loss in tests wants repeatable dice, not secrets
+        self._clock = SystemClock()
+
+    def attach(self, name: str) -> "MemoryBus":
+        """A new bus called *name*; raises InvalidRequestError while one of that name is open."""
+        with self._lock:
+            if name in self._buses:
+                raise InvalidRequestError(f"{name!r} is attached already", hint="close its bus first")
+            bus = self._buses[name] = MemoryBus(self, name, self._clock)
+            return bus
+
+    def detach(self, name: str) -> None:
+        """Forget the bus called *name*; its `close` does this."""
+        with self._lock:
+            self._buses.pop(name, None)
+
+    def partition(self, a: str, b: str) -> None:
+        """Let nothing pass between *a* and *b* in either direction, silently."""
+        with self._lock:
+            self._cut.add(frozenset((a, b)))
+
+    def heal(self, a: str, b: str) -> None:
+        """End the partition; what was sent meanwhile stays lost."""
+        with self._lock:
+            self._cut.discard(frozenset((a, b)))
+
+    def weather(self, source: str, target: str, weather: Weather) -> None:
+        """Set what happens from *source* to *target* from now on."""
+        with self._lock:
+            self._weather[source, target] = weather
+
+    def carry(self, source: str, sample: Sample) -> None:
+        """Hand *sample* to every reachable bus that has a subscription for it."""
+        with self._lock:
+            for target, bus in self._buses.items():
+                wanted = bus.subscriptions(sample.key)
+                due_s = self._due_s(source, target) if wanted else None
+                if due_s is not None:
+                    for subscription in wanted:
+                        bus.deliveries.submit(due_s, partial(bus.deliver, subscription, sample))
+
+    def ask(self, source: str, sample: Sample, replies: Replies) -> bool:
+        """Send a query to one bus that answers it, a reachable one if there is; False when nobody answers it at all."""
+        with self._lock:
+            able = [
+                (bus, answerer) for bus in self._buses.values() if (answerer := bus.answerer(sample.key)) is not None
+            ]
+            able.sort(key=lambda entry: frozenset((source, entry[0].name)) in self._cut)
+            if not able:
+                return False
+            bus, answerer = able[0]
+            due_s = self._due_s(source, bus.name)
+            if due_s is not None:
+                bus.answers.submit(due_s, partial(bus.respond, answerer, sample, (source, replies)))
+            return True
+
+    def give_back(self, source: str, target: str, deliver: Callable[[], None]) -> None:
+        """Carry an answer from *source*, whose thread waits for nothing meanwhile."""
+        with self._lock:
+            due_s = self._due_s(source, target)
+            bus = self._buses.get(source)
+            if due_s is not None and bus is not None:
+                bus.deliveries.submit(due_s, deliver)
+
+    def _due_s(self, source: str, target: str) -> float | None:
+        """When a message sent now arrives; None when it does not."""
+        weather = self._weather.get((source, target), Weather())
+        if frozenset((source, target)) in self._cut or self._dice.random() < weather.loss:
+            return None
+        due_s = max(self._clock.now_s() + weather.delay_s, self._last_due_s.get((source, target), 0.0))
+        self._last_due_s[source, target] = due_s
+        return due_s
+
+
+class MemoryBus:
+    """One node's attachment to a MemoryFabric."""
+
+    def __init__(self, fabric: MemoryFabric, name: str, clock: SystemClock) -> None:
+        self.name = name
+        self.deliveries = TimedThread(f"memory-bus-{name}", clock)
+        self.answers = TimedThread(f"memory-bus-{name}-answers", clock)
+        self._fabric = fabric
+        self._subscriptions: tuple[Subscription, ...] = ()
+        self._answerers: tuple[Answerer, ...] = ()
+        self._lock = threading.Lock()
+        self._open = True
+        self._tally = Tally()
+
+    def put(self, key: str, payload: bytes, *, lane: Lane = Lane.CONTROL) -> None:  # noqa: ARG002 memory has no queue to jump
+        """See the port; raises NodeUnreachableError once closed."""
+        check_key(key)
+        self._check_open()
+        self._tally.add(messages_sent=1, bytes_sent=len(payload))
+        self._fabric.carry(self.name, Sample(key=key, payload=bytes(payload)))
+
+    def subscribe(self, pattern: str, deliver: Callable[[Sample], None]) -> Closable:
+        """See the port; raises NodeUnreachableError once closed."""
+        check_pattern(pattern)
+        self._check_open()
+        subscription = Subscription(pattern, deliver, self._unsubscribe)
+        with self._lock:
+            self._subscriptions += (subscription,)
+        return subscription
+
+    def answer(self, pattern: str, reply: Callable[[Sample], bytes]) -> Closable:
+        """See the port; raises NodeUnreachableError once closed."""
+        check_pattern(pattern)
+        self._check_open()
+        answerer = Answerer(pattern, reply, self._unanswer)
+        with self._lock:
+            self._answerers += (answerer,)
+        return answerer
+
+    def query(self, key: str, payload: bytes, *, timeout_s: float) -> bytes:
+        """See the port; nobody to ask is told at once.  Not from within `reply` on the same bus: that waits for itself."""
+        check_key(key)
+        self._check_open()
+        self._tally.add(queries_sent=1)
+        try:
+            return self._ask(Sample(key=key, payload=bytes(payload)), timeout_s)
+        except ShoalError:
+            self._tally.add(queries_failed=1)
+            raise
+
+    def close(self) -> None:
+        """End every subscription and answer; harmless when repeated."""
+        with self._lock:
+            was_open, self._open = self._open, False
+            subscriptions, answerers = self._subscriptions, self._answerers
+        if was_open:
+            self._fabric.detach(self.name)
+        for subscription in subscriptions:
+            subscription.close()
+        for answerer in answerers:
+            answerer.close()
+        self.deliveries.close()
+        self.answers.close()
+
+    def stats(self) -> BusStats:
+        """What went through this bus."""
+        return self._tally.read()
+
+    def subscriptions(self, key: str) -> tuple[Subscription, ...]:
+        """Who wants *key* here now (asked by the fabric)."""
+        return tuple(s for s in self._subscriptions if matches(s.pattern, key))
+
+    def answerer(self, key: str) -> Answerer | None:
+        """Who answers *key* here now (asked by the fabric)."""
+        return next((a for a in self._answerers if matches(a.pattern, key)), None)
+
+    def deliver(self, subscription: Subscription, sample: Sample) -> None:
+        """Hand *sample* over, on the delivery thread."""
+        self._tally.add(messages_received=1, bytes_received=len(sample.payload))
+        try:
+            subscription.hand(sample)
+        except Exception:
+            self._tally.add(deliver_errors=1)
+            raise
+
+    def respond(self, answerer: Answerer, sample: Sample, asker: tuple[str, Replies]) -> None:
+        """Answer one query, on the answering thread; errors travel as on the real fabric."""
+        name, replies = asker
+        try:
+            outcome: bytes | ShoalError = answerer.reply(sample)
+            self._tally.add(queries_answered=1)
+        except Exception as error:  # noqa: BLE001 whatever it is, the asker must hear of it
+            outcome = unpack_error(pack_error(error))
+        self._fabric.give_back(self.name, name, partial(replies.put, outcome))
+
+    def _ask(self, sample: Sample, timeout_s: float) -> bytes:
+        replies: Replies = SimpleQueue()
+        if not self._fabric.ask(self.name, sample, replies):
+            raise NodeUnreachableError(f"nobody answers {sample.key}", hint="is that node up, and in this fleet?")
+        try:
+            outcome = replies.get(timeout=timeout_s)
+        except Empty:
+            message = f"no answer to {sample.key} within {timeout_s:g} s"
+            raise NodeUnreachableError(message, hint="the node may be frozen or cut off") from None
+        if isinstance(outcome, ShoalError):
+            raise outcome
+        return outcome
+
+    def _check_open(self) -> None:
+        if not self._open:
+            raise NodeUnreachableError(f"bus {self.name!r} is closed", hint="open a new one")
+
+    def _unsubscribe(self, subscription: Subscription) -> None:
+        with self._lock:
+            self._subscriptions = tuple(s for s in self._subscriptions if s is not subscription)
+
+    def _unanswer(self, answerer: Answerer) -> None:
+        with self._lock:
+            self._answerers = tuple(a for a in self._answerers if a is not answerer)

@@ -1,0 +1,44 @@
+"""What the coordinator tells everybody, twice a second and on each change: its lease, the declared work and the plans.
+
+Gateways route by it, a standby takes over from it, and a node that sees a higher fencing epoch knows whom to obey.
+"""
+
+import msgspec
+
+from shoal.fleet.reconcile import Phase
+from shoal.fleet.state import Deployment
+from shoal.ids import DeploymentId, NodeId
+
+
+class Lease(msgspec.Struct, frozen=True, kw_only=True):
+    """Who coordinates.  A higher `fencing_epoch` ends every lower one (ADR 5)."""
+
+    holder: NodeId
+    fencing_epoch: int
+
+
+class DeploymentStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """A deployment, its plan and where it stands; `reason` says why it is not serving."""
+
+    deployment: Deployment
+    phase: Phase
+    reason: str = ""
+
+
+class CoordinatorView(msgspec.Struct, frozen=True, kw_only=True):
+    """One broadcast; a higher (fencing epoch, sequence) is newer."""
+
+    lease: Lease
+    sequence: int
+    deployments: tuple[DeploymentStatus, ...] = ()
+
+    def newer_than(self, other: "CoordinatorView | None") -> bool:
+        """Whether this view replaces *other*."""
+        if other is None:
+            return True
+        mine = (self.lease.fencing_epoch, self.sequence)
+        return mine > (other.lease.fencing_epoch, other.sequence)
+
+    def find(self, name: DeploymentId) -> DeploymentStatus | None:
+        """The deployment of that name, or None when there is none."""
+        return next((d for d in self.deployments if d.deployment.spec.deployment == name), None)

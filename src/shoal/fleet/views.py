@@ -1,0 +1,139 @@
+"""What people and programs see of a fleet: the values of the admin API and of the SDK.
+
+They are views: made for reading, never fed back into a decision.  A struct that a caller sends is strict about fields
+that it does not know; a struct that a caller receives tolerates them, so that an older SDK reads a newer gateway.
+"""
+
+from enum import StrEnum
+
+import msgspec
+
+from shoal.fleet.state import Standing
+from shoal.ids import DeploymentId, NodeId
+from shoal.plan.problem import Objective, Pin, Plan, RequestShape
+
+
+class LinkView(msgspec.Struct, frozen=True, kw_only=True):
+    """One direction of a measured link, seen from its source."""
+
+    target: NodeId
+    rtt_p50_s: float
+    rtt_p99_s: float
+    bytes_per_s: float
+    relayed: bool = False
+
+
+class NodeView(msgspec.Struct, frozen=True, kw_only=True):
+    """One machine.  `load` is runnable work per core, averaged over a minute; None where the system does not tell."""
+
+    id: NodeId
+    name: str
+    standing: Standing
+    roles: tuple[str, ...] = ()
+    address: str = ""
+    cores: int = 0
+    memory_total_bytes: int = 0
+    memory_budget_bytes: int = 0
+    memory_promised_bytes: int = 0
+    providers: tuple[str, ...] = ()
+    load: float | None = None
+    links: tuple[LinkView, ...] = ()
+
+
+class DeploymentState(StrEnum):
+    """Where a deployment is between being wanted and being gone."""
+
+    PLANNED = "planned"
+    LOADING = "loading"
+    READY = "ready"
+    DEGRADED = "degraded"
+    STOPPING = "stopping"
+    FAILED = "failed"
+
+
+class DeploymentView(msgspec.Struct, frozen=True, kw_only=True):
+    """One served model.  `detail` says in words what it waits for, or why it failed."""
+
+    name: DeploymentId
+    model: str
+    state: DeploymentState
+    detail: str = ""
+    plan: Plan | None = None
+    plan_epoch: int = 0
+    last_token_age_s: float | None = None
+    """Since a token went through every stage; None before the first."""
+
+
+class EventView(msgspec.Struct, frozen=True, kw_only=True):
+    """Something that happened.  `sequence` grows by one per event of this fleet; `unix_s` is for people only (ADR 4)."""
+
+    sequence: int
+    kind: str
+    node: NodeId | None = None
+    deployment: DeploymentId | None = None
+    unix_s: float = 0.0
+    text: str = ""
+    data: dict[str, str | int | float | bool | None] = {}
+
+
+class ComponentHealth(msgspec.Struct, frozen=True, kw_only=True):
+    """A part that must be ready before requests are; `reason` when it is not."""
+
+    name: str
+    ready: bool
+    reason: str = ""
+
+
+class DeploymentHealth(msgspec.Struct, frozen=True, kw_only=True):
+    """Age of the last token that went through every stage; None before the first."""
+
+    name: DeploymentId
+    ready: bool
+    last_token_age_s: float | None = None
+
+
+class HealthView(msgspec.Struct, frozen=True, kw_only=True):
+    """Readiness of a gateway, part by part."""
+
+    components: tuple[ComponentHealth, ...] = ()
+    deployments: tuple[DeploymentHealth, ...] = ()
+
+    @property
+    def ready(self) -> bool:
+        """Whether every component is; a deployment that still loads does not hold up the others."""
+        return all(c.ready for c in self.components)
+
+
+class JoinView(msgspec.Struct, frozen=True, kw_only=True):
+    """How another machine joins this fleet: the address to dial and the command to type there."""
+
+    address: str
+    command: str
+    token: str = ""
+
+
+class PlanRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Where would this model go?  Nothing is loaded."""
+
+    model: str
+    objective: Objective = Objective.LATENCY
+    shape: RequestShape = RequestShape()
+    stages: int = 0
+    """0: the planner decides; else exactly this many."""
+    pins: tuple[Pin, ...] = ()
+    exclude: tuple[NodeId, ...] = ()
+
+
+class DeployRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Serve this model under `name` (empty: the model's own)."""
+
+    plan: PlanRequest
+    name: str = ""
+
+
+class ProfileRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Measure devices (all when `nodes` is empty) on the blocks of *model*; `refresh` ignores what is cached."""
+
+    model: str = ""
+    nodes: tuple[NodeId, ...] = ()
+    refresh: bool = False

@@ -1,0 +1,140 @@
+"""Questions between nodes that take a while: ask, then ask again until the answer is there.
+
+A query of the fabric must be answered at once, and an answer put to somebody who is disconnected vanishes.  So a call has an id:
+the first query starts the work, repeated ones find it pending or done, and a lost message costs one more round (ADR 4).
+"""
+
+from collections.abc import Awaitable, Callable
+from functools import partial
+from typing import TypeVar
+
+import anyio
+import anyio.abc
+import anyio.to_thread
+import msgspec
+
+from shoal import errors
+from shoal.errors import DeadlineExceededError, ShoalError, UnavailableError
+from shoal.ids import NodeId
+from shoal.node.mailbox import Mailbox
+from shoal.transport.bus import Bus, Closable, Sample
+from shoal.transport.keys import ControlTopic, key_of, pattern_of
+
+T = TypeVar("T")
+Handler = Callable[[bytes], Awaitable[bytes]]
+
+_POLL_S = 0.1
+_QUERY_TIMEOUT_S = 2.0
+_KEPT_ANSWERS = 256
+
+
+class Call(msgspec.Struct, frozen=True, kw_only=True):
+    """A question as it travels; `id` is unique per asker."""
+
+    id: str
+    verb: str
+    body: bytes
+
+
+class Pending(msgspec.Struct, frozen=True, kw_only=True, tag="pending"):
+    """The work goes on: ask again."""
+
+
+class Done(msgspec.Struct, frozen=True, kw_only=True, tag="done"):
+    """The answer."""
+
+    body: bytes
+
+
+class Failed(msgspec.Struct, frozen=True, kw_only=True, tag="failed"):
+    """The error, to be raised on the asker's side as the class that has this code."""
+
+    code: str
+    message: str
+    hint: str
+
+
+Answer = Pending | Done | Failed
+
+
+class Caller:
+    """The asking side."""
+
+    def __init__(self, bus: Bus, fleet: str, make_id: Callable[[], str]) -> None:
+        self._bus = bus
+        self._fleet = fleet
+        self._make_id = make_id
+
+    async def call(self, node: NodeId, verb: str, request: msgspec.Struct, answer: type[T], *, timeout_s: float) -> T:
+        """Ask *node*; raises what its handler raised, NodeUnreachableError, or DeadlineExceededError."""
+        key = key_of(ControlTopic(fleet=self._fleet, node=node, verb="call"))
+        payload = msgspec.msgpack.encode(Call(id=self._make_id(), verb=verb, body=msgspec.msgpack.encode(request)))
+        with anyio.move_on_after(timeout_s):
+            while True:
+                query = partial(self._bus.query, key, payload, timeout_s=min(_QUERY_TIMEOUT_S, timeout_s))
+                raw = await anyio.to_thread.run_sync(query, abandon_on_cancel=True)
+                said: Answer = msgspec.msgpack.decode(raw, type=Answer)
+                match said:
+                    case Done(body=body):
+                        return msgspec.msgpack.decode(body, type=answer)
+                    case Failed(code=code, message=message, hint=hint):
+                        raise error_of(code, message, hint)
+                    case Pending():
+                        await anyio.sleep(_POLL_S)
+        raise DeadlineExceededError(f"node {node} did not finish {verb!r} within {timeout_s:.0f} s")
+
+
+class CallDesk:
+    """The answering side: handlers by verb, one task per call, finished answers kept for late askers."""
+
+    def __init__(self, bus: Bus, fleet: str, node: NodeId, handlers: dict[str, Handler]) -> None:
+        self._handlers = handlers
+        self._answers: dict[str, Answer] = {}
+        self._inbox: Mailbox[Call] = Mailbox()
+        pattern = pattern_of(ControlTopic, fleet=fleet, node=node, verb="call")
+        self._answer: Closable = bus.answer(pattern, self._reply)
+
+    def _reply(self, sample: Sample) -> bytes:
+        # On a thread of the bus; dictionary operations are atomic, and only this thread adds a Pending.
+        call = msgspec.msgpack.decode(sample.payload, type=Call)
+        if call.id not in self._answers:
+            self._answers[call.id] = Pending()
+            self._inbox.post(call)
+        return msgspec.msgpack.encode(self._answers[call.id])
+
+    async def run(self) -> None:
+        """Work on calls until cancelled."""
+        try:
+            async with anyio.create_task_group() as group:
+                async for call in self._inbox:
+                    group.start_soon(self._work, call)
+        finally:
+            self._answer.close()
+            self._inbox.discard()
+
+    async def _work(self, call: Call) -> None:
+        try:
+            handler = self._handlers.get(call.verb)
+            if handler is None:
+                raise errors.UnsupportedVersionError(
+                    f"this node does not know the question {call.verb!r}", hint="upgrade it"
+                )
+            self._answers[call.id] = Done(body=await handler(call.body))
+        except ShoalError as error:
+            self._answers[call.id] = Failed(code=error.code, message=error.message, hint=error.hint)
+        except (OSError, ValueError, msgspec.MsgspecError) as error:
+            self._answers[call.id] = Failed(code="internal_error", message=f"{call.verb}: {error}", hint="")
+        finished = [i for i, a in self._answers.items() if not isinstance(a, Pending)]
+        for old in finished[:-_KEPT_ANSWERS]:
+            del self._answers[old]
+
+
+def error_of(code: str, message: str, hint: str = "") -> ShoalError:
+    """The error of our tree that has *code*; UnavailableError when this version does not know it."""
+    pending: list[type[ShoalError]] = [ShoalError]
+    while pending:
+        kind = pending.pop()
+        if kind.code == code:
+            return kind(message, hint=hint)
+        pending += kind.__subclasses__()
+    return UnavailableError(message, hint=hint)

@@ -1,0 +1,284 @@
+"""The coordinator's loop: heartbeats in, a plan per deployment, orders out (ADR 5).
+
+A role, not a machine: every node that may coordinate runs this object, and it acts only while it holds the lease.  The lease is
+the broadcast of the view itself; a standby that has not heard it for `LEASE_S` takes the next fencing epoch and continues from
+the last view, and whoever hears a higher epoch than its own steps down.
+"""
+
+import heapq
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import anyio
+import anyio.to_thread
+import msgspec
+import structlog
+
+from shoal.clock import Clock
+from shoal.errors import InvalidRequestError, ShoalError, UnavailableError, UnknownModelError
+from shoal.fleet.order import Refused, Reply
+from shoal.fleet.reconcile import Addressed, Phase, broken, heard, missing_orders, phase, promised_bytes
+from shoal.fleet.report import NodeReport
+from shoal.fleet.spec import DeploymentSpec
+from shoal.fleet.state import (
+    Deployment,
+    DeploymentDropped,
+    DeploymentWanted,
+    FleetState,
+    NodeForgotten,
+    NodeHeard,
+    PlanMade,
+    Standing,
+    apply,
+    standing,
+)
+from shoal.fleet.view import CoordinatorView, DeploymentStatus, Lease
+from shoal.ids import DeploymentId, NodeId
+from shoal.node.journal import Journal
+from shoal.plan.problem import Answer, Infeasible, Plan
+
+LEASE_S = 3.0
+TICK_S = 0.1
+VIEW_EVERY_S = 0.5
+FORGET_AFTER_S = 600.0
+RETRY_PLAN_S = 2.0
+
+
+class Planner(Protocol):
+    """Makes a plan for a deployment on the nodes that are heard; measures what it does not know yet."""
+
+    async def plan(
+        self, spec: DeploymentSpec, reports: Mapping[NodeId, NodeReport], promised: Mapping[NodeId, int]
+    ) -> Answer:
+        """Raises ShoalError when something could not be measured."""
+        ...
+
+
+SendOrder = Callable[[Addressed], Awaitable[Reply]]
+Broadcast = Callable[[CoordinatorView], None]
+
+
+@dataclass(slots=True)
+class Coordinator:
+    """Owns the fleet's state while it holds the lease; everything runs on the event loop."""
+
+    me: NodeId
+    journal: Journal
+    clock: Clock
+    planner: Planner
+    send_order: SendOrder
+    broadcast: Broadcast
+    eager: bool
+    """Takes a lease that nobody holds at once; a standby waits."""
+    state: FleetState = field(default_factory=FleetState)
+    lease: Lease | None = None
+    _view: CoordinatorView | None = None
+    _view_heard_s: float = 0.0
+    _sequence: int = 0
+    _planning: set[DeploymentId] = field(default_factory=set)
+    _refused_until_s: dict[DeploymentId, float] = field(default_factory=dict)
+    _ordered: dict[tuple[NodeId, str], float] = field(default_factory=dict)
+    _standings: dict[NodeId, Standing] = field(default_factory=dict)
+
+    @property
+    def leading(self) -> bool:
+        """Whether this node holds the lease, as far as it knows."""
+        return self.lease is not None
+
+    def hear_report(self, report: NodeReport) -> None:
+        """A heartbeat of any node, this one included."""
+        self.state = apply(self.state, NodeHeard(report=report, at_s=self.clock.now_s()))
+
+    def hear_view(self, view: CoordinatorView) -> None:
+        """A broadcast of whoever holds the lease; a higher epoch than ours ends ours."""
+        if view.newer_than(self._view):
+            self._view = view
+            self._view_heard_s = self.clock.now_s()
+        if self.lease is not None and view.lease.fencing_epoch > self.lease.fencing_epoch:
+            structlog.get_logger().warning("coordinator.stepped_down", epoch=view.lease.fencing_epoch)
+            self.lease = None
+
+    async def want(self, spec: DeploymentSpec) -> None:
+        """Declare a deployment; durable before it returns."""
+        self._must_lead()
+        old = self.state.deployments.get(spec.deployment)
+        spec = msgspec.structs.replace(spec, generation=old.spec.generation + 1 if old else 1)
+        self.state = apply(self.state, DeploymentWanted(spec=spec))
+        self._refused_until_s.pop(spec.deployment, None)
+        await self._remember(self.state.deployments[spec.deployment])
+
+    async def drop(self, name: DeploymentId) -> None:
+        """Stop a deployment; raises UnknownModelError when there is none of that name."""
+        self._must_lead()
+        old = self.state.deployments.get(name)
+        if old is None:
+            raise UnknownModelError(f"no deployment is named {name!r}", hint="`shoal ps` lists them")
+        await anyio.to_thread.run_sync(lambda: self.journal.remove("deployment", name))
+        self.state = apply(self.state, DeploymentDropped(deployment=name, generation=old.spec.generation))
+        self.show()
+
+    async def preview(self, spec: DeploymentSpec) -> Answer:
+        """The plan that *spec* would get now; nothing is loaded."""
+        reports = self._usable()
+        return await self.planner.plan(spec, reports, promised_bytes(reports.values(), spec.deployment))
+
+    def view(self) -> CoordinatorView | None:
+        """The newest view, ours or heard; None before the first."""
+        return self._view
+
+    def nodes(self) -> dict[NodeId, tuple[NodeReport, Standing, float]]:
+        """Every member with its standing and the seconds since it was heard."""
+        now_s = self.clock.now_s()
+        return {n: (m.report, standing(m, now_s), now_s - m.heard_s) for n, m in self.state.members.items()}
+
+    async def run(self) -> None:
+        """Tick until cancelled."""
+        self._view_heard_s = self.clock.now_s()
+        for kept in self.journal.all("deployment", Deployment):
+            self.state = msgspec.structs.replace(
+                self.state, deployments={**self.state.deployments, kept.spec.deployment: kept}
+            )
+        shown_s = float("-inf")
+        async with anyio.create_task_group() as group:
+            while True:
+                now_s = self.clock.now_s()
+                if self.lease is None:
+                    await self._maybe_lead(now_s)
+                if self.lease is not None:
+                    self._watch_members(now_s)
+                    for deployment in self._to_plan(now_s):
+                        self._planning.add(deployment.spec.deployment)
+                        group.start_soon(self._replan, deployment)
+                    await self._order(now_s)
+                    if now_s - shown_s >= VIEW_EVERY_S:
+                        self.show()
+                        shown_s = now_s
+                await anyio.sleep(TICK_S)
+
+    def show(self) -> None:
+        """Broadcast the view; does nothing without the lease."""
+        if self.lease is None:
+            return
+        reports = heard(self.state, self.clock.now_s())
+        self._sequence += 1
+        statuses = tuple(self._status(d, reports) for d in self.state.deployments.values())
+        self._view = CoordinatorView(lease=self.lease, sequence=self._sequence, deployments=statuses)
+        self._view_heard_s = self.clock.now_s()
+        self.broadcast(self._view)
+
+    async def _maybe_lead(self, now_s: float) -> None:
+        silent_s = now_s - self._view_heard_s
+        never_heard = self._view is None
+        if silent_s < LEASE_S and not (self.eager and never_heard):
+            return
+        known = self._view.lease.fencing_epoch if self._view is not None else 0
+        epoch = await anyio.to_thread.run_sync(lambda: self.journal.next_number("fencing"))
+        while epoch <= known:  # the other holder's epochs were taken from its own journal
+            epoch = await anyio.to_thread.run_sync(lambda: self.journal.next_number("fencing"))
+        if self._view is not None:
+            for status in self._view.deployments:
+                self._adopt(status.deployment)
+        self.lease = Lease(holder=self.me, fencing_epoch=epoch)
+        structlog.get_logger().info("coordinator.leads", epoch=epoch)
+        self.show()
+
+    def _adopt(self, deployment: Deployment) -> None:
+        name = deployment.spec.deployment
+        mine = self.state.deployments.get(name)
+        theirs = (deployment.spec.generation, deployment.plan_epoch)
+        if mine is None or (mine.spec.generation, mine.plan_epoch) < theirs:
+            self.state = msgspec.structs.replace(self.state, deployments={**self.state.deployments, name: deployment})
+
+    def _status(self, deployment: Deployment, reports: Mapping[NodeId, NodeReport]) -> DeploymentStatus:
+        reason = broken(deployment, reports)
+        match deployment.answer:
+            case Infeasible() as infeasible:
+                reason = f"{infeasible.reason}; {infeasible.hint}" if infeasible.hint else infeasible.reason
+            case Plan() | None:
+                pass
+        return DeploymentStatus(deployment=deployment, phase=phase(deployment, reports), reason=reason)
+
+    def _watch_members(self, now_s: float) -> None:
+        for node, member in self.state.members.items():
+            now = standing(member, now_s)
+            if self._standings.get(node) is not now:
+                structlog.get_logger().info(f"node.{now.value}", node=node, name=member.report.facts.name)
+                self._standings[node] = now
+            if now_s - member.heard_s > FORGET_AFTER_S:
+                forgotten = NodeForgotten(node=node, incarnation=member.report.incarnation)
+                self.state = apply(self.state, forgotten)
+
+    def _usable(self) -> dict[NodeId, NodeReport]:
+        now_s = self.clock.now_s()
+        return {n: m.report for n, m in self.state.members.items() if standing(m, now_s) is Standing.ALIVE}
+
+    def _to_plan(self, now_s: float) -> list[Deployment]:
+        reports = heard(self.state, now_s)
+        found = []
+        for name, deployment in self.state.deployments.items():
+            if name in self._planning or now_s < self._refused_until_s.get(name, 0.0):
+                continue
+            match phase(deployment, reports):
+                case Phase.PLANNING | Phase.RECOVERING | Phase.REFUSED:
+                    found.append(deployment)
+                case Phase.LOADING | Phase.SERVING:
+                    pass
+        return found
+
+    async def _replan(self, deployment: Deployment) -> None:
+        spec = deployment.spec
+        name = spec.deployment
+        try:
+            answer = await self.preview(spec)
+            self._refused_until_s[name] = self.clock.now_s() + RETRY_PLAN_S
+            current = self.state.deployments.get(name)
+            if current is None or current.spec.generation != spec.generation:
+                return
+            if isinstance(answer, Infeasible) and current.answer == answer:
+                return
+            made = PlanMade(deployment=name, plan_epoch=current.plan_epoch + 1, answer=answer, at_s=self.clock.now_s())
+            self.state = apply(self.state, made)
+            await self._remember(self.state.deployments[name])
+            self.show()
+        except ShoalError as error:
+            self._refused_until_s[name] = self.clock.now_s() + RETRY_PLAN_S
+            structlog.get_logger().warning("plan.failed", deployment=name, error=str(error))
+        finally:
+            self._planning.discard(name)
+
+    async def _remember(self, deployment: Deployment) -> None:
+        name = deployment.spec.deployment
+        await anyio.to_thread.run_sync(lambda: self.journal.put("deployment", name, deployment))
+
+    async def _order(self, now_s: float) -> None:
+        if self.lease is None:
+            return
+        due: list[Addressed] = []
+        for addressed in missing_orders(self.state, self.lease.fencing_epoch, now_s):
+            key = (addressed.node, f"{type(addressed.order).__name__} {addressed.order.shard}")
+            if now_s >= self._ordered.get(key, 0.0):
+                self._ordered[key] = now_s + VIEW_EVERY_S
+                due.append(addressed)
+        if len(self._ordered) > 1000:
+            keep = heapq.nlargest(500, self._ordered.items(), key=lambda item: item[1])
+            self._ordered = dict(keep)
+        async with anyio.create_task_group() as group:
+            for addressed in due:
+                group.start_soon(self._send, addressed)
+
+    async def _send(self, addressed: Addressed) -> None:
+        try:
+            reply = await self.send_order(addressed)
+        except UnavailableError:
+            return  # its heartbeats will say whether it lives; the order is given again
+        if isinstance(reply, Refused) and self.lease is not None and reply.fencing_epoch > self.lease.fencing_epoch:
+            structlog.get_logger().warning("coordinator.fenced", by=reply.fencing_epoch)
+            self.lease = None
+
+    def _must_lead(self) -> None:
+        if self.lease is None:
+            holder = self._view.lease.holder if self._view is not None else "nobody yet"
+            raise InvalidRequestError(
+                f"this node does not coordinate the fleet (the lease is held by {holder})", hint="ask that node"
+            )

@@ -1,0 +1,90 @@
+"""Questions that nodes ask each other through `calls`, and the keys of what they broadcast."""
+
+from typing import Final
+
+import msgspec
+
+from shoal.fleet.spec import DeploymentSpec
+from shoal.ids import DeploymentId, Digest, NodeId
+from shoal.model.frontier import Block
+from shoal.model.spec import ModelSpec
+from shoal.plan.problem import Answer
+from shoal.profile.fleet import DeviceProfile, LinkProfile
+
+VIEW: Final = "view"
+"""Kind of the event that carries a CoordinatorView."""
+
+REPORT: Final = "report"
+"""Verb of a worker's reports to its agent."""
+
+WIRE: Final = "wire"
+"""Verb of an agent's wiring of its worker."""
+
+
+class Nothing(msgspec.Struct, frozen=True, kw_only=True):
+    """No answer beyond that it was done."""
+
+
+class ProfileModel(msgspec.Struct, frozen=True, kw_only=True):
+    """Measure this model's blocks on the asked node; chunks come from *sources*."""
+
+    manifest: Digest
+    sources: tuple[NodeId, ...]
+    again: bool = False
+    """Measure even if a profile is cached."""
+
+
+class ModelBlocks(msgspec.Struct, frozen=True, kw_only=True):
+    """Which blocks has this model?"""
+
+    manifest: Digest
+
+
+class BlocksOf(msgspec.Struct, frozen=True, kw_only=True):
+    """Its blocks and facts."""
+
+    spec: ModelSpec
+    blocks: tuple[Block, ...]
+
+
+class ProbeLinks(msgspec.Struct, frozen=True, kw_only=True):
+    """Measure the links from the asked node to these."""
+
+    targets: tuple[NodeId, ...]
+
+
+class Links(msgspec.Struct, frozen=True, kw_only=True):
+    """Measured links."""
+
+    links: tuple[LinkProfile, ...]
+
+
+class Profiled(msgspec.Struct, frozen=True, kw_only=True):
+    """A device's trials of a model."""
+
+    device: DeviceProfile
+
+
+class Deploy(msgspec.Struct, frozen=True, kw_only=True):
+    """Asked of the coordinator: make this deployment true (its generation is set by the coordinator)."""
+
+    spec: DeploymentSpec
+
+
+class Drop(msgspec.Struct, frozen=True, kw_only=True):
+    """Asked of the coordinator: stop this deployment."""
+
+    deployment: DeploymentId
+
+
+class Preview(msgspec.Struct, frozen=True, kw_only=True):
+    """Asked of the coordinator: what plan would this deployment get?"""
+
+    spec: DeploymentSpec
+
+
+class Previewed(msgspec.Struct, frozen=True, kw_only=True):
+    """The plan, or why there is none; block counts and names for a reader."""
+
+    answer: Answer
+    names: dict[NodeId, str]

@@ -1,0 +1,56 @@
+"""What an agent and the worker of one shard say to each other."""
+
+import msgspec
+
+from shoal.fleet.report import ShardId, ShardState
+from shoal.ids import Digest, NodeId
+
+
+class LinkShape(msgspec.Struct, frozen=True, kw_only=True):
+    """An emulated link towards *target*: one way."""
+
+    target: NodeId
+    latency_s: float
+    bytes_per_s: float
+
+
+class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything a worker process needs to know at its start; read from its standard input."""
+
+    fleet: str
+    node: NodeId
+    home: str
+    agent_locator: str
+    data_listen: str
+    shard: ShardId
+    stages: int
+    manifest: Digest
+    start: int
+    stop: int
+    slots: int
+    context_tokens: int
+    in_flight: int
+    threads: int
+    slowdown: float = 1.0
+    links: tuple[LinkShape, ...] = ()
+
+
+class WorkerReport(msgspec.Struct, frozen=True, kw_only=True):
+    """Where a worker stands; sent on each change and twice a second."""
+
+    shard: ShardId
+    state: ShardState
+    locators: tuple[str, ...] = ()
+    error_code: str = ""
+    error: str = ""
+    steps: int = 0
+    busy_s: float = 0.0
+    last_token_age_s: float | None = None
+
+
+class Wiring(msgspec.Struct, frozen=True, kw_only=True):
+    """Where a worker's frames go."""
+
+    shard: ShardId
+    next_node: NodeId
+    next_locators: tuple[str, ...]

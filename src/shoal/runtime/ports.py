@@ -11,7 +11,7 @@ from shoal.ids import RequestId
 from shoal.runtime.request import Array, GenerateRequest, InferRequest, InferResult, OutputDelta
 
 
-class SequenceStep(msgspec.Struct, frozen=True, kw_only=True):
+class SequenceStep(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     """The part of one step that belongs to one sequence.
 
     Its rows are positions [`start`, `start` + `count`) of the sequence, whose cache lives in `slot` on every stage;

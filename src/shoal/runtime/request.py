@@ -11,7 +11,7 @@ from shoal.ids import DeploymentId, RequestId
 Array = NDArray[np.generic]
 
 
-class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """How a token is chosen from its logits; the defaults choose the most likely one.
 
     Order of application: logit bias, repetition penalty (over prompt and output), presence and frequency penalties
@@ -33,7 +33,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     """None: no log-probabilities; n: of the chosen token and the n most likely ones."""
 
 
-class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):
+class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Continue a prompt.  Stop strings are the gateway's business: it cancels when it has seen one."""
 
     request: RequestId
@@ -44,6 +44,7 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):
     stop_token_ids: tuple[int, ...] = ()
     """End of sequence; the token that ends the answer is not delivered."""
     ignore_eos: bool = False
+    """True: neither `stop_token_ids` nor the model's own end tokens end the answer."""
 
 
 class FinishReason(StrEnum):
@@ -55,14 +56,14 @@ class FinishReason(StrEnum):
     ERROR = "error"
 
 
-class TokenLogprob(msgspec.Struct, frozen=True, kw_only=True):
+class TokenLogprob(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     """Natural log-probability of a token before temperature and filters."""
 
     token: int
     logprob: float
 
 
-class SampledToken(msgspec.Struct, frozen=True, kw_only=True):
+class SampledToken(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     """One token of an answer; `position` counts from the start of the prompt."""
 
     token: int
@@ -71,7 +72,7 @@ class SampledToken(msgspec.Struct, frozen=True, kw_only=True):
     top: tuple[TokenLogprob, ...] = ()
 
 
-class OutputDelta(msgspec.Struct, frozen=True, kw_only=True):
+class OutputDelta(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """A piece of an answer.  The last one of a request carries `finish`, and `error` (a code and a text) if it failed."""
 
     request: RequestId

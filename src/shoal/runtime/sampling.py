@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shoal.errors import InvalidRequestError, ShoalError
-from shoal.runtime.request import SampledToken, SamplingParams, TokenLogprob
+from shoal.runtime.request import Array, SampledToken, SamplingParams, TokenLogprob
 
 Logits = NDArray[np.float32]
 Floats = NDArray[np.float64]
@@ -34,20 +34,20 @@ MAX_LOGPROBS = 64
 
 
 def sample(
-    logits: Logits, params: SamplingParams, *, prompt: Sequence[int] = (), output: Sequence[int] = (), position: int
+    logits: Array, params: SamplingParams, *, prompt: Sequence[int] = (), output: Sequence[int] = (), position: int
 ) -> SampledToken:
     """Choose the token at *position* from `logits [V]`; *prompt* and *output* are the ids before it.
 
     Equal scores go to the lowest id.  Log-probabilities are the model's own: natural, before bias, penalties, temperature and
     filters.  Raises ShoalError when a logit is not finite: the model's numbers are broken, not the request.
     """
-    logits = np.asarray(logits, dtype=np.float32)
-    _check_finite(logits, position)
-    adjusted = _adjust(logits, params, prompt, output)
+    scores = np.asarray(logits, dtype=np.float32)
+    _check_finite(scores, position)
+    adjusted = _adjust(scores, params, prompt, output)
     token = int(adjusted.argmax()) if params.temperature == 0 else _draw(adjusted, params, position)
     if params.logprobs is None:
         return SampledToken(token=token, position=position)
-    logprob, top = _logprobs(logits, token, params.logprobs)
+    logprob, top = _logprobs(scores, token, params.logprobs)
     return SampledToken(token=token, position=position, logprob=logprob, top=top)
 
 

@@ -1,0 +1,150 @@
+"""What a stage machine is told, and what it wants done.
+
+Inputs come from the shell (a worker's loop, or the virtual-time pipeline); effects go back to it, to be carried out in
+order.  Tensors pass through as handles: only the last stage looks into `logits`.
+"""
+
+from collections.abc import Mapping
+
+import msgspec
+
+from shoal.ids import RequestId
+from shoal.runtime.frames import BatchFrame, CreditFrame, InferDone, Submit, SubmitInfer, TokensFrame
+from shoal.runtime.ports import SequenceStep
+from shoal.runtime.request import Array, OutputDelta
+
+Tensors = Mapping[str, Array]
+
+
+class BatchArrived(msgspec.Struct, frozen=True, kw_only=True):
+    """The stage before sent a frame and its boundary tensors."""
+
+    frame: BatchFrame
+    tensors: Tensors
+
+
+class StepDone(msgspec.Struct, frozen=True, kw_only=True):
+    """The engine finished the step that `RunStep` asked for."""
+
+    outputs: Tensors
+
+
+class StepFailed(msgspec.Struct, frozen=True, kw_only=True):
+    """The engine could not: a code of `shoal.errors` and a text."""
+
+    code: str
+    text: str
+
+
+class TokensArrived(msgspec.Struct, frozen=True, kw_only=True):
+    """The last stage answered (first stage only)."""
+
+    frame: TokensFrame
+
+
+class CreditArrived(msgspec.Struct, frozen=True, kw_only=True):
+    """The next stage is done with frames."""
+
+    frame: CreditFrame
+
+
+class SubmitArrived(msgspec.Struct, frozen=True, kw_only=True):
+    """A gateway wants an answer (first stage only)."""
+
+    submit: Submit
+
+
+class InferArrived(msgspec.Struct, frozen=True, kw_only=True):
+    """A gateway wants a plain model run (first stage only)."""
+
+    submit: SubmitInfer
+    tensors: Tensors
+
+
+class CancelArrived(msgspec.Struct, frozen=True, kw_only=True):
+    """A gateway no longer wants an answer (first stage only)."""
+
+    request: RequestId
+
+
+class Tick(msgspec.Struct, frozen=True, kw_only=True):
+    """Time passes; told often enough that overdue credits are noticed."""
+
+    now_s: float
+
+
+class Abandon(msgspec.Struct, frozen=True, kw_only=True):
+    """The pipeline is broken or retired: fail every request with this code and text."""
+
+    code: str
+    text: str
+
+
+StageInput = (
+    BatchArrived
+    | StepDone
+    | StepFailed
+    | TokensArrived
+    | CreditArrived
+    | SubmitArrived
+    | InferArrived
+    | CancelArrived
+    | Tick
+    | Abandon
+)
+
+
+class RunStep(msgspec.Struct, frozen=True, kw_only=True):
+    """Call the engine's `step`; answer with `StepDone` or `StepFailed`.  Never issued while another step runs."""
+
+    sequences: tuple[SequenceStep, ...]
+    tensors: Tensors
+
+
+class SendFrame(msgspec.Struct, frozen=True, kw_only=True):
+    """To the next stage."""
+
+    frame: BatchFrame
+    tensors: Tensors
+
+
+class SendTokens(msgspec.Struct, frozen=True, kw_only=True):
+    """To the first stage."""
+
+    frame: TokensFrame
+
+
+class SendCredit(msgspec.Struct, frozen=True, kw_only=True):
+    """To the stage before."""
+
+    frame: CreditFrame
+
+
+class Emit(msgspec.Struct, frozen=True, kw_only=True):
+    """A piece of an answer, to the gateway at *reply_to*."""
+
+    reply_to: str
+    delta: OutputDelta
+
+
+class EmitResult(msgspec.Struct, frozen=True, kw_only=True):
+    """The end of an inference, to the gateway at *reply_to*."""
+
+    reply_to: str
+    done: InferDone
+    tensors: Tensors
+
+
+class ReleaseSlot(msgspec.Struct, frozen=True, kw_only=True):
+    """Call the engine's `release`.  Never issued while a step runs."""
+
+    slot: int
+
+
+class Suspect(msgspec.Struct, frozen=True, kw_only=True):
+    """The next stage owes a credit for longer than it should (ADR 3): a hint for whoever watches health."""
+
+    overdue_s: float
+
+
+Effect = RunStep | SendFrame | SendTokens | SendCredit | Emit | EmitResult | ReleaseSlot | Suspect

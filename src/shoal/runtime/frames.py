@@ -1,0 +1,158 @@
+"""What stages and gateways say to each other: values, encoded as msgpack; tensors travel beside them.
+
+Rules that keep a thin uplink usable: a request is described whole once (`opened`) and known by its id afterwards; the last
+stage sends token ids, never logits; defaults are left out; structs that repeat per token are arrays.  Every batch frame
+that carries rows, an inference or failures is answered by exactly one tokens frame, so that the first stage can count what is in
+the pipeline.  Credits are cumulative (`all steps up to`), so that a lost one heals itself.
+"""
+
+from typing import TypeVar
+
+import msgspec
+from msgspec.msgpack import Decoder
+
+from shoal.errors import MalformedFrameError
+from shoal.ids import DeploymentId, RequestId
+from shoal.runtime.ports import SequenceStep
+from shoal.runtime.request import GenerateRequest, OutputDelta, SampledToken, SamplingParams
+
+
+class OpenedSequence(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A sequence that a stage has not seen yet; the last stage samples with it."""
+
+    request: RequestId
+    slot: int
+    prompt: tuple[int, ...]
+    sampling: SamplingParams = SamplingParams()
+
+
+class ClosedSequence(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
+    """A sequence that has ended: its slot is free."""
+
+    request: RequestId
+    slot: int
+
+
+class Failure(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
+    """Why a request cannot go on: a code of `shoal.errors` and a text for people."""
+
+    request: RequestId
+    code: str
+    text: str
+
+
+class InferStep(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
+    """A stateless run; the last stage sends its tensors to *reply_to*."""
+
+    request: RequestId
+    reply_to: str = ""
+
+
+class BatchFrame(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="batch"):
+    """What a stage does in one step; `closed` comes before `opened`, `opened` before the rows.
+
+    The rows of `sequences` lie one after another in the boundary tensors beside the frame.
+    """
+
+    plan_epoch: int
+    step: int
+    sequences: tuple[SequenceStep, ...] = ()
+    opened: tuple[OpenedSequence, ...] = ()
+    closed: tuple[ClosedSequence, ...] = ()
+    failed: tuple[Failure, ...] = ()
+    infer: InferStep | None = None
+
+    def wants_answer(self) -> bool:
+        """Whether a tokens frame answers it."""
+        return bool(self.sequences or self.failed or self.infer)
+
+
+class RequestTokens(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
+    """Tokens that a step gave one request."""
+
+    request: RequestId
+    tokens: tuple[SampledToken, ...]
+
+
+class TokensFrame(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="tokens"):
+    """From the last stage to the first: what became of a step."""
+
+    plan_epoch: int
+    step: int
+    tokens: tuple[RequestTokens, ...] = ()
+    failed: tuple[Failure, ...] = ()
+
+
+class CreditFrame(msgspec.Struct, frozen=True, kw_only=True, tag="credit"):
+    """From a stage to the one before it: all frames up to *step* are done with."""
+
+    plan_epoch: int
+    step: int
+
+
+StageFrame = BatchFrame | TokensFrame | CreditFrame
+
+
+class Submit(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="submit"):
+    """From a gateway to the first stage; answers go to *reply_to*, an address that only the shell understands."""
+
+    request: GenerateRequest
+    reply_to: str = ""
+
+
+class SubmitInfer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="submit_infer"):
+    """Run a plain model once on the tensors beside this message."""
+
+    request: RequestId
+    deployment: DeploymentId
+    reply_to: str = ""
+
+
+class Cancel(msgspec.Struct, frozen=True, kw_only=True, tag="cancel"):
+    """Nobody wants this answer any more."""
+
+    request: RequestId
+
+
+class Delta(msgspec.Struct, frozen=True, kw_only=True, tag="delta"):
+    """A piece of an answer, to the gateway that asked."""
+
+    delta: OutputDelta
+
+
+class InferDone(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="infer_done"):
+    """The outputs of a plain model lie beside this message, unless it failed."""
+
+    request: RequestId
+    error_code: str = ""
+    error: str = ""
+
+
+GatewayMessage = Submit | SubmitInfer | Cancel | Delta | InferDone
+
+_stage_frames: Decoder[StageFrame] = Decoder(StageFrame)
+_gateway_messages: Decoder[GatewayMessage] = Decoder(GatewayMessage)
+
+_T = TypeVar("_T")
+
+
+def encode(message: StageFrame | GatewayMessage) -> bytes:
+    """The message as msgpack."""
+    return msgspec.msgpack.encode(message)
+
+
+def decode_stage_frame(payload: bytes) -> StageFrame:
+    """Parse what another stage sent; raises MalformedFrameError."""
+    return _decode(payload, _stage_frames)
+
+
+def decode_gateway_message(payload: bytes) -> GatewayMessage:
+    """Parse what a gateway or a first stage sent; raises MalformedFrameError."""
+    return _decode(payload, _gateway_messages)
+
+
+def _decode(payload: bytes, decoder: Decoder[_T]) -> _T:
+    try:
+        return decoder.decode(payload)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise MalformedFrameError(f"{len(payload)} bytes are no message of ours: {error}") from error

@@ -1,0 +1,68 @@
+"""What only the last stage does: turn logits into tokens.
+
+It keeps prompt, parameters and output of every open request, so that nothing but a header travels to it and nothing but
+token ids leaves it (ADR 7).
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from shoal.errors import ShoalError
+from shoal.ids import RequestId
+from shoal.runtime.frames import Failure, OpenedSequence, RequestTokens
+from shoal.runtime.ports import SequenceStep
+from shoal.runtime.request import Array, SampledToken, SamplingParams
+from shoal.runtime.sampling import sample
+
+
+@dataclass(slots=True)
+class Sampler:
+    """History of one request, as far as sampling needs it."""
+
+    prompt: tuple[int, ...]
+    params: SamplingParams
+    output: list[int] = field(default_factory=list)
+
+    def take(self, logits: Array, position: int) -> SampledToken:
+        """Sample the token at *position*; ids from there on are forgotten first (a step may be repeated)."""
+        del self.output[max(0, position - len(self.prompt)) :]
+        token = sample(logits, self.params, prompt=self.prompt, output=self.output, position=position)
+        self.output.append(token.token)
+        return token
+
+
+@dataclass(slots=True)
+class LastStage:
+    """Samplers by request.  Owned by one stage machine."""
+
+    samplers: dict[RequestId, Sampler] = field(default_factory=dict)
+
+    def open(self, opened: OpenedSequence) -> None:
+        self.samplers[opened.request] = Sampler(opened.prompt, opened.sampling)
+
+    def close(self, request: RequestId) -> None:
+        self.samplers.pop(request, None)
+
+    def sample_step(
+        self, sequences: Iterable[SequenceStep], logits: Array
+    ) -> tuple[tuple[RequestTokens, ...], tuple[Failure, ...]]:
+        """Tokens of the wanted rows: `logits [R, V]` holds them in the order of *sequences*."""
+        tokens: list[RequestTokens] = []
+        failed: list[Failure] = []
+        row = 0
+        for step in sequences:
+            rows = logits[row : row + step.logits]
+            row += step.logits
+            if not step.logits:
+                continue
+            try:
+                tokens.append(self._sample_rows(step, rows))
+            except ShoalError as error:
+                failed.append(Failure(request=step.request, code=error.code, text=str(error)))
+        return tuple(tokens), tuple(failed)
+
+    def _sample_rows(self, step: SequenceStep, rows: Array) -> RequestTokens:
+        sampler = self.samplers[step.request]
+        first = step.start + step.count - step.logits + 1
+        drawn = tuple(sampler.take(row, first + i) for i, row in enumerate(rows))
+        return RequestTokens(request=step.request, tokens=drawn)

@@ -1,0 +1,74 @@
+"""Which rows enter the pipeline next: a pure function of the live sequences and of what is already in flight.
+
+Policy of this release (another policy is another function, never a flag):
+
+- A sequence is ready while the ids of further rows are known.  A decoding sequence is therefore in at most one frame; chunks of a
+  prompt follow each other down the pipeline, which keeps all its stages busy during a prefill.
+- Prefill and decode take turns while both are ready, and while anybody decodes only one chunk is in the pipeline: a
+  long prompt delays the others by one chunk per turn, not by its length.
+- Turns are by the step last served, oldest first (round robin).
+- The sequences that decode are spread evenly over the frames that may be in flight, so that with n frames all n stages work; with
+  one frame they all go together.
+"""
+
+from collections.abc import Iterable, Sequence
+
+import msgspec
+
+from shoal.runtime.ports import SequenceStep
+from shoal.runtime.sequence import LiveSequence
+
+
+class SchedulerSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """`in_flight` frames with rows may be in the pipeline at once; a prompt enters in chunks of `chunk_rows`.
+
+    `queue_limit` requests may wait for a slot.
+    """
+
+    in_flight: int = 4
+    chunk_rows: int = 128
+    queue_limit: int = 64
+
+
+class Pressure(msgspec.Struct, frozen=True, kw_only=True):
+    """What the pipeline holds now: frames with rows, those of them that are prefill, and the kind that went last."""
+
+    frames: int = 0
+    prefill_frames: int = 0
+    last_was_prefill: bool = False
+
+
+def next_batch(
+    live: Iterable[LiveSequence], pressure: Pressure, settings: SchedulerSettings
+) -> tuple[SequenceStep, ...]:
+    """The rows of the next frame; empty when nothing can or may run."""
+    if pressure.frames >= settings.in_flight:
+        return ()
+    everyone = sorted(live, key=lambda s: s.last_step)
+    prefilling = [s for s in everyone if s.in_prefill]
+    decoding = [s for s in everyone if s.output]
+    ready = [s for s in decoding if s.ready]
+    crowded = bool(decoding) and pressure.prefill_frames > 0
+    prefill_turn = not ready or not pressure.last_was_prefill
+    if prefilling and prefill_turn and not crowded:
+        return (_chunk(prefilling[0], settings.chunk_rows),)
+    width = -(-len(decoding) // settings.in_flight)
+    return tuple(_rows(s, s.known - s.scheduled) for s in ready[:width])
+
+
+def is_prefill(batch: Sequence[SequenceStep], live: Iterable[LiveSequence]) -> bool:
+    """Whether a batch made by `next_batch` carries a chunk of a prompt (asked before its rows are counted as scheduled)."""
+    prefilling = {s.request.request for s in live if s.in_prefill}
+    return any(step.request in prefilling for step in batch)
+
+
+def _chunk(sequence: LiveSequence, chunk_rows: int) -> SequenceStep:
+    return _rows(sequence, min(chunk_rows, sequence.known - sequence.scheduled))
+
+
+def _rows(sequence: LiveSequence, count: int) -> SequenceStep:
+    start = sequence.scheduled
+    wants_token = start + count == sequence.known
+    return SequenceStep(
+        request=sequence.request.request, slot=sequence.slot, start=start, count=count, logits=1 if wants_token else 0
+    )

@@ -1,0 +1,51 @@
+"""A request while the first stage serves it."""
+
+from dataclasses import dataclass, field
+
+from shoal.runtime.request import FinishReason, GenerateRequest
+
+
+@dataclass(slots=True)
+class LiveSequence:
+    """Token ids are the ground truth (ADR 9); `scheduled` of them have been handed to the pipeline as rows.
+
+    `last_step` is the newest step that it took part in: the scheduler's turn order.
+    """
+
+    request: GenerateRequest
+    reply_to: str
+    slot: int
+    stop_ids: frozenset[int]
+    output: list[int] = field(default_factory=list)
+    scheduled: int = 0
+    last_step: int = -1
+    opened: bool = False
+
+    @property
+    def known(self) -> int:
+        """How many token ids are known: prompt and output."""
+        return len(self.request.prompt) + len(self.output)
+
+    @property
+    def in_prefill(self) -> bool:
+        return self.scheduled < len(self.request.prompt)
+
+    @property
+    def ready(self) -> bool:
+        """Whether the ids of further rows are known.  Chunks of a prompt may follow each other without waiting for an answer."""
+        return self.scheduled < self.known
+
+    def ids(self, start: int, count: int) -> tuple[int, ...]:
+        """Token ids of positions [start, start + count)."""
+        prompt = self.request.prompt
+        if start < len(prompt):
+            return prompt[start : start + count]
+        return tuple(self.output[start - len(prompt) : start - len(prompt) + count])
+
+    def accept(self, token: int, context_tokens: int) -> FinishReason | None:
+        """Take a sampled token; the reason if it ends the answer.  A stop token is not kept."""
+        if token in self.stop_ids:
+            return FinishReason.STOP
+        self.output.append(token)
+        full = self.known >= context_tokens
+        return FinishReason.LENGTH if full or len(self.output) >= self.request.max_tokens else None

@@ -1,0 +1,63 @@
+"""Start a worker as a process of its own (ADR 6): its exit gives all of its memory back."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import anyio
+import anyio.abc
+import msgspec
+
+from shoal.node.worker_spec import WorkerSpec
+
+_STOP_S = 3.0
+
+
+class WorkerProcess:
+    """A worker process of ours; it ends when its standard input closes, so it never outlives its agent."""
+
+    def __init__(self, process: anyio.abc.Process) -> None:
+        self._process = process
+
+    @property
+    def pid(self) -> int:
+        """Process id."""
+        return self._process.pid
+
+    async def wait(self) -> str:
+        """Wait for its end; the reason in words."""
+        code = await self._process.wait()
+        if code < 0:
+            return f"worker {self.pid} was ended by {signal.Signals(-code).name}"
+        return f"worker {self.pid} ended with exit code {code}"
+
+    async def stop(self) -> None:
+        """Close its input; kill it when it does not end by itself."""
+        if self._process.stdin is not None:
+            await self._process.stdin.aclose()
+        with anyio.move_on_after(_STOP_S):
+            await self._process.wait()
+            return
+        if self._process.returncode is None:
+            self._process.kill()
+        await self._process.wait()
+
+
+async def launch(spec: WorkerSpec, module: str = "shoal.node.worker") -> WorkerProcess:
+    """Start the worker of *spec*; its log goes to our standard error."""
+    environment = {**os.environ, "OMP_NUM_THREADS": str(spec.threads)}
+    # Weights packed by the engine are read once per token: huge pages are worth 3-5 % of a decode step.
+    tunables = environment.get("GLIBC_TUNABLES", "")
+    environment["GLIBC_TUNABLES"] = ":".join(filter(None, [tunables, "glibc.malloc.hugetlb=1"]))
+    process = await anyio.open_process(
+        [sys.executable, "-m", module],
+        stdin=subprocess.PIPE,
+        stdout=None,
+        stderr=None,
+        env=environment,
+        start_new_session=True,  # Ctrl-C at the terminal is the agent's to handle
+    )
+    assert process.stdin is not None
+    await process.stdin.send(msgspec.json.encode(spec) + b"\n")
+    return WorkerProcess(process)

@@ -1,0 +1,249 @@
+"""A worker process: one shard, one engine session, one place in a pipeline (ADR 6).
+
+Its life: read the spec from standard input, load, listen (`ready`), be wired, serve; it ends when standard input closes, which
+happens when its agent says so and also when the agent dies.  Reports go to the agent over the control session.
+"""
+
+import os
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import msgspec
+import structlog
+
+from shoal.clock import Clock, SystemClock
+from shoal.errors import ShoalError
+from shoal.fleet.report import ShardState
+from shoal.node.artifacts import Artifact, load_shard, open_artifact
+from shoal.node.messages import REPORT, WIRE
+from shoal.node.stage_loop import StageLoop, Stopped, Wired, submit_topic
+from shoal.node.worker_spec import Wiring, WorkerReport, WorkerSpec
+from shoal.observe.log import configure as configure_log
+from shoal.runtime.backend.onnx import OnnxBackend
+from shoal.runtime.backend.throttled import Throttled
+from shoal.runtime.ports import Backend, Session
+from shoal.runtime.scheduler import SchedulerSettings
+from shoal.runtime.settings import StageSettings
+from shoal.store.home import Store, open_store
+from shoal.transport.bus import Bus, Sample
+from shoal.transport.keys import FrameTopic, TokensTopic, WorkerTopic, key_of
+from shoal.transport.shaped import Link, ShapedBus
+from shoal.transport.zenoh import ZenohBus, open_control, open_data
+
+_REPORT_EVERY_S = 0.5
+_MATCH_TIMEOUT_S = 2.0
+
+
+@dataclass(slots=True)
+class Reporter:
+    """Tells the agent where the shard stands: on each change, and twice a second."""
+
+    spec: WorkerSpec
+    control: Bus
+    clock: Clock
+    state: ShardState = ShardState.LOADING
+    locators: tuple[str, ...] = ()
+    loop: StageLoop | None = None
+    _sent_s: float = float("-inf")
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def tell(self, state: ShardState, error: ShoalError | None = None) -> None:
+        """Report *state* at once."""
+        with self._lock:
+            self.state = state
+            self._send(error)
+
+    def remind(self) -> None:
+        """Report again when the last report is old."""
+        if self.clock.now_s() - self._sent_s >= _REPORT_EVERY_S:
+            with self._lock:
+                self._send(None)
+
+    def _send(self, error: ShoalError | None) -> None:
+        loop, now_s = self.loop, self.clock.now_s()
+        token_s = loop.last_token_s if loop else None
+        report = WorkerReport(
+            shard=self.spec.shard,
+            state=self.state,
+            locators=self.locators,
+            error_code=error.code if error else "",
+            error=error.message if error else "",
+            steps=loop.steps if loop else 0,
+            busy_s=loop.busy_s if loop else 0.0,
+            last_token_age_s=now_s - token_s if token_s is not None else None,
+        )
+        self.control.put(worker_key(self.spec, REPORT), msgspec.msgpack.encode(report))
+        self._sent_s = now_s
+
+
+def worker_key(spec: WorkerSpec, verb: str) -> str:
+    """Key on which this worker and its agent speak."""
+    shard = spec.shard
+    topic = WorkerTopic(
+        fleet=spec.fleet,
+        node=spec.node,
+        deployment=shard.deployment,
+        plan_epoch=shard.plan_epoch,
+        stage=shard.stage,
+        verb=verb,
+    )
+    return key_of(topic)
+
+
+def stage_settings(spec: WorkerSpec, artifact: Artifact) -> StageSettings:
+    """The machine's settings for this place in the pipeline."""
+    model = artifact.manifest.spec
+    return StageSettings(
+        plan_epoch=spec.shard.plan_epoch,
+        index=spec.shard.stage,
+        stages=spec.stages,
+        slots=spec.slots,
+        context_tokens=spec.context_tokens,
+        vocabulary=model.vocabulary,
+        eos_token_ids=model.eos_token_ids,
+        scheduler=SchedulerSettings(in_flight=spec.in_flight),
+    )
+
+
+def serve(spec: WorkerSpec, control: Bus, backend: Backend, store: Store) -> None:
+    """Load the shard and work until the agent closes our input."""
+    clock = SystemClock()
+    reporter = Reporter(spec=spec, control=control, clock=clock)
+    try:
+        artifact = open_artifact(store, spec.manifest)
+        session = _load(spec, store, artifact, backend)
+        inbound = open_data(listen=(spec.data_listen,))
+    except ShoalError as error:
+        reporter.tell(ShardState.FAILED, error)
+        raise
+    loop = StageLoop(
+        fleet=spec.fleet,
+        shard=spec.shard,
+        settings=stage_settings(spec, artifact),
+        session=session,
+        control=control,
+        inbound=inbound,
+        clock=clock,
+        told=reporter.remind,
+    )
+    reporter.loop, reporter.locators = loop, inbound.locators
+    _end_with_input(loop)
+    wiring = _Wiring(spec=spec, reporter=reporter, loop=loop)
+    listening = control.subscribe(worker_key(spec, WIRE), wiring.on_wire)
+    loop.listen(key_of(submit_topic(spec.fleet, spec.node, spec.shard)))
+    reporter.tell(ShardState.READY)
+    try:
+        loop.run()
+    finally:
+        listening.close()
+        wiring.close()
+        inbound.close()
+        session.close()
+
+
+def _load(spec: WorkerSpec, store: Store, artifact: Artifact, backend: Backend) -> Session:
+    shard = load_shard(
+        store,
+        artifact,
+        (spec.start, spec.stop),
+        slots=spec.slots,
+        context_tokens=spec.context_tokens,
+        threads=spec.threads,
+    )
+    return backend.load(shard)
+
+
+@dataclass(slots=True)
+class _Wiring:
+    """Opens the data session to the next stage, on a thread of its own: it may take seconds, the bus must not wait."""
+
+    spec: WorkerSpec
+    reporter: Reporter
+    loop: StageLoop
+    _wired: Wiring | None = None
+    _outbound: ZenohBus | None = None
+
+    def on_wire(self, sample: Sample) -> None:
+        """Follow the wiring unless it is followed already."""
+        wiring = msgspec.msgpack.decode(sample.payload, type=Wiring)
+        if wiring != self._wired:
+            self._wired = wiring
+            threading.Thread(target=self._connect, args=(wiring,), name="wire", daemon=True).start()
+
+    def close(self) -> None:
+        """Close the way out; harmless when there is none."""
+        if self._outbound is not None:
+            self._outbound.close()
+
+    def _connect(self, wiring: Wiring) -> None:
+        try:
+            if self.spec.stages > 1:
+                self._outbound = open_data(listen=(), next=wiring.next_locators)
+                self._outbound.wait_matched(self._next_key(), _MATCH_TIMEOUT_S)
+                self.loop.inbox.put(Wired(outbound=shaped(self._outbound, self.spec, wiring)))
+            self.reporter.tell(ShardState.WIRED)
+        except ShoalError as error:
+            structlog.get_logger().warning("stage.not_wired", shard=str(self.spec.shard), error=error.message)
+            self._wired = None  # the coordinator sends the wiring again until we report it
+
+    def _next_key(self) -> str:
+        shard, spec = self.spec.shard, self.spec
+        if shard.stage == spec.stages - 1:
+            return key_of(TokensTopic(fleet=spec.fleet, deployment=shard.deployment, plan_epoch=shard.plan_epoch))
+        topic = FrameTopic(
+            fleet=spec.fleet, deployment=shard.deployment, plan_epoch=shard.plan_epoch, stage=shard.stage + 1
+        )
+        return key_of(topic)
+
+
+def shaped(bus: Bus, spec: WorkerSpec, wiring: Wiring) -> Bus:
+    """*bus* as over the emulated link to the next node; as it is where none is emulated."""
+    for link in spec.links:
+        if link.target == wiring.next_node:
+            return ShapedBus(bus, {"": Link(latency_s=link.latency_s, bytes_per_s=link.bytes_per_s)})
+    return bus
+
+
+def _end_with_input(loop: StageLoop) -> None:
+    """Stop the loop when standard input closes; exit hard if that does not help."""
+
+    def watch() -> None:
+        sys.stdin.read()
+        loop.inbox.put(Stopped())
+        threading.Event().wait(2.5)
+        os._exit(0)
+
+    threading.Thread(target=watch, name="input", daemon=True).start()
+
+
+def make_backend(spec: WorkerSpec) -> Backend:
+    """The engine for this machine, slowed down when the spec says so."""
+    engine: Backend = OnnxBackend()
+    return Throttled(engine, slowdown=spec.slowdown) if spec.slowdown > 1 else engine
+
+
+def main(serve_with: Callable[[WorkerSpec, Bus, Backend, Store], None] = serve) -> None:
+    """Entry point of the process."""
+    spec = msgspec.json.decode(sys.stdin.readline(), type=WorkerSpec)
+    configure_log(json=False)
+    try:
+        control = open_control(spec.agent_locator)
+        store = open_store(Path(spec.home))
+        run = partial(serve_with, spec, control, make_backend(spec), store)
+        try:
+            run()
+        finally:
+            control.close()
+    except ShoalError as error:
+        structlog.get_logger().error("worker.failed", shard=str(spec.shard), error=str(error))
+        sys.stdout.flush()
+        os._exit(1)
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,6 +1,7 @@
 """The planner's question and answers, as values with a documented schema.
 
 All times are seconds, all sizes bytes, block ranges half-open.  A problem is complete: a solver reads nothing else.
+How these values become seconds and bytes of a plan is stated once, in `shoal.plan.cost`.
 """
 
 from enum import StrEnum
@@ -8,6 +9,8 @@ from enum import StrEnum
 import msgspec
 
 from shoal.ids import NodeId
+
+PROBLEM_VERSION = 1
 
 
 class Objective(StrEnum):
@@ -27,8 +30,9 @@ class BlockSpec(msgspec.Struct, frozen=True, kw_only=True):
     """Boundary bytes that leave the block for each row of a step."""
     output_bytes_fixed: int = 0
     load_peak_bytes: int = 0
-    """Memory beyond weights and cache that loading needs for a moment."""
+    """Memory beyond the packed weights that loading needs for a moment; a shard needs the largest of its blocks'."""
     workspace_bytes: int = 0
+    """Activations of one step; a shard needs the largest of its blocks'."""
 
 
 class DeviceSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -43,6 +47,7 @@ class DeviceSpec(msgspec.Struct, frozen=True, kw_only=True):
     weights_factor: float = 1.0
     """Resident bytes per byte of weights once the engine has packed them."""
     step_overhead_s: float = 0.0
+    """Cost of one stage step apart from its blocks."""
     decode_s: tuple[float, ...]
     """One new token at the shape's mean context."""
     prefill_s: tuple[float, ...]
@@ -68,7 +73,9 @@ class RequestShape(msgspec.Struct, frozen=True, kw_only=True):
     slots: int = 2
     """Sequences whose cache is held at once."""
     in_flight: int = 1
-    """Micro-batches in the pipeline at once."""
+    """Micro-batches in the pipeline at once; each needs a slot."""
+    prefill_chunk_tokens: int = 128
+    """Prompts run in steps of at most this many rows."""
 
 
 class Pin(msgspec.Struct, frozen=True, kw_only=True):
@@ -79,8 +86,12 @@ class Pin(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Problem(msgspec.Struct, frozen=True, kw_only=True):
-    """Place these blocks on these devices."""
+    """Place these blocks on these devices, as a chain of stages; a device takes one stage.
 
+    One exception: when the first and the last block both belong to the source, it may run the first and the last stage.
+    """
+
+    version: int = PROBLEM_VERSION
     blocks: tuple[BlockSpec, ...]
     devices: tuple[DeviceSpec, ...]
     links: tuple[LinkSpec, ...]
@@ -90,12 +101,14 @@ class Problem(msgspec.Struct, frozen=True, kw_only=True):
     """Where prompts enter; by default block 0 stays there."""
     pin_first: bool = True
     pin_last: bool = False
+    """The last block runs on the source, so that answers are seen there alone."""
     pins: tuple[Pin, ...] = ()
     max_stages: int = 0
     """0: as many as there are devices."""
     stages_exactly: int = 0
     """0: free; else the plan must have this many stages (`--stages`)."""
     exclude: tuple[NodeId, ...] = ()
+    """Nodes that take no block."""
 
 
 class Stage(msgspec.Struct, frozen=True, kw_only=True):
@@ -107,12 +120,18 @@ class Stage(msgspec.Struct, frozen=True, kw_only=True):
     weights_bytes: int
     kv_bytes: int
     memory_bytes: int
-    """Weights as packed, cache of all slots, workspace, fixed cost."""
+    """The most it holds at any moment: fixed cost, packed weights, and cache with workspace or the load peak."""
     prefill_s: float
+    """The whole prompt, step overheads included."""
     decode_s: float
+    """One step of one token, step overhead included."""
     send_prefill_s: float
-    """Until the next stage (or, from the last one, the first) has the frame."""
+    """Until the next stage has the whole prompt's frames; from the last stage, until the source has the first token."""
     send_decode_s: float
+    """Until the next stage has a step's frame; from the last stage, until the first one has the token."""
+    first_block: str = ""
+    last_block: str = ""
+    """Names of the blocks `start` and `stop` - 1."""
 
 
 class Estimate(msgspec.Struct, frozen=True, kw_only=True):
@@ -121,7 +140,7 @@ class Estimate(msgspec.Struct, frozen=True, kw_only=True):
     time_to_first_token_s: float
     time_per_output_token_s: float
     tokens_per_s: float
-    """All streams together, with the shape's micro-batches in flight."""
+    """Answer tokens per second of all streams together, prompts worked off included (closed loop)."""
     latency_s: float
     """Time to first token + (tokens out - 1) x time per output token."""
 
@@ -131,7 +150,9 @@ class Infeasible(msgspec.Struct, frozen=True, kw_only=True, tag="infeasible"):
 
     reason: str
     needed_bytes: int
+    """Of the placement that comes closest; 0 when memory is not what stands in the way."""
     available_bytes: int
+    """What its devices have of that."""
     hint: str = ""
 
     @property
@@ -153,6 +174,7 @@ class Alternative(msgspec.Struct, frozen=True, kw_only=True):
 
     node: NodeId
     estimate: Estimate | None = None
+    """What it would give, also where it is refused; None when no link joins it with the source."""
     refused: str = ""
     """Why it is not possible; empty when it is."""
 

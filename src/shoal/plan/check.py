@@ -1,0 +1,113 @@
+"""Is a problem well formed?  Solvers trust it afterwards; whether it can be solved is theirs to say."""
+
+import math
+from collections import Counter
+from collections.abc import Iterable
+
+from shoal.errors import InvalidRequestError
+from shoal.plan.problem import DeviceSpec, LinkSpec, Problem, RequestShape
+
+
+def check(problem: Problem) -> None:
+    """Raise InvalidRequestError naming the first field that makes no sense."""
+    if not problem.blocks:
+        raise _fault("the problem has no blocks", "blocks")
+    if not problem.devices:
+        raise _fault("the problem has no devices", "devices")
+    _unique([device.node for device in problem.devices], "device")
+    _unique([f"{link.source} to {link.target}" for link in problem.links], "link")
+    _check_shape(problem.shape)
+    for index, block in enumerate(problem.blocks):
+        sizes = (block.weights_bytes, block.kv_bytes_per_token, block.output_bytes_per_token, block.output_bytes_fixed,
+                 block.load_peak_bytes, block.workspace_bytes)  # fmt: skip
+        _not_negative(sizes, f"blocks[{index}]", f"a size of block {index} ({block.name})")
+    for device in problem.devices:
+        _check_device(device, len(problem.blocks))
+    for link in problem.links:
+        _check_link(link)
+    _check_pins(problem)
+
+
+def _check_shape(shape: RequestShape) -> None:
+    for name in ("tokens_in", "tokens_out", "slots", "in_flight", "prefill_chunk_tokens"):
+        if getattr(shape, name) < 1:
+            raise _fault(f"shape.{name} is {getattr(shape, name)}; it must be at least 1", f"shape.{name}")
+    _not_negative((shape.context_tokens,), "shape.context_tokens", "shape.context_tokens")
+    if shape.in_flight > shape.slots:
+        raise _fault(
+            f"{shape.in_flight} micro-batches in flight need as many slots, the shape has {shape.slots}",
+            "shape.in_flight",
+            hint=f"set slots to {shape.in_flight} or more",
+        )
+    if 0 < shape.context_tokens < shape.tokens_in + shape.tokens_out:
+        raise _fault(
+            f"{shape.tokens_in} tokens in and {shape.tokens_out} out do not fit in a context of {shape.context_tokens}",
+            "shape.context_tokens",
+            hint=f"set the context to {shape.tokens_in + shape.tokens_out} or more",
+        )
+
+
+def _check_device(device: DeviceSpec, blocks: int) -> None:
+    for name in ("decode_s", "prefill_s"):
+        times = getattr(device, name)
+        if len(times) != blocks:
+            raise _fault(f"{device.node} has {len(times)} times in {name} for {blocks} blocks", f"devices.{name}")
+        _not_negative(times, f"devices.{name}", f"a time in {name} of {device.node}")
+    sizes = (device.memory_budget_bytes, device.memory_promised_bytes, device.fixed_bytes)
+    _not_negative((*sizes, device.weights_factor, device.step_overhead_s), "devices", f"a figure of {device.node}")
+
+
+def _check_link(link: LinkSpec) -> None:
+    name = f"the link from {link.source} to {link.target}"
+    _not_negative((link.latency_s,), "links.latency_s", f"latency_s of {name}")
+    if link.source == link.target:
+        raise _fault(f"{name} leads nowhere", "links")
+    if not (math.isfinite(link.bytes_per_s) and link.bytes_per_s > 0):
+        raise _fault(f"bytes_per_s of {name} is {link.bytes_per_s}; it must be above 0", "links.bytes_per_s")
+
+
+def _check_pins(problem: Problem) -> None:
+    known = {device.node for device in problem.devices}
+    wanted = {pin.block: pin.node for pin in problem.pins}
+    if problem.pin_first:
+        wanted.setdefault(0, problem.source)
+    if problem.pin_last:
+        wanted.setdefault(len(problem.blocks) - 1, problem.source)
+    for pin in problem.pins:
+        if not 0 <= pin.block < len(problem.blocks):
+            raise _fault(f"block {pin.block} is pinned, the model has blocks 0 to {len(problem.blocks) - 1}", "pins")
+        if wanted[pin.block] != pin.node:
+            raise _fault(f"block {pin.block} is pinned to both {pin.node} and {wanted[pin.block]}", "pins")
+    if problem.pin_first and wanted[0] != problem.source:
+        raise _fault(
+            f"block 0 stays on the source {problem.source}, yet it is pinned to {wanted[0]}",
+            "pins",
+            hint="drop the pin, make that node the source, or set pin_first to false",
+        )
+    if problem.pin_last and wanted[len(problem.blocks) - 1] != problem.source:
+        raise _fault(
+            "the last block stays on the source, yet it is pinned elsewhere", "pins", hint="drop one of the two"
+        )
+    for block, node in wanted.items():
+        if node not in known or node in problem.exclude:
+            raise _fault(
+                f"block {block} belongs on {node}, which is {'excluded' if node in known else 'no device here'}", "pins"
+            )
+    for name in ("max_stages", "stages_exactly"):
+        _not_negative((getattr(problem, name),), name, name)
+
+
+def _unique(names: list[str], what: str) -> None:
+    name, count = Counter(names).most_common(1)[0] if names else ("", 0)
+    if count > 1:
+        raise _fault(f"{what} {name} is given {count} times", f"{what}s")
+
+
+def _not_negative(values: Iterable[float], param: str, what: str) -> None:
+    for value in values:
+        if not (math.isfinite(value) and value >= 0):
+            raise _fault(f"{what} is {value}; it must be 0 or more", param)
+
+
+def _fault(message: str, param: str, *, hint: str = "") -> InvalidRequestError:
+    return InvalidRequestError(message, param=param, hint=hint)

@@ -1,0 +1,57 @@
+"""Problems and answers as JSON documents.  A problem from a user is read strictly; answers are written for programs."""
+
+import msgspec
+
+from shoal.errors import InvalidRequestError, UnsupportedVersionError
+from shoal.plan.check import check
+from shoal.plan.problem import PROBLEM_VERSION, Answer, Problem
+
+JSON_HINT = "docs/reference/problem.md lists every field; examples/problems has files that work"
+
+
+def parse_problem(document: bytes) -> Problem:
+    """Read and check a problem; raises InvalidRequestError naming the place, UnsupportedVersionError for a newer file."""
+    try:
+        raw = msgspec.json.decode(document)
+        _check_version(raw)
+        problem = msgspec.convert(raw, Problem)
+    except msgspec.MsgspecError as error:
+        raise InvalidRequestError(f"this is not a problem: {error}", hint=JSON_HINT) from error
+    unknown = _unknown_fields(raw, msgspec.to_builtins(problem), "")
+    if unknown:
+        raise InvalidRequestError(f"unknown field {unknown[0]}", hint=JSON_HINT, param=unknown[0])
+    check(problem)
+    return problem
+
+
+def answer_json(answer: Answer) -> bytes:
+    """An answer as indented JSON; its `type` is `plan` or `infeasible`."""
+    return msgspec.json.format(msgspec.json.encode(answer), indent=2)
+
+
+def _check_version(raw: object) -> None:
+    version = raw.get("version", PROBLEM_VERSION) if isinstance(raw, dict) else PROBLEM_VERSION
+    if isinstance(version, int) and version > PROBLEM_VERSION:
+        raise UnsupportedVersionError(
+            f"this problem has version {version}, we read up to {PROBLEM_VERSION}",
+            hint="upgrade shoal, or write the older form",
+        )
+
+
+def _unknown_fields(raw: object, known: object, path: str) -> list[str]:
+    if isinstance(raw, dict) and isinstance(known, dict):
+        extra = [f"{path}{name}" for name in raw if name not in known]
+        return extra + [
+            field
+            for name in raw
+            if name in known
+            for field in _unknown_fields(raw[name], known[name], f"{path}{name}.")
+        ]
+    if isinstance(raw, list) and isinstance(known, list | tuple):
+        pairs = zip(raw, known, strict=True)
+        return [
+            field
+            for index, (item, twin) in enumerate(pairs)
+            for field in _unknown_fields(item, twin, f"{path}{index}.")
+        ]
+    return []

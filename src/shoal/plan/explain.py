@@ -1,0 +1,167 @@
+"""Why each device takes part or not, and what one device alone would give: in words, with numbers (ADR 10).
+
+A device left out is judged by the best plan that includes it, one in use by the best plan without it: both are
+by-products of the exact search over sets of devices.  Where that search was not made, the reason claims less.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from shoal.errors import InfeasibleError
+from shoal.ids import NodeId
+from shoal.plan.budget import Budget
+from shoal.plan.chain import trace
+from shoal.plan.cost import Priced, Span, free_bytes, price, shard_memory
+from shoal.plan.figures import duration, share, size
+from shoal.plan.problem import Alternative, DeviceSpec, Estimate, Objective, Problem, Reason, Stage
+from shoal.plan.search import EXACT, RELAXATION, Choice, Found, best_final, solve
+from shoal.plan.tables import Chain, Tables
+
+EXPLAINED_DEVICES = 8
+"""Above this, a throughput plan is not searched for again with and without each device."""
+RIVAL_TOLERANCE = 0.01
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """What was asked, how it was searched, and what was chosen."""
+
+    problem: Problem
+    tables: Tables
+    found: Found
+    chosen: Priced
+    budget: Budget
+
+
+def spans_of(tables: Tables, chain: Chain) -> tuple[Span, ...]:
+    """A solver's chain in the problem's words."""
+    return tuple(Span(tables.nodes[device], start, stop) for device, start, stop in chain)
+
+
+def reasons(case: Case) -> tuple[Reason, ...]:
+    """One reason per device of the problem, in its order."""
+    return tuple(_reason(case, device) for device in case.problem.devices)
+
+
+def alternatives(problem: Problem) -> tuple[Alternative, ...]:
+    """The whole model on each device that is not excluded."""
+    return tuple(_alone(problem, device) for device in problem.devices if device.node not in problem.exclude)
+
+
+def _reason(case: Case, device: DeviceSpec) -> Reason:
+    stages = [stage for stage in case.chosen.stages if stage.node == device.node]
+    if stages:
+        text = f"runs {_part(case, stages)}; {_without(case, device.node)}"
+        return Reason(node=device.node, used=True, text=text)
+    barred = _barred(case, device)
+    text = barred or _with(case, device.node)
+    return Reason(node=device.node, used=False, text=f"left out: {text}")
+
+
+def _part(case: Case, stages: Sequence[Stage]) -> str:
+    blocks = " and ".join(f"{stage.start}-{stage.stop - 1}" for stage in stages)
+    decode_s = sum(stage.decode_s for stage in stages)
+    part = share(decode_s, sum(stage.decode_s for stage in case.chosen.stages))
+    return f"blocks {blocks} of {len(case.problem.blocks)}, {part} of a step's compute ({duration(decode_s)})"
+
+
+def _without(case: Case, node: NodeId) -> str:
+    owned = any(pin.node == node for pin in case.problem.pins) or (
+        node == case.problem.source and (case.problem.pin_first or case.problem.pin_last)
+    )
+    if owned:
+        return "a block is pinned to it"
+    rival = _rival(case, Choice(forbid=1 << case.tables.nodes.index(node)))
+    match rival:
+        case Priced(estimate=estimate):
+            return f"the best plan without it takes {_compare(case.problem.objective, estimate, case.chosen.estimate)}"
+        case str():
+            return rival or "no plan without it fits"
+
+
+def _with(case: Case, node: NodeId) -> str:
+    rival = _rival(case, Choice(require=1 << case.tables.nodes.index(node)))
+    match rival:
+        case Priced(estimate=estimate):
+            compared = _compare(case.problem.objective, estimate, case.chosen.estimate)
+            return f"the best plan with it takes {compared}{_links(rival, node)}"
+        case str():
+            return rival or "no chain with it satisfies memory, links, pins and the number of stages"
+
+
+def _rival(case: Case, choice: Choice) -> Priced | str:
+    """The best plan under *choice*; an empty text when there is none, a remark when that was not searched."""
+    if case.found.finals:
+        final = best_final(case.found.finals, choice)
+        return price(case.problem, spans_of(case.tables, trace(final))) if final else ""
+    if case.found.solver == RELAXATION and case.problem.objective is Objective.LATENCY:
+        return "the chosen plan is proven best without trying every set of devices"
+    if case.found.solver != EXACT or len(case.tables.nodes) > EXPLAINED_DEVICES:
+        return "other sets of devices were not all tried"
+    rival = solve(case.tables, case.problem.objective, case.budget, choice, RIVAL_TOLERANCE)
+    if case.budget.spent():
+        return "the time to plan was up before other sets of devices were tried"
+    return price(case.problem, spans_of(case.tables, rival.chain)) if rival.chain else ""
+
+
+def _compare(objective: Objective, rival: Estimate, chosen: Estimate) -> str:
+    if objective is Objective.THROUGHPUT:
+        return (
+            f"{duration(1 / rival.tokens_per_s)} per token of all streams against {duration(1 / chosen.tokens_per_s)}"
+        )
+    token = f"{duration(rival.time_per_output_token_s)} per token against {duration(chosen.time_per_output_token_s)}"
+    return f"{token} ({duration(rival.latency_s)} per request against {duration(chosen.latency_s)})"
+
+
+def _links(rival: Priced, node: NodeId) -> str:
+    stages = rival.stages
+    index = next(i for i, stage in enumerate(stages) if stage.node == node)
+    inbound_s = stages[index - 1].send_decode_s if len(stages) > 1 else 0.0
+    links_s = inbound_s + (stages[index].send_decode_s if len(stages) > 1 else 0.0)
+    return f"; there its links take {duration(links_s)} of a token and its blocks {duration(stages[index].decode_s)}"
+
+
+def _barred(case: Case, device: DeviceSpec) -> str:
+    if device.node in case.problem.exclude:
+        return "excluded by request"
+    index = case.tables.nodes.index(device.node)
+    runs = np.isfinite(case.tables.run_s[index])
+    if not runs.any():
+        return "every block is pinned to another device"
+    smallest = float(case.tables.need_bytes[index][runs].min())
+    if smallest > case.tables.free_bytes[index]:
+        promised = f" ({size(device.memory_promised_bytes)} are promised)" if device.memory_promised_bytes else ""
+        return f"{size(free_bytes(device))} are free{promised}, its smallest possible shard needs {size(smallest)}"
+    others = [i for i in range(len(case.tables.nodes)) if i != index]
+    if (
+        others
+        and not np.isfinite(case.tables.hop_s[index, others]).any()
+        and not np.isfinite(case.tables.hop_s[others, index]).any()
+    ):
+        return "no link joins it with another device"
+    return ""
+
+
+def _alone(problem: Problem, device: DeviceSpec) -> Alternative:
+    blocks = len(problem.blocks)
+    try:
+        estimate = price(problem, [Span(device.node, 0, blocks)]).estimate
+    except InfeasibleError:
+        return Alternative(node=device.node, refused=f"no link joins it with the source {problem.source}")
+    return Alternative(node=device.node, estimate=estimate, refused=_refusal(problem, device))
+
+
+def _refusal(problem: Problem, device: DeviceSpec) -> str:
+    need = shard_memory(problem, device, 0, len(problem.blocks)).total
+    if need > free_bytes(device):
+        return f"the whole model needs {size(need)}, {size(free_bytes(device))} are free"
+    if problem.pin_first and device.node != problem.source:
+        return "the first block stays on the source"
+    if problem.pin_last and device.node != problem.source:
+        return "the last block stays on the source"
+    foreign = next((pin for pin in problem.pins if pin.node != device.node), None)
+    if foreign:
+        return f"block {foreign.block} is pinned to {foreign.node}"
+    return f"{problem.stages_exactly} stages are asked for" if problem.stages_exactly > 1 else ""

@@ -1,0 +1,149 @@
+"""The portfolio: which solver answers, and what its answer proves.
+
+Few devices: all sets of them (`chain.sweep`), exact.  More: the relaxation, exact when its path happens to be a plan;
+else a beam, whose distance from the relaxation's bound is stated.  Throughput is a parametric search over latency
+problems (see `most_tokens`).
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from math import nextafter
+
+from shoal.plan.beam import beam
+from shoal.plan.budget import Budget
+from shoal.plan.chain import Final, relax, sweep, trace
+from shoal.plan.problem import Objective
+from shoal.plan.tables import INF, Chain, Pass, Tables, busy_s, time_passes
+
+SWEEP_LIMIT = {Objective.LATENCY: 16_384, Objective.THROUGHPUT: 2_048}
+"""Array operations that one exact search may take; about 50 us each at 70 blocks.  Throughput needs some 25 searches."""
+
+EXACT = "exact-subsets"
+RELAXATION = "layered-shortest-path"
+BEAM = "beam"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """Bit masks of devices that must, or must not, take part."""
+
+    require: int = 0
+    forbid: int = 0
+
+    def admits(self, mask: int) -> bool:
+        return not (self.require & ~mask or self.forbid & mask)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Found:
+    """A chain (or none), its cost, a proven lower bound of the cost, and who found it.
+
+    `finals` holds the cheapest chain of each set of devices, where the exact solver went through all of them.
+    """
+
+    cost: float
+    chain: Chain | None
+    bound: float
+    solver: str
+    finals: tuple[Final, ...] = ()
+
+
+FREE = Choice()
+NOTHING = Found(cost=INF, chain=None, bound=INF, solver=EXACT)
+
+
+def solve(tables: Tables, objective: Objective, budget: Budget, choice: Choice = FREE, tolerance: float = 0.0) -> Found:
+    """The best chain: cost in seconds of one request's latency, or of the closed loop's period per request.
+
+    A throughput answer is optimal within *tolerance*; a latency answer is optimal when its bound equals its cost.
+    """
+    limit = SWEEP_LIMIT[objective]
+
+    def find(cap_s: float) -> Found:
+        return cheapest(tables, list(time_passes(tables, cap_s)), budget, choice, limit)
+
+    match objective:
+        case Objective.LATENCY:
+            return find(INF)
+        case Objective.THROUGHPUT:
+            return most_tokens(tables, find, tolerance)
+
+
+def cheapest(tables: Tables, passes: list[Pass], budget: Budget, choice: Choice = FREE, limit: int = 16_384) -> Found:
+    """The chain of least additive cost over all *passes*."""
+    devices = len(tables.nodes)
+    if len(passes) * devices * (1 << devices) // 4 <= limit:
+        swept = _swept(tables, passes, budget, choice)
+        if not budget.spent():
+            return swept
+    return _bounded(tables, passes, budget, choice)
+
+
+def most_tokens(tables: Tables, find: Callable[[float], Found], tolerance: float) -> Found:
+    """Least max(T, L / B): T the busiest device or link, L the latency, B micro-batches in flight.
+
+    *find*(cap) gives the least L among chains with T <= cap.  Bisection keeps `lower` <= optimum <= best: no chain with
+    T <= mid and L / B <= mid means that the optimum is above mid.  A last search just below the best closes the gap.
+    """
+    best = _looped(tables, find(INF))
+    lower = best.bound
+    while best.chain and lower < best.cost * (1 - tolerance):
+        near = best.cost - lower < 1e-7 * best.cost
+        cap_s = nextafter(best.cost, 0) if near else (lower + best.cost) / 2
+        found = find(cap_s)
+        rival = _looped(tables, found)
+        proven = found.bound / tables.in_flight > cap_s
+        if proven:
+            lower = best.cost if near else cap_s
+        if rival.cost < best.cost:
+            best = rival
+        elif not proven:
+            break
+    return Found(cost=best.cost, chain=best.chain, bound=min(lower, best.cost), solver=best.solver)
+
+
+def _looped(tables: Tables, found: Found) -> Found:
+    if found.chain is None:
+        return Found(cost=INF, chain=None, bound=found.bound / tables.in_flight, solver=found.solver)
+    cost = max(busy_s(tables, found.chain), found.cost / tables.in_flight)
+    return Found(cost=cost, chain=found.chain, bound=found.bound / tables.in_flight, solver=found.solver)
+
+
+def _swept(tables: Tables, passes: list[Pass], budget: Budget, choice: Choice) -> Found:
+    best: dict[int, Final] = {}
+    for search in passes:
+        for final in sweep(tables, search, budget):
+            if final.mask not in best or final.cost < best[final.mask].cost:
+                best[final.mask] = final
+    finals = tuple(best.values())
+    winner = best_final(finals, choice)
+    if winner is None:
+        return NOTHING
+    return Found(cost=winner.cost, chain=trace(winner), bound=winner.cost, solver=EXACT, finals=finals)
+
+
+def best_final(finals: Iterable[Final], choice: Choice) -> Final | None:
+    """The cheapest of the sets that *choice* admits."""
+    return min((final for final in finals if choice.admits(final.mask)), key=lambda final: final.cost, default=None)
+
+
+def _bounded(tables: Tables, passes: list[Pass], budget: Budget, choice: Choice) -> Found:
+    bound, solver = INF, BEAM
+    best: tuple[float, Chain | None] = (INF, None)
+    for search in passes:
+        relaxed = relax(tables, search)
+        bound = min(bound, relaxed.bound)
+        if relaxed.bound >= best[0]:
+            continue
+        chosen = relaxed.chain if relaxed.chain and choice.admits(_mask(relaxed.chain)) else None
+        found = (relaxed.bound, chosen) if chosen else beam(tables, search, relaxed, budget)
+        if found and found[0] < best[0] and choice.admits(_mask(found[1])):
+            best, solver = found, RELAXATION if chosen else BEAM
+    return Found(cost=best[0], chain=best[1], bound=min(bound, best[0]), solver=solver)
+
+
+def _mask(chain: Chain) -> int:
+    mask = 0
+    for device, _, _ in chain:
+        mask |= 1 << device
+    return mask

@@ -1,0 +1,201 @@
+"""Laws of planning: for every small fleet, against exhaustive search."""
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from msgspec.structs import replace
+
+from shoal.ids import NodeId
+from shoal.plan.beam import beam
+from shoal.plan.budget import StepBudget
+from shoal.plan.chain import relax
+from shoal.plan.cost import Span, free_bytes, objective_value, price
+from shoal.plan.exact import enumerate_best, fits, satisfies
+from shoal.plan.placement import place
+from shoal.plan.problem import (
+    BlockSpec,
+    DeviceSpec,
+    Infeasible,
+    LinkSpec,
+    Objective,
+    Pin,
+    Plan,
+    Problem,
+    RequestShape,
+)
+from shoal.plan.tables import build_tables, time_passes
+
+LAWS = settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
+small = st.integers(0, 6)
+times = st.integers(0, 40).map(lambda value: value / 1000)
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> Problem:
+    blocks = draw(st.integers(1, 6))
+    nodes = [NodeId(name) for name in "abcd"[: draw(st.integers(1, 4))]]
+    source = nodes[0]
+    shape = RequestShape(
+        tokens_in=draw(st.integers(1, 9)),
+        tokens_out=draw(st.integers(1, 9)),
+        context_tokens=draw(st.sampled_from([0, 18, 32])),
+        slots=4,
+        in_flight=draw(st.integers(1, 4)),
+        prefill_chunk_tokens=draw(st.integers(1, 5)),
+    )
+    pins = draw(st.lists(st.tuples(st.integers(0, blocks - 1), st.sampled_from(nodes)), max_size=1))
+    pin_first = draw(st.booleans()) and not any(block == 0 and node != source for block, node in pins)
+    pin_last = draw(st.booleans()) and not any(block == blocks - 1 and node != source for block, node in pins)
+    owned = {source} | {node for _, node in pins}
+    return Problem(
+        blocks=tuple(draw(_block(index)) for index in range(blocks)),
+        devices=tuple(draw(_device(node, blocks)) for node in nodes),
+        links=tuple(
+            LinkSpec(source=a, target=b, latency_s=draw(times), bytes_per_s=draw(st.sampled_from([50.0, 1e3, 1e6])))
+            for a in nodes
+            for b in nodes
+            if a != b and draw(st.integers(0, 5))
+        ),
+        shape=shape,
+        objective=draw(st.sampled_from(Objective)),
+        source=source,
+        pin_first=pin_first,
+        pin_last=pin_last,
+        pins=tuple(Pin(block=block, node=node) for block, node in pins),
+        max_stages=draw(st.sampled_from([0, 0, 1, 2, 3])),
+        stages_exactly=draw(st.sampled_from([0, 0, 0, 2, 3])),
+        exclude=tuple(node for node in nodes if node not in owned and not draw(small)),
+    )
+
+
+def _block(index: int) -> st.SearchStrategy[BlockSpec]:
+    return st.builds(
+        BlockSpec,
+        name=st.just(f"block {index}"),
+        weights_bytes=small.map(lambda value: value * 10),
+        kv_bytes_per_token=st.integers(0, 1),
+        output_bytes_per_token=small,
+        output_bytes_fixed=small,
+        load_peak_bytes=small.map(lambda value: value * 20),
+        workspace_bytes=small,
+    )
+
+
+def _device(node: NodeId, blocks: int) -> st.SearchStrategy[DeviceSpec]:
+    return st.builds(
+        DeviceSpec,
+        node=st.just(node),
+        memory_budget_bytes=st.integers(20, 900),
+        memory_promised_bytes=small,
+        fixed_bytes=small,
+        weights_factor=st.sampled_from([1.0, 1.1]),
+        step_overhead_s=times,
+        decode_s=st.tuples(*[times] * blocks),
+        prefill_s=st.tuples(*[times] * blocks),
+    )
+
+
+@LAWS
+@given(problems())
+def test_no_placement_is_better_than_the_plan_and_none_exists_when_it_says_so(problem: Problem) -> None:
+    best = enumerate_best(problem)
+
+    answer = place(problem, StepBudget(10**9))
+
+    match answer:
+        case Plan():
+            assert best is not None
+            assert _value(problem, answer) == pytest.approx(
+                objective_value(problem.objective, best.estimate), rel=1e-9, abs=1e-12
+            )
+            assert answer.gap == pytest.approx(0, abs=1e-9)
+        case Infeasible():
+            assert best is None
+
+
+@LAWS
+@given(problems())
+def test_a_plan_tiles_the_model_keeps_every_demand_and_is_priced_by_the_one_cost_model(problem: Problem) -> None:
+    answer = place(problem, StepBudget(10**9))
+    if isinstance(answer, Infeasible):
+        return
+
+    spans = [Span(stage.node, stage.start, stage.stop) for stage in answer.stages]
+    budgets = {device.node: free_bytes(device) for device in problem.devices}
+
+    assert [span.start for span in spans] == [0, *(span.stop for span in spans[:-1])]
+    assert spans[-1].stop == len(problem.blocks)
+    assert all(span.start < span.stop for span in spans)
+    assert satisfies(problem, spans)
+    assert all(stage.memory_bytes <= budgets[stage.node] for stage in answer.stages)
+    repriced = price(problem, spans)
+    assert (repriced.stages, repriced.estimate) == (answer.stages, answer.estimate)
+
+
+@LAWS
+@given(problems())
+def test_a_bound_is_never_above_a_plan_that_exists(problem: Problem) -> None:
+    """With no budget at all the answer comes from the beam, and its certificate must still be true."""
+    best = enumerate_best(problem)
+
+    answer = place(problem, StepBudget(0))
+
+    if isinstance(answer, Plan):
+        assert best is not None
+        optimum = objective_value(problem.objective, best.estimate)
+        assert answer.lower_bound <= optimum * (1 + 1e-9) + 1e-12
+        assert _value(problem, answer) >= optimum * (1 - 1e-9)
+
+
+@LAWS
+@given(problems())
+def test_a_beam_answer_is_a_chain_at_its_stated_cost(problem: Problem) -> None:
+    tables = build_tables(problem)
+    for search in time_passes(tables):
+        relaxed = relax(tables, search)
+        found = beam(tables, search, relaxed, StepBudget(10**6))
+        if found is None:
+            continue
+        cost, chain = found
+        spans = [Span(tables.nodes[device], start, stop) for device, start, stop in chain]
+
+        assert satisfies(problem, spans)
+        assert cost == pytest.approx(price(problem, spans).estimate.latency_s)
+        assert relaxed.bound <= cost * (1 + 1e-9)
+
+
+@LAWS
+@given(problems())
+def test_adding_the_missing_memory_to_the_named_placement_makes_it_fit(problem: Problem) -> None:
+    answer = place(problem, StepBudget(10**9))
+    if isinstance(answer, Plan) or not answer.missing_bytes:
+        return
+
+    def grown(extra_bytes: int) -> Problem:
+        return replace(problem, devices=tuple(_grown(device, extra_bytes) for device in problem.devices))
+
+    assert isinstance(place(grown(answer.missing_bytes), StepBudget(10**9)), Plan)
+    each = (answer.missing_bytes - 1) // len(problem.devices)
+    assert isinstance(place(grown(each), StepBudget(10**9)), Infeasible)
+
+
+def _grown(device: DeviceSpec, extra_bytes: int) -> DeviceSpec:
+    held = max(device.memory_budget_bytes, device.memory_promised_bytes)
+    return replace(device, memory_budget_bytes=held + extra_bytes)
+
+
+def _value(problem: Problem, plan: Plan) -> float:
+    return objective_value(problem.objective, plan.estimate)
+
+
+def test_the_exhaustive_judge_knows_the_memory_rule() -> None:
+    problem = Problem(
+        blocks=(BlockSpec(name="only", weights_bytes=10),),
+        devices=(DeviceSpec(node=NodeId("a"), memory_budget_bytes=9, decode_s=(1.0,), prefill_s=(1.0,)),),
+        links=(),
+        source=NodeId("a"),
+    )
+
+    assert not fits(problem, [Span(NodeId("a"), 0, 1)])
+    assert enumerate_best(problem) is None

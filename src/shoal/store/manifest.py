@@ -35,6 +35,18 @@ class FileEntry(msgspec.Struct, frozen=True, kw_only=True):
     chunk: ChunkRef
 
 
+class Origin(msgspec.Struct, frozen=True, kw_only=True):
+    """What a model was imported from: an equal origin need not be imported again.
+
+    `reference` is canonical (a local file is named without its folder: manifests travel); `sha256` is that of the main
+    file's bytes; `quantise` is what the importer was asked for ("" for the file's own numbers).
+    """
+
+    reference: str
+    sha256: str = ""
+    quantise: str = ""
+
+
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     """A model as stored and exchanged."""
 
@@ -43,10 +55,13 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     graph: ChunkRef
     tensors: tuple[TensorEntry, ...]
     files: tuple[FileEntry, ...] = ()
+    origin: Origin | None = None
+
+    def chunks(self) -> dict[Digest, int]:
+        """Size in bytes of every chunk, each once: graph, then files, then tensors."""
+        refs = (self.graph, *(f.chunk for f in self.files), *(t.chunk for t in self.tensors))
+        return {ref.digest: ref.size_bytes for ref in refs}
 
     def size_bytes(self) -> int:
         """Bytes of all chunks, each counted once."""
-        chunks = {self.graph.digest: self.graph.size_bytes}
-        chunks |= {t.chunk.digest: t.chunk.size_bytes for t in self.tensors}
-        chunks |= {f.chunk.digest: f.chunk.size_bytes for f in self.files}
-        return sum(chunks.values())
+        return sum(self.chunks().values())

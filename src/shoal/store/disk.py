@@ -1,0 +1,131 @@
+"""A tier on disk: one file per chunk, uncompressed, so that each is page-aligned and can be memory-mapped (ADR 2).
+
+A chunk appears whole or not at all: bytes go to a temporary file, are synced, and the file is renamed.  A process that dies
+leaves at most a temporary file, which the next writer or `shoal gc` removes.  Small chunks are read instead of mapped: a
+mapping holds a file descriptor, and half of a model's tensors are a few kilobytes.
+"""
+
+import contextlib
+import errno
+import mmap
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from shoal.errors import StorageFullError
+from shoal.ids import Digest
+from shoal.store.chunk import Data, check, parse_digest, size_of
+from shoal.store.quota import Quota
+
+MAP_FROM_BYTES = 64 * 1024
+
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+
+
+@contextlib.contextmanager
+def full_disk_named(folder: Path) -> Iterator[None]:
+    """Translate "no space left", "disk quota exceeded" and "file too large" into StorageFullError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        raise StorageFullError(
+            f"cannot write below {folder}: {error.strerror}",
+            hint="free space on that disk (`shoal rm NAME`, `shoal gc`), or set SHOAL_HOME to a folder on a larger one",
+        ) from error
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename in *folder* last through a power cut, where the system can."""
+    if os.name != "posix":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_whole(path: Path, data: Data, *, tmp: Path) -> None:
+    """Write *path* so that it holds all of *data* or is left as it was; *tmp* is a folder on the same file system."""
+    with full_disk_named(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tmp.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=tmp, prefix=path.name[:16] + ".")
+        part = Path(name)
+        try:
+            try:
+                _write_all(handle, memoryview(data))
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+            part.replace(path)
+        except BaseException:
+            part.unlink(missing_ok=True)
+            raise
+        sync_folder(path.parent)
+
+
+def _write_all(handle: int, data: memoryview) -> None:
+    while data.nbytes:
+        data = data[os.write(handle, data) :]
+
+
+def _mapped(file: BinaryIO) -> memoryview:
+    if os.fstat(file.fileno()).st_size < MAP_FROM_BYTES:
+        return memoryview(file.read())
+    return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+
+
+class DiskTier:
+    """Chunks at `root/ab/<digest>`; `tmp` must be on the same file system."""
+
+    def __init__(self, root: Path, *, tmp: Path, quota: Quota) -> None:
+        self._root = root
+        self._tmp = tmp
+        self._quota = quota
+
+    def get(self, digest: Digest) -> memoryview | None:
+        try:
+            with self._path(digest).open("rb") as file:
+                return _mapped(file)
+        except FileNotFoundError:
+            return None
+
+    def put(self, digest: Digest, data: Data) -> None:
+        if self.size_bytes(digest) == size_of(data):
+            return
+        with self._quota.room_for(size_of(data)):
+            write_whole(self._path(digest), data, tmp=self._tmp)
+
+    def take(self, digest: Digest, part: Path) -> None:
+        """Make the file *part* (on the same file system) the chunk, if its content is; else raises DigestMismatchError."""
+        with self._quota.room_for(part.stat().st_size):
+            with part.open("r+b") as file:
+                check(digest, _mapped(file))
+                os.fsync(file.fileno())
+            path = self._path(digest)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            part.replace(path)
+            sync_folder(path.parent)
+
+    def drop(self, digest: Digest) -> None:
+        self._path(digest).unlink(missing_ok=True)
+
+    def size_bytes(self, digest: Digest) -> int | None:
+        """Size of the chunk's file, without reading it; None when it is not here."""
+        try:
+            return self._path(digest).stat().st_size
+        except FileNotFoundError:
+            return None
+
+    def sizes_bytes(self) -> dict[Digest, int]:
+        """Every chunk here, with the size of its file."""
+        found = ((parse_digest(path.name), path) for path in self._root.glob("??/*"))
+        return {digest: path.stat().st_size for digest, path in found if digest is not None}
+
+    def _path(self, digest: Digest) -> Path:
+        return self._root / digest[:2] / digest

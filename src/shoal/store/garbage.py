@@ -1,0 +1,61 @@
+"""What may go: chunks that no manifest names, derived tensors, downloads that were not finished, temporary files."""
+
+import shutil
+from pathlib import Path
+
+import msgspec
+
+from shoal.ids import Digest
+from shoal.store.home import Store, nobody_writing
+from shoal.store.quota import used_bytes
+
+
+class Garbage(msgspec.Struct, frozen=True, kw_only=True):
+    """What collecting would free, or has freed, in bytes."""
+
+    chunks: int
+    chunks_bytes: int
+    derived_bytes: int
+    partial_bytes: int
+    """Unfinished downloads: removing them only costs their resumption."""
+    tmp_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        """All of it."""
+        return self.chunks_bytes + self.derived_bytes + self.partial_bytes + self.tmp_bytes
+
+
+def collect(store: Store, *, dry_run: bool = False) -> Garbage:
+    """Remove garbage (or, with *dry_run*, only count it); raises UnavailableError while somebody writes.
+
+    A manifest that does not parse raises CorruptFileError: what it named must not be thrown away on a guess.
+    """
+    with nobody_writing(store):
+        loose = _unreferenced(store)
+        folders = [store.home / "derived", store.partial, store.tmp]
+        derived, partial, tmp = (used_bytes(folder) for folder in folders)
+        if not dry_run:
+            _remove(store, loose, folders)
+        return Garbage(
+            chunks=len(loose),
+            chunks_bytes=sum(loose.values()),
+            derived_bytes=derived,
+            partial_bytes=partial,
+            tmp_bytes=tmp,
+        )
+
+
+def _unreferenced(store: Store) -> dict[Digest, int]:
+    kept: set[Digest] = set()
+    for name in store.library.names():
+        kept |= store.library.read(name).chunks().keys()
+        kept.add(store.library.digest(name))
+    return {digest: size for digest, size in store.disk.sizes_bytes().items() if digest not in kept}
+
+
+def _remove(store: Store, loose: dict[Digest, int], folders: list[Path]) -> None:
+    for digest in loose:
+        store.disk.drop(digest)
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)

@@ -143,7 +143,7 @@ def topic_of(key: str) -> Topic:
     return topic
 
 
-def pattern_of(kind: type[Topic], **fixed: str | int) -> str:
+def pattern_of(kind: type[Topic], /, **fixed: str | int) -> str:
     """The pattern of all topics of *kind* whose named fields have these values; the other fields are free."""
     unknown = fixed.keys() - set(kind.__struct_fields__)
     if unknown:

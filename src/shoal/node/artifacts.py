@@ -7,15 +7,16 @@ import onnx
 
 from shoal.errors import UnavailableError
 from shoal.ids import Digest, NodeId
+from shoal.model.derive import Derivation, derive
 from shoal.model.frontier import Block, blocks
 from shoal.model.frontier import shard as shard_graph
-from shoal.model.lower import Derivation, derive, lower
+from shoal.model.lower import lower
 from shoal.model.spec import Array
 from shoal.runtime.ports import Shard
 from shoal.store.derived import DerivedKey
 from shoal.store.home import Store, read_graph
 from shoal.store.library import decode_manifest
-from shoal.store.manifest import ChunkRef, Manifest, TensorEntry
+from shoal.store.manifest import Manifest, TensorEntry
 from shoal.store.peer import Fetcher
 from shoal.store.tensor import open_array
 
@@ -43,10 +44,8 @@ def open_artifact(store: Store, digest: Digest) -> Artifact:
 
 
 def fetch_artifact(fetcher: Fetcher, store: Store, digest: Digest, sources: Sequence[NodeId]) -> Artifact:
-    """Have manifest, graph and small files here, from here or from *sources*."""
-    manifest = fetcher.manifest(digest, sources)
-    fetcher.chunks([manifest.graph, *(f.chunk for f in manifest.files)], sources)
-    store.library.adopt(manifest)
+    """Have manifest, graph and small files here, from here or from *sources*.  Blocks: run it on a thread."""
+    fetcher.model(digest, sources, lambda manifest: [manifest.graph, *(f.chunk for f in manifest.files)])
     return open_artifact(store, digest)
 
 
@@ -63,9 +62,9 @@ def fetch_shard(
     sources: Sequence[NodeId],
     arrived: Callable[[int], None],
 ) -> None:
-    """Have the chunks of the half-open block range *span* here."""
-    wanted: list[ChunkRef] = [entry.chunk for entry in shard_tensors(artifact, *span)]
-    fetcher.chunks(wanted, sources, arrived=arrived)
+    """Have the chunks of the half-open block range *span* here.  Blocks: run it on a thread."""
+    wanted = [entry.chunk for entry in shard_tensors(artifact, *span)]
+    fetcher.model(artifact.digest, sources, lambda _: wanted, arrived=arrived)
 
 
 def load_shard(
@@ -73,7 +72,7 @@ def load_shard(
 ) -> Shard:
     """The lowered subgraph of *span* with its weights memory-mapped; derived tensors come from their cache."""
     part = shard_graph(artifact.graph, artifact.blocks, *span)
-    lowered = lower(part)
+    lowered = lower(part, context_tokens=context_tokens or None)
     entries = {entry.name: entry for entry in artifact.manifest.tensors}
     opened: dict[str, Array] = {}
 

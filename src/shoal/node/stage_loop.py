@@ -90,14 +90,11 @@ class StageLoop:
 
     def listen(self, submit_key: str) -> None:
         """Subscribe to everything that this stage is told; *submit_key* is where gateways send requests."""
-        name, epoch, index = self.shard.deployment, self.shard.plan_epoch, self.shard.stage
         if self.settings.is_first:
             self._open.append(self.control.subscribe(submit_key, self._from_gateway))
-            tokens = TokensTopic(fleet=self.fleet, deployment=name, plan_epoch=epoch)
-            self._open.append(self.inbound.subscribe(key_of(tokens), self._from_stage))
+            self._open.append(self.inbound.subscribe(self._tokens_key(), self._from_stage))
         else:
-            topic = FrameTopic(fleet=self.fleet, deployment=name, plan_epoch=epoch, stage=index)
-            self._open.append(self.inbound.subscribe(key_of(topic), self._from_stage))
+            self._open.append(self.inbound.subscribe(self._frame_key(self.shard.stage), self._from_stage))
 
     def run(self) -> None:
         """Work until told to stop; closes nothing that it was given."""
@@ -142,14 +139,12 @@ class StageLoop:
             case RunStep():
                 return self._step(effect)
             case SendFrame(frame=frame, tensors=tensors):
-                topic = FrameTopic(**self._edge(), stage=self.shard.stage + 1)
-                self._send(key_of(topic), pack(frames.encode(frame), tensors))
+                self._send(self._frame_key(self.shard.stage + 1), pack(frames.encode(frame), tensors))
             case SendTokens(frame=tokens):
                 self.last_token_s = self.clock.now_s()
-                self._send(key_of(TokensTopic(**self._edge())), pack(frames.encode(tokens), {}))
+                self._send(self._tokens_key(), pack(frames.encode(tokens), {}))
             case SendCredit(frame=credit):
-                topic = CreditTopic(**self._edge(), stage=self.shard.stage - 1)
-                self.inbound.put(key_of(topic), pack(frames.encode(credit), {}), lane=Lane.CONTROL)
+                self.inbound.put(self._credit_key(self.shard.stage - 1), pack(frames.encode(credit), {}))
             case Emit(reply_to=reply_to, delta=delta):
                 if delta.tokens:
                     self.last_token_s = self.clock.now_s()
@@ -185,11 +180,19 @@ class StageLoop:
     def _connect(self, outbound: Bus) -> None:
         self._outbound = outbound
         if not self.settings.is_last:
-            topic = CreditTopic(**self._edge(), stage=self.shard.stage)
-            self._open.append(outbound.subscribe(key_of(topic), self._from_stage))
+            self._open.append(outbound.subscribe(self._credit_key(self.shard.stage), self._from_stage))
 
-    def _edge(self) -> dict[str, object]:
-        return {"fleet": self.fleet, "deployment": self.shard.deployment, "plan_epoch": self.shard.plan_epoch}
+    def _frame_key(self, stage_index: int) -> str:
+        name, epoch = self.shard.deployment, self.shard.plan_epoch
+        return key_of(FrameTopic(fleet=self.fleet, deployment=name, plan_epoch=epoch, stage=stage_index))
+
+    def _credit_key(self, stage_index: int) -> str:
+        name, epoch = self.shard.deployment, self.shard.plan_epoch
+        return key_of(CreditTopic(fleet=self.fleet, deployment=name, plan_epoch=epoch, stage=stage_index))
+
+    def _tokens_key(self) -> str:
+        name, epoch = self.shard.deployment, self.shard.plan_epoch
+        return key_of(TokensTopic(fleet=self.fleet, deployment=name, plan_epoch=epoch))
 
     def _from_stage(self, sample: Sample) -> None:
         try:

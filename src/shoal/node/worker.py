@@ -30,8 +30,8 @@ from shoal.runtime.scheduler import SchedulerSettings
 from shoal.runtime.settings import StageSettings
 from shoal.store.home import Store, open_store
 from shoal.transport.bus import Bus, Sample
-from shoal.transport.keys import FrameTopic, TokensTopic, WorkerTopic, key_of
-from shoal.transport.shaped import Link, ShapedBus
+from shoal.transport.keys import ROOT, FrameTopic, TokensTopic, WorkerTopic, key_of
+from shoal.transport.shaped import Link, ShapedBus, Way
 from shoal.transport.zenoh import ZenohBus, open_control, open_data
 
 _REPORT_EVERY_S = 0.5
@@ -204,7 +204,8 @@ def shaped(bus: Bus, spec: WorkerSpec, wiring: Wiring) -> Bus:
     """*bus* as over the emulated link to the next node; as it is where none is emulated."""
     for link in spec.links:
         if link.target == wiring.next_node:
-            return ShapedBus(bus, {"": Link(latency_s=link.latency_s, bytes_per_s=link.bytes_per_s)})
+            way = Way(latency_s=link.latency_s, bytes_per_s=link.bytes_per_s)
+            return ShapedBus(bus, {ROOT: Link(out=way, back=way)}, SystemClock())
     return bus
 
 

@@ -1,0 +1,185 @@
+"""A node's agent: heartbeats out, orders in, and the ears of whatever else lives on the node (coordinator, gateway)."""
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+
+import anyio
+import anyio.to_thread
+import msgspec
+import psutil
+import structlog
+
+from shoal.errors import MalformedFrameError
+from shoal.fleet.order import Order, Refused, Reply
+from shoal.fleet.reconcile import Addressed
+from shoal.fleet.report import NodeFacts, NodeReport
+from shoal.fleet.view import CoordinatorView
+from shoal.ids import Digest, NodeId
+from shoal.node.calls import CallDesk, Handler
+from shoal.node.coordinator import Coordinator
+from shoal.node.mailbox import Mailbox
+from shoal.node.messages import REPORT, VIEW, WIRE
+from shoal.node.shards import ShardKeeper
+from shoal.node.worker_spec import Wiring, WorkerReport
+from shoal.transport.bus import Bus, Closable, Lane, Sample
+from shoal.transport.keys import ControlTopic, EventTopic, HeartbeatTopic, WorkerTopic, key_of, pattern_of
+
+HEARTBEAT_S = 0.2
+_ORDER_TIMEOUT_S = 1.0
+
+Heard = NodeReport | CoordinatorView | WorkerReport
+
+
+@dataclass(slots=True)
+class Agent:
+    """Owns the node's place in the fleet; runs on the event loop."""
+
+    me: NodeId
+    fleet: str
+    incarnation: int
+    facts: Callable[[], NodeFacts]
+    bus: Bus
+    keeper: ShardKeeper
+    coordinator: Coordinator | None
+    handlers: Mapping[str, Handler]
+    complete_manifests: Callable[[], tuple[Digest, ...]]
+    on_view: Callable[[CoordinatorView], None]
+    leaving: bool = False
+    _changed: anyio.Event = field(default_factory=anyio.Event)
+    _sequence: int = 0
+    _manifests: tuple[Digest, ...] = ()
+    _dropped: int = 0
+
+    def changed(self) -> None:
+        """Send the next heartbeat now; call on the event loop."""
+        self._changed.set()
+
+    def report(self) -> NodeReport:
+        """What the next heartbeat says."""
+        self._sequence += 1
+        return NodeReport(
+            node=self.me,
+            incarnation=self.incarnation,
+            sequence=self._sequence,
+            facts=self.facts(),
+            load_1m=os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0,
+            memory_free_bytes=psutil.virtual_memory().available,
+            shards=self.keeper.reports(),
+            manifests=self._manifests,
+            leaving=self.leaving,
+        )
+
+    async def run(self) -> None:
+        """Work until cancelled."""
+        heard: Mailbox[Heard] = Mailbox()
+        listening = self._listen(heard)
+        desk = CallDesk(self.bus, self.fleet, self.me, dict(self.handlers))
+        try:
+            async with anyio.create_task_group() as group:
+                group.start_soon(self.keeper.run)
+                group.start_soon(desk.run)
+                group.start_soon(self._beat)
+                group.start_soon(self._look_at_store)
+                group.start_soon(self._hear, heard)
+                if self.coordinator is not None:
+                    group.start_soon(self.coordinator.run)
+        finally:
+            for subscription in listening:
+                subscription.close()
+            heard.discard()
+
+    def tell_worker(self, wiring: Wiring) -> None:
+        """Pass a wiring on to the worker that it is for."""
+        shard = wiring.shard
+        topic = WorkerTopic(
+            fleet=self.fleet,
+            node=self.me,
+            deployment=shard.deployment,
+            plan_epoch=shard.plan_epoch,
+            stage=shard.stage,
+            verb=WIRE,
+        )
+        self.bus.put(key_of(topic), msgspec.msgpack.encode(wiring))
+
+    def broadcast(self, view: CoordinatorView) -> None:
+        """Tell everybody what the coordinator decided; ourselves at once."""
+        self.on_view(view)
+        self.bus.put(key_of(EventTopic(fleet=self.fleet, node=self.me, kind=VIEW)), msgspec.msgpack.encode(view))
+
+    async def send_order(self, addressed: Addressed) -> Reply:
+        """Give an order to a node; raises UnavailableError when it does not answer."""
+        if addressed.node == self.me:
+            return await anyio.to_thread.run_sync(self.keeper.offer, addressed.order)
+        key = key_of(ControlTopic(fleet=self.fleet, node=addressed.node, verb="order"))
+        payload = msgspec.msgpack.encode(addressed.order)
+        query = partial(self.bus.query, key, payload, timeout_s=_ORDER_TIMEOUT_S)
+        raw = await anyio.to_thread.run_sync(query, abandon_on_cancel=True)
+        reply: Reply = msgspec.msgpack.decode(raw, type=Reply)
+        return reply
+
+    def _listen(self, heard: Mailbox[Heard]) -> list[Closable]:
+        def into(kind: type[Heard]) -> Callable[[Sample], None]:
+            def deliver(sample: Sample) -> None:
+                try:
+                    heard.post(msgspec.msgpack.decode(sample.payload, type=kind))
+                except msgspec.MsgspecError as error:
+                    self._drop(sample, error)
+
+            return deliver
+
+        reports = pattern_of(WorkerTopic, fleet=self.fleet, node=self.me, verb=REPORT)
+        orders = pattern_of(ControlTopic, fleet=self.fleet, node=self.me, verb="order")
+        return [
+            self.bus.subscribe(pattern_of(HeartbeatTopic, fleet=self.fleet), into(NodeReport)),
+            self.bus.subscribe(pattern_of(EventTopic, fleet=self.fleet, kind=VIEW), into(CoordinatorView)),
+            self.bus.subscribe(reports, into(WorkerReport)),
+            self.bus.answer(orders, self._take_order),
+        ]
+
+    def _take_order(self, sample: Sample) -> bytes:
+        """On a thread of the bus."""
+        reply: Reply
+        try:
+            reply = self.keeper.offer(msgspec.msgpack.decode(sample.payload, type=Order))
+        except msgspec.ValidationError as error:
+            reply = Refused(
+                code="unsupported_version", text=f"unknown order: {error}", fencing_epoch=self.keeper.fencing_epoch
+            )
+        except msgspec.DecodeError as error:
+            raise MalformedFrameError(f"{len(sample.payload)} bytes are no order: {error}") from error
+        return msgspec.msgpack.encode(reply)
+
+    def _drop(self, sample: Sample, error: Exception) -> None:
+        # A node of another version, or garbage: dropped and counted, said once per thousand (values that travel tolerate
+        # unknown fields, so only real strangers end here).
+        self._dropped += 1
+        if self._dropped % 1000 == 1:
+            structlog.get_logger().warning("message.dropped", key=sample.key, error=str(error), dropped=self._dropped)
+
+    async def _hear(self, heard: Mailbox[Heard]) -> None:
+        async for item in heard:
+            match item:
+                case NodeReport():
+                    if self.coordinator is not None:
+                        self.coordinator.hear_report(item)
+                case CoordinatorView():
+                    if self.coordinator is not None:
+                        self.coordinator.hear_view(item)
+                    self.on_view(item)
+                case WorkerReport():
+                    self.keeper.worker_said(item)
+
+    async def _beat(self) -> None:
+        key = key_of(HeartbeatTopic(fleet=self.fleet, node=self.me))
+        while True:
+            self.bus.put(key, msgspec.msgpack.encode(self.report()), lane=Lane.CONTROL)
+            self._changed = anyio.Event()
+            with anyio.move_on_after(HEARTBEAT_S):
+                await self._changed.wait()
+
+    async def _look_at_store(self) -> None:
+        while True:
+            self._manifests = await anyio.to_thread.run_sync(self.complete_manifests)
+            await anyio.sleep(2.0)

@@ -1,0 +1,150 @@
+"""A whole pipeline in one process and in virtual time: the second shell of the stage machine (ADR 6).
+
+Inputs wait in one queue ordered by virtual time; each stage's engine is called when its turn comes, and its result arrives
+`step_s` later; a frame arrives `hop_s` after it was sent.  Stages therefore overlap as they would on separate devices, and nothing
+sleeps.  Used by tests and rehearsals; with real sessions it is also the reference for what a fleet must answer.
+"""
+
+import heapq
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from shoal.clock import ManualClock
+from shoal.errors import ShoalError
+from shoal.ids import RequestId
+from shoal.runtime.effects import (
+    BatchArrived,
+    CancelArrived,
+    CreditArrived,
+    Effect,
+    Emit,
+    EmitResult,
+    ReleaseSlot,
+    RunStep,
+    SendCredit,
+    SendFrame,
+    SendTokens,
+    StageInput,
+    StepDone,
+    StepFailed,
+    SubmitArrived,
+    Suspect,
+    Tensors,
+    TokensArrived,
+)
+from shoal.runtime.frames import BatchFrame, CreditFrame, Submit, TokensFrame
+from shoal.runtime.ports import SequenceStep, Session
+from shoal.runtime.request import GenerateRequest, OutputDelta
+from shoal.runtime.settings import StageSettings
+from shoal.runtime.stage import StageState, advance, start
+
+MAX_EVENTS = 1_000_000
+
+StepTime = Callable[[int, Sequence[SequenceStep]], float]
+"""Seconds that stage *index* takes for a step."""
+
+HopTime = Callable[[int, int, BatchFrame | TokensFrame | CreditFrame, Tensors], float]
+"""Seconds that a frame takes from stage to stage."""
+
+
+@dataclass(frozen=True, slots=True)
+class LocalStage:
+    """What one stage is, and what it runs on."""
+
+    settings: StageSettings
+    session: Session
+
+
+@dataclass(slots=True)
+class LocalPipeline:
+    """Stages in order.  `deltas` collects answers; `suspects` the stages that reported an overdue credit."""
+
+    stages: Sequence[LocalStage]
+    clock: ManualClock = field(default_factory=ManualClock)
+    step_s: StepTime = lambda _stage, _sequences: 0.0
+    hop_s: HopTime = lambda _source, _target, _frame, _tensors: 0.0
+    machines: list[StageState] = field(init=False)
+    deltas: dict[RequestId, list[OutputDelta]] = field(default_factory=dict)
+    results: dict[RequestId, EmitResult] = field(default_factory=dict)
+    arrivals_s: dict[RequestId, list[float]] = field(default_factory=dict)
+    suspects: list[int] = field(default_factory=list)
+    sent: list[BatchFrame] = field(default_factory=list)
+    _queue: list[tuple[float, int, int, StageInput]] = field(default_factory=list)
+    _count: int = 0
+
+    def __post_init__(self) -> None:
+        self.machines = [start(stage.settings) for stage in self.stages]
+
+    def submit(self, request: GenerateRequest) -> None:
+        """Hand a request to the first stage, now."""
+        self.give(0, SubmitArrived(submit=Submit(request=request)))
+
+    def cancel(self, request: RequestId) -> None:
+        """Tell the first stage that nobody wants the answer, now."""
+        self.give(0, CancelArrived(request=request))
+
+    def give(self, stage: int, given: StageInput, *, after_s: float = 0.0) -> None:
+        """Queue an input for a stage."""
+        self._count += 1
+        heapq.heappush(self._queue, (self.clock.now_s() + after_s, self._count, stage, given))
+
+    def turn(self) -> bool:
+        """Process the earliest input; False when nothing is left."""
+        if not self._queue:
+            return False
+        at_s, _, stage, given = heapq.heappop(self._queue)
+        self.clock.advance(max(0.0, at_s - self.clock.now_s()))
+        _, effects = advance(self.machines[stage], given)
+        for effect in effects:
+            self._carry_out(stage, effect)
+        return True
+
+    def run(self) -> None:
+        """Process inputs until nothing is left."""
+        for _ in range(MAX_EVENTS):
+            if not self.turn():
+                return
+        raise ShoalError(f"the pipeline is still busy after {MAX_EVENTS} events")
+
+    def generate(self, request: GenerateRequest) -> list[int]:
+        """Submit, run until idle, and return the answer's token ids."""
+        self.submit(request)
+        self.run()
+        return self.tokens(request.request)
+
+    def tokens(self, request: RequestId) -> list[int]:
+        """Token ids of the answer so far."""
+        return [t.token for delta in self.deltas.get(request, []) for t in delta.tokens]
+
+    def close(self) -> None:
+        """Close every session."""
+        for stage in self.stages:
+            stage.session.close()
+
+    def _carry_out(self, stage: int, effect: Effect) -> None:
+        match effect:
+            case RunStep(sequences=sequences, tensors=tensors):
+                self.give(stage, self._step(stage, effect), after_s=self.step_s(stage, sequences))
+            case SendFrame(frame=frame, tensors=tensors):
+                self.sent.append(frame)
+                after_s = self.hop_s(stage, stage + 1, frame, tensors)
+                self.give(stage + 1, BatchArrived(frame=frame, tensors=tensors), after_s=after_s)
+            case SendTokens(frame=answer):
+                self.give(0, TokensArrived(frame=answer), after_s=self.hop_s(stage, 0, answer, {}))
+            case SendCredit(frame=credit):
+                self.give(stage - 1, CreditArrived(frame=credit), after_s=self.hop_s(stage, stage - 1, credit, {}))
+            case Emit(delta=delta):
+                self.deltas.setdefault(delta.request, []).append(delta)
+                self.arrivals_s.setdefault(delta.request, []).append(self.clock.now_s())
+            case EmitResult(done=done):
+                self.results[done.request] = effect
+            case ReleaseSlot(slot=slot):
+                self.stages[stage].session.release(slot)
+            case Suspect():
+                self.suspects.append(stage)
+
+    def _step(self, stage: int, step: RunStep) -> StepDone | StepFailed:
+        try:
+            return StepDone(outputs=self.stages[stage].session.step(step.sequences, step.tensors))
+        except ShoalError as error:
+            return StepFailed(code=error.code, text=str(error))

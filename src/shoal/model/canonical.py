@@ -58,11 +58,11 @@ class GraphWriter:
         """Declare an inline int64 vector, once."""
         return self._inline(helper.make_tensor(name, TensorProto.INT64, (len(values),), values))
 
-    def node(self, op: str, inputs: list[str], output: str, shape: Shape, **attributes: int | float | str) -> str:
+    def node(self, op: str, inputs: list[str], output: str, shape: Shape, **attributes: float | str) -> str:
         """Add a standard operator; its first output is fp32 of *shape*, further ones are the caller's to append."""
         return self._append(helper.make_node(op, inputs, [output], name=output), shape, attributes)
 
-    def call(self, op: str, inputs: list[str], output: str, shape: Shape, **attributes: int | float | str) -> str:
+    def call(self, op: str, inputs: list[str], output: str, shape: Shape, **attributes: float | str) -> str:
         """Add a call of one of `shoal.model.functions`."""
         self.operators.add(op)
         return self._append(helper.make_node(op, inputs, [output], name=output, domain=DOMAIN), shape, attributes)

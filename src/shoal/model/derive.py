@@ -1,0 +1,66 @@
+"""Arrays that a lowering needs and the canonical model does not hold, as pure functions of canonical arrays.
+
+A derivation is named by its operation, so that its result can be cached under (digests of the inputs, lowering).  Operations with
+arguments carry them in the name, after colons.
+
+    bytes                   uint8 matrices stacked on their rows
+    scales                  d of several matrices stacked, fp32 [rows * blocks]
+    vectors                 vectors one after another, fp32
+    dense                   matrices stacked and transposed, fp32 [columns, rows]
+    correction:Z            m + Z d of several matrices (d1, m1, d2, m2, ...) stacked and transposed, fp32 [blocks, rows]
+    cos:POSITIONS:SCALE     rotary table times SCALE from inverse frequencies, fp32 [positions, dims / 2]; sin likewise
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from shoal.model.affine import Array, Floats
+
+
+@dataclass(frozen=True, slots=True)
+class Derivation:
+    """The initializer *name* is `derive(op, [arrays of inputs])`."""
+
+    name: str
+    op: str
+    inputs: tuple[str, ...]
+
+
+def derive(op: str, arrays: Sequence[Array]) -> Array:
+    """Compute a derived array; raises ValueError for an operation that this version does not know."""
+    kind, *arguments = op.split(":")
+    match kind:
+        case "bytes":
+            return np.concatenate(list(arrays))
+        case "scales" | "vectors":
+            return np.concatenate([a.astype(np.float32).ravel() for a in arrays])
+        case "dense":
+            return _transposed([a.astype(np.float32) for a in arrays])
+        case "correction":
+            return _transposed(
+                [_correction(d, m, float(arguments[0])) for d, m in zip(arrays[0::2], arrays[1::2], strict=True)]
+            )
+        case "cos" | "sin":
+            return _rotary(kind, arrays[0], positions=int(arguments[0]), scale=float(arguments[1]))
+        case _:
+            raise ValueError(f"unknown derivation {op!r}")
+
+
+def _transposed(matrices: Sequence[Floats]) -> Array:
+    """Stack on rows, then transpose, into one new array."""
+    rows = sum(len(m) for m in matrices)
+    out = np.empty((matrices[0].shape[1], rows), np.float32)
+    return np.concatenate([m.T for m in matrices], axis=1, out=out)
+
+
+def _correction(d: Array, m: Array, zero_point: float) -> Floats:
+    return m.astype(np.float32) + np.float32(zero_point) * d.astype(np.float32)
+
+
+def _rotary(kind: str, inv_freq: Array, *, positions: int, scale: float) -> Array:
+    # The angle is rounded to fp32, as in the canonical graph and in every implementation that models were trained with.
+    angles = np.arange(positions, dtype=np.float32)[:, None] * inv_freq.astype(np.float32)
+    table = np.cos(angles) if kind == "cos" else np.sin(angles)
+    return table * np.float32(scale)

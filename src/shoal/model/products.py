@@ -1,0 +1,142 @@
+"""Matrix products on a CPU: one `MatMulNBits` or `MatMul` for all matrices that multiply the same input.
+
+`MatMulNBits` computes d * (q - Z) with Z = 8 (4 bits) or 128 (8 bits).  What an affine block has beyond that, m + (Z - z) d, is one
+number per block, so its product with the input is a product with the input's block sums: K / 32 columns instead of K.
+"""
+
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+
+import onnx
+
+from shoal.model.emit import MICROSOFT, Emitter, attribute
+from shoal.model.functions import DOMAIN, LINEAR
+
+DEFAULT_ZERO_POINTS = {4: 8, 8: 128}
+
+
+@dataclass(frozen=True, slots=True)
+class Product:
+    """A call of a linear function; `bias` is the initializer added to it and `output` the sum, if there is one."""
+
+    op: str
+    x: str
+    weight: tuple[str, ...]
+    zero_point: float
+    bias: str | None
+    call: str
+    output: str
+
+
+@dataclass(frozen=True, slots=True)
+class Stack:
+    """Products of one input by matrices of one format, in the order of the graph."""
+
+    products: tuple[Product, ...]
+
+    @property
+    def first(self) -> Product:
+        """It stands for what they have in common."""
+        return self.products[0]
+
+    @property
+    def output(self) -> str:
+        """Name of the joint result: that of the product, if there is only one."""
+        return self.first.output if len(self.products) == 1 else f"{self.first.output}.stack"
+
+
+def stacks_of(graph: onnx.GraphProto) -> list[Stack]:
+    """Group the linear calls of a graph by input, format and whether a bias follows."""
+    shapes = {t.name: tuple(t.dims) for t in graph.initializer}
+    uses = Counter(name for node in graph.node for name in node.input)
+    additions = {node.input[0]: node for node in graph.node if node.op_type == "Add" and node.input[1] in shapes}
+    groups: dict[tuple[object, ...], list[Product]] = defaultdict(list)
+    for node in graph.node:
+        if node.domain == DOMAIN and LINEAR in node.op_type:
+            addition = additions.get(node.output[0]) if uses[node.output[0]] == 1 else None
+            columns = shapes[node.input[1]][1:]
+            groups[node.input[0], node.op_type, columns, addition is None].append(_product(node, addition))
+    return [Stack(products=tuple(products)) for products in groups.values()]
+
+
+def _product(call: onnx.NodeProto, addition: onnx.NodeProto | None) -> Product:
+    return Product(
+        op=call.op_type,
+        x=call.input[0],
+        weight=tuple(call.input[1:]),
+        zero_point=attribute(call, "zero_point") if call.op_type != LINEAR else 0.0,
+        bias=addition.input[1] if addition else None,
+        call=call.output[0],
+        output=addition.output[0] if addition else call.output[0],
+    )
+
+
+def emit_stack(emitter: Emitter, stack: Stack, *, accuracy_level: int, split: bool) -> None:
+    """Add the nodes of a stack; `split` also gives each product's own output."""
+    rows = [emitter.shapes[p.weight[0]][0] for p in stack.products]
+    biased = stack.first.bias is not None
+    plain = f"{stack.output}.unbiased" if biased else stack.output
+    if stack.first.op == LINEAR:
+        _dense(emitter, stack, plain, sum(rows))
+    else:
+        _blocked(emitter, stack, plain, accuracy_level)
+    if biased:
+        biases = [p.bias for p in stack.products if p.bias]
+        bias = emitter.derive(f"{biases[0]}.stack", "vectors", biases, (sum(rows),)) if len(biases) > 1 else biases[0]
+        emitter.node("Add", [plain, bias], [stack.output])
+    if split and len(rows) > 1:
+        sizes = emitter.integers(f"split.{'.'.join(map(str, rows))}", rows)
+        emitter.node("Split", [stack.output, sizes], [p.output for p in stack.products], axis=-1)
+
+
+def _dense(emitter: Emitter, stack: Stack, output: str, rows: int) -> None:
+    names = [p.weight[0] for p in stack.products]
+    columns = emitter.shapes[names[0]][1]
+    weight = emitter.derive(f"{names[0]}.dense{len(names)}", "dense", names, (columns, rows))
+    emitter.node("MatMul", [stack.first.x, weight], [output])
+
+
+def _blocked(emitter: Emitter, stack: Stack, output: str, accuracy_level: int) -> None:
+    first = stack.products[0].weight
+    count = len(stack.products)
+    _, blocks, packed_bytes = emitter.shapes[first[0]]
+    bits = int(stack.first.op[-1])
+    block = packed_bytes * 8 // bits
+    rows = sum(emitter.shapes[p.weight[0]][0] for p in stack.products)
+    q = first[0]
+    if count > 1:
+        parts = [p.weight[0] for p in stack.products]
+        q = emitter.derive(f"{q}.stack{count}", "bytes", parts, (rows, blocks, packed_bytes), bytes_only=True)
+    scales = emitter.derive(
+        f"{first[1]}.scales{count}", "scales", [p.weight[1] for p in stack.products], (rows * blocks,)
+    )
+    affine = len(first) > 2
+    emitter.node(
+        "MatMulNBits",
+        [stack.first.x, q, scales],
+        [f"{output}.quantised" if affine else output],
+        domain=MICROSOFT,
+        K=blocks * block,
+        N=rows,
+        bits=bits,
+        block_size=block,
+        accuracy_level=accuracy_level,
+    )
+    if affine:
+        shift = DEFAULT_ZERO_POINTS[bits] - stack.first.zero_point
+        pairs = [name for p in stack.products for name in p.weight[1:]]
+        correction = emitter.derive(f"{first[2]}.correction{count}", f"correction:{shift:g}", pairs, (blocks, rows))
+        product = emitter.node(
+            "MatMul", [_block_sums(emitter, stack.first.x, block), correction], [f"{output}.correction"]
+        )
+        emitter.node("Add", [f"{output}.quantised", product], [output])
+
+
+def _block_sums(emitter: Emitter, x: str, block: int) -> str:
+    """Sums of *x* over its blocks [1, T, K / block], once for all stacks of that input."""
+    sums = f"{x}.sums{block}"
+    if sums not in emitter.emitted:
+        shape = emitter.integers(f"blocks.{block}", (0, 0, -1, block))
+        split = emitter.node("Reshape", [x, shape], [f"{x}.blocks{block}"])
+        emitter.node("ReduceSum", [split, emitter.integers("last_axis", (-1,))], [sums], keepdims=0)
+    return sums

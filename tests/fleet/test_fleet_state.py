@@ -1,0 +1,140 @@
+"""The coordinator's picture of its fleet."""
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shoal.fleet.report import NodeFacts, NodeReport
+from shoal.fleet.spec import DeploymentSpec
+from shoal.fleet.state import (
+    DeploymentDropped,
+    DeploymentWanted,
+    Event,
+    FleetState,
+    NodeForgotten,
+    NodeHeard,
+    PlanMade,
+    Standing,
+    apply,
+    standing,
+)
+from shoal.ids import DeploymentId, Digest, NodeId
+from shoal.plan.problem import Infeasible
+
+A, B = NodeId("a"), NodeId("b")
+CHAT = DeploymentId("chat")
+NO_ROOM = Infeasible(reason="too big", needed_bytes=2, available_bytes=1)
+
+
+def facts(name: str = "box") -> NodeFacts:
+    return NodeFacts(name=name, version="0.1.0", locators=(), cores=2, memory_total_bytes=8, memory_budget_bytes=4)
+
+
+def report(node: NodeId, incarnation: int = 1, sequence: int = 1, *, leaving: bool = False) -> NodeReport:
+    return NodeReport(node=node, incarnation=incarnation, sequence=sequence, facts=facts(), leaving=leaving)
+
+
+def spec(generation: int = 1) -> DeploymentSpec:
+    return DeploymentSpec(deployment=CHAT, model="m", manifest=Digest("d"), source=A, generation=generation)
+
+
+nodes = st.sampled_from([A, B])
+small = st.integers(1, 4)
+events: st.SearchStrategy[Event] = st.one_of(
+    st.builds(lambda n, i, s, t: NodeHeard(report=report(n, i, s), at_s=float(t)), nodes, small, small, small),
+    st.builds(NodeForgotten, node=nodes, incarnation=small),
+    st.builds(lambda g: DeploymentWanted(spec=spec(g)), small),
+    st.builds(lambda g: DeploymentDropped(deployment=CHAT, generation=g), small),
+    st.builds(lambda e: PlanMade(deployment=CHAT, plan_epoch=e, answer=NO_ROOM, at_s=float(e)), small),
+)
+
+
+@given(st.lists(events, max_size=12))
+def test_repeating_an_event_changes_nothing(history: list[Event]) -> None:
+    state = FleetState()
+    for event in history:
+        state = apply(state, event)
+        assert apply(state, event) == state
+
+
+@given(st.lists(events, max_size=12))
+def test_neither_plan_epochs_nor_generations_fall_while_a_deployment_lives(history: list[Event]) -> None:
+    state = FleetState()
+    for event in history:
+        before = state.deployments.get(CHAT)
+        state = apply(state, event)
+        after = state.deployments.get(CHAT)
+        if before is not None and after is not None:
+            assert after.plan_epoch >= before.plan_epoch
+            assert after.spec.generation >= before.spec.generation
+
+
+def test_an_older_heartbeat_does_not_replace_a_newer_one() -> None:
+    state = apply(FleetState(), NodeHeard(report=report(A, sequence=5), at_s=1.0))
+
+    late = apply(state, NodeHeard(report=report(A, sequence=4), at_s=2.0))
+
+    assert late == state
+
+
+def test_a_restarted_node_is_itself_again() -> None:
+    state = apply(FleetState(), NodeHeard(report=report(A, incarnation=1, sequence=900), at_s=1.0))
+
+    back = apply(state, NodeHeard(report=report(A, incarnation=2, sequence=1), at_s=9.0))
+
+    assert back.members[A].report.incarnation == 2
+    assert list(back.members) == [A]
+
+
+def test_a_goodbye_of_an_earlier_life_does_not_remove_the_restarted_node() -> None:
+    state = apply(FleetState(), NodeHeard(report=report(A, incarnation=2), at_s=1.0))
+
+    assert apply(state, NodeForgotten(node=A, incarnation=1)) == state
+
+
+@pytest.mark.parametrize(
+    ("silent_s", "expected"),
+    [
+        (0.0, Standing.ALIVE),
+        (0.79, Standing.ALIVE),
+        (0.8, Standing.SUSPECT),
+        (2.49, Standing.SUSPECT),
+        (2.5, Standing.LOST),
+    ],
+)
+def test_silence_makes_a_node_suspect_within_a_second_and_lost_within_three(
+    silent_s: float, expected: Standing
+) -> None:
+    member = apply(FleetState(), NodeHeard(report=report(A), at_s=10.0)).members[A]
+
+    assert standing(member, 10.0 + silent_s) is expected
+
+
+def test_a_leaving_node_is_leaving_however_fresh() -> None:
+    member = apply(FleetState(), NodeHeard(report=report(A, leaving=True), at_s=0.0)).members[A]
+
+    assert standing(member, 0.1) is Standing.LEAVING
+
+
+def test_a_plan_for_a_deployment_that_was_dropped_is_ignored() -> None:
+    made = PlanMade(deployment=CHAT, plan_epoch=1, answer=NO_ROOM, at_s=0.0)
+
+    assert apply(FleetState(), made) == FleetState()
+
+
+def test_a_changed_declaration_asks_for_a_new_plan_but_keeps_counting_epochs() -> None:
+    state = apply(FleetState(), DeploymentWanted(spec=spec(1)))
+    state = apply(state, PlanMade(deployment=CHAT, plan_epoch=3, answer=NO_ROOM, at_s=0.0))
+
+    changed = apply(state, DeploymentWanted(spec=spec(2)))
+
+    assert changed.deployments[CHAT].answer is None
+    assert changed.deployments[CHAT].plan_epoch == 3
+
+
+def test_a_report_survives_the_wire_and_tolerates_fields_of_a_newer_version() -> None:
+    sent = msgspec.to_builtins(report(A))
+    sent["invented_later"] = 1
+
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(sent), type=NodeReport) == report(A)

@@ -1,0 +1,203 @@
+"""Laws of cutting, on generated graphs and on real ones: shards one after another equal the whole."""
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+
+from shoal.model.frontier import Block, blocks, shard
+from shoal.model.graph import read_graph
+
+Array = NDArray[np.generic]
+Arrays = dict[str, Array]
+WIDTH = 8
+
+
+def noise(shape: Sequence[int], seed: int) -> Array:
+    """Numbers in [-1, 1) without visible order."""
+    count = int(np.prod(shape))
+    return (np.sin(np.arange(count) * 12.9898 + seed) * 43758.5453 % 2 - 1).reshape(tuple(shape)).astype(np.float32)
+
+
+def run(model: onnx.ModelProto, feeds: Arrays) -> Arrays:
+    """Outputs of the model in the engine, its optimisations off."""
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.intra_op_num_threads = 1
+    options.log_severity_level = 3
+    session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    names = [o.name for o in session.get_outputs()]
+    wanted = {i.name for i in session.get_inputs()}
+    return dict(zip(names, session.run(names, {k: v for k, v in feeds.items() if k in wanted}), strict=True))
+
+
+def run_chain(
+    model: onnx.ModelProto, chain: Sequence[Block], cuts: Sequence[int], feeds: Arrays, steps: Arrays
+) -> Arrays:
+    """Each shard gets the outputs of the one before, and the per-step inputs; nothing else."""
+    given_outputs: Arrays = {}
+    carried = feeds
+    for start, stop in zip([0, *cuts], [*cuts, len(chain)], strict=True):
+        outputs = run(shard(model, chain, start, stop), {**carried, **steps})
+        carried = {b.name: outputs[b.name] for b in chain[stop - 1].outputs}
+        given_outputs |= {k: v for k, v in outputs.items() if k.startswith("present.")}
+    return {**carried, **given_outputs}
+
+
+def assert_same(found: Arrays, expected: Arrays) -> None:
+    assert found.keys() == expected.keys()
+    for name, array in expected.items():
+        np.testing.assert_array_equal(found[name], array, err_msg=name)
+
+
+def assert_tiles(model: onnx.ModelProto, chain: Sequence[Block]) -> None:
+    """Blocks tile the nodes, boundaries meet, every weight that is read belongs to a block, work is conserved."""
+    graph = read_graph(model)
+    assert [b.index for b in chain] == list(range(len(chain)))
+    assert chain[0].node_start == 0
+    assert chain[-1].node_stop == len(graph.nodes)
+    for left, right in pairwise(chain):
+        assert left.node_stop == right.node_start
+        assert left.outputs == right.inputs
+    held = {t.name for b in chain for t in b.tensors}
+    assert held == {t.name for t in model.graph.initializer} & {v for n in graph.nodes for v in n.inputs}
+    assert sum(b.flops_per_token for b in chain) == sum(n.flops for n in graph.nodes)
+
+
+class Dag:
+    """A random graph under construction: float values [1, T, WIDTH], a mask that every layer may use, tied weights."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+        self.nodes: list[onnx.NodeProto] = []
+        self.weights: list[TensorProto] = []
+        self.values = ["x"]
+
+    def add(self, op: str, inputs: list[str], **attributes: object) -> str:
+        name = f"v{len(self.nodes)}"
+        self.nodes.append(helper.make_node(op, inputs, [name], **attributes))
+        return name
+
+    def weight(self, *shape: int) -> str:
+        name = f"w{len(self.weights)}"
+        array = noise(shape, self.seed + len(self.weights)) * np.float32(0.7)
+        self.weights.append(numpy_helper.from_array(array, name))
+        return name
+
+    def model(self, outputs: Sequence[str]) -> onnx.ModelProto:
+        info = helper.make_tensor_value_info
+        graph = helper.make_graph(
+            self.nodes,
+            "dag",
+            [info("x", TensorProto.FLOAT, [1, "T", WIDTH]), info("mask", TensorProto.INT64, [1, "T"])],
+            [info(o, TensorProto.FLOAT, [1, "T", WIDTH]) for o in outputs],
+            self.weights,
+        )
+        return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+
+
+@st.composite
+def dags(draw: st.DrawFn) -> onnx.ModelProto:
+    """Products, sums over arbitrary skips, masked values, dequantised weights, several outputs."""
+    dag = Dag(draw(st.integers(0, 1000)))
+    mask = dag.add("Unsqueeze", [dag.add("Cast", ["mask"], to=TensorProto.FLOAT), "last"])
+    dag.weights.append(numpy_helper.from_array(np.array([-1]), "last"))
+    matrices: list[str] = []
+    for _ in range(draw(st.integers(3, 14))):
+        operand = draw(st.sampled_from(dag.values[-3:]))
+        match draw(st.sampled_from(["product", "product", "tied", "dequantised", "sum", "mask", "relu"])):
+            case "product":
+                matrices.append(dag.weight(WIDTH, WIDTH))
+                value = dag.add("MatMul", [operand, matrices[-1]])
+            case "tied" if matrices:
+                value = dag.add("MatMul", [operand, draw(st.sampled_from(matrices))])
+            case "dequantised":
+                value = dag.add("MatMul", [operand, dag.add("Mul", [dag.weight(WIDTH, WIDTH), dag.weight(1)])])
+            case "sum":
+                value = dag.add("Add", [operand, draw(st.sampled_from(dag.values))])
+            case "mask":
+                value = dag.add("Mul", [operand, mask])
+            case _:
+                value = dag.add("Relu", [operand])
+        dag.values.append(value)
+    early = draw(st.sampled_from(dag.values[1:]))
+    return dag.model(list(dict.fromkeys([early, dag.values[-1]])))
+
+
+@settings(max_examples=60, deadline=None)
+@given(dags(), st.data())
+def test_any_cuts_of_any_graph_change_no_bit(model: onnx.ModelProto, data: st.DataObject) -> None:
+    chain = blocks(model)
+    feeds: Arrays = {"x": noise((1, 5, WIDTH), 0), "mask": np.array([[1, 1, 0, 1, 0]])}
+    inner = range(1, len(chain))
+    cuts = sorted(data.draw(st.sets(st.sampled_from(inner)))) if inner else []
+
+    assert_tiles(model, chain)
+    assert_same(run_chain(model, chain, cuts, feeds, {}), run(model, feeds))
+
+
+@pytest.mark.parametrize("size", ["tiny", "small"])
+def test_every_cut_of_an_image_recogniser_changes_no_bit(ocr_folder: Path, size: str) -> None:
+    model = onnx.load(ocr_folder / size / "rec/rec.onnx")
+    feeds: Arrays = {"x": noise((1, 3, 48, 64), 1)}
+
+    assert_every_cut(model, feeds, at_least=10, step=1 if size == "tiny" else 4)
+
+
+@pytest.mark.parametrize("size", ["tiny", "small"])
+def test_every_cut_of_an_image_detector_changes_no_bit(ocr_folder: Path, size: str) -> None:
+    model = onnx.load(ocr_folder / size / "det/det.onnx")
+    feeds: Arrays = {"x": noise((1, 3, 64, 96), 2)}
+
+    assert_every_cut(model, feeds, at_least=10, step=1 if size == "tiny" else 6)
+
+
+def test_every_cut_of_an_int8_encoder_changes_no_bit(minilm_int8: Path) -> None:
+    model = onnx.load(minilm_int8)
+    ids = np.array([[101, 7592, 2088, 102, 0, 0], [101, 2023, 2003, 1037, 3231, 102]])
+    feeds: Arrays = {"input_ids": ids, "attention_mask": np.sign(ids), "token_type_ids": np.zeros_like(ids)}
+
+    assert_every_cut(model, feeds, at_least=12, step=3)
+
+
+def assert_every_cut(model: onnx.ModelProto, feeds: Arrays, *, at_least: int, step: int) -> None:
+    chain = blocks(model)
+    expected = run(model, feeds)
+
+    assert len(chain) >= at_least
+    assert_tiles(model, chain)
+    for cut in range(1, len(chain), step):
+        assert_same(run_chain(model, chain, [cut], feeds, {}), expected)
+    everywhere = list(range(1, len(chain)))
+    assert_same(run_chain(model, chain, everywhere, feeds, {}), expected)
+
+
+@pytest.mark.parametrize("size", ["tiny"])
+def test_cutting_an_optimised_recogniser_keeps_what_it_reads(ocr_folder: Path, size: str) -> None:
+    """With the engine's fusions, which cross cuts, equality has a margin and the decoded characters are the same."""
+    model = onnx.load(ocr_folder / size / "rec/rec.onnx")
+    x = noise((1, 3, 48, 96), 3)
+    chain = blocks(model)
+    whole = optimised(model)({"x": x})
+    left, right = optimised(shard(model, chain, 0, 7)), optimised(shard(model, chain, 7, len(chain)))
+
+    found = right(left({"x": x}))
+
+    np.testing.assert_allclose(found["fetch_name_0"], whole["fetch_name_0"], rtol=1e-4, atol=1e-6)
+    assert (found["fetch_name_0"].argmax(-1) == whole["fetch_name_0"].argmax(-1)).all()
+
+
+def optimised(model: onnx.ModelProto) -> Callable[[Arrays], Arrays]:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    names = [o.name for o in session.get_outputs()]
+    return lambda feeds: dict(zip(names, session.run(names, feeds), strict=True))

@@ -1,0 +1,141 @@
+"""Answering a job: run its requests on the executor, measure, cancel at once when nobody listens any more.
+
+Deltas are pushed to the caller's connection from the tasks that read the executor, all inside one task group that lives as long as
+the HTTP request.  An async generator handed to the web framework was rejected: when the connection drops while the framework
+sends, the generator is left to the garbage collector, and the slot of the request with it.
+"""
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+import anyio
+
+from shoal.errors import DeadlineExceededError, OverloadedError, ShardLostError, ShoalError, UnavailableError
+from shoal.fleet.faults import Fault, restore
+from shoal.runtime.request import FinishReason, GenerateRequest, OutputDelta
+from shoal.serve.assemble import Assembler, Piece
+from shoal.serve.job import Job
+from shoal.serve.openai_answers import Usage
+from shoal.serve.ports import Limits, Node
+
+Emit = Callable[[int, Piece], Awaitable[None]]
+"""Takes a choice's index and its news."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Door:
+    """The gateway's state: how many requests are being answered.  Owned by the event loop that serves."""
+
+    node: Node
+    limits: Limits
+    in_flight: int = 0
+
+    @asynccontextmanager
+    async def admitted(self) -> AsyncIterator[None]:
+        """Count a request while it is answered; raises OverloadedError, and DeadlineExceededError after `limits.answer_s`."""
+        if self.in_flight >= self.limits.in_flight:
+            raise OverloadedError(
+                f"{self.in_flight} requests are being answered already, the limit", hint="try again in a moment"
+            )
+        self.in_flight += 1
+        try:
+            with anyio.fail_after(self.limits.answer_s):
+                yield
+        except TimeoutError:
+            raise DeadlineExceededError(
+                f"no complete answer within {self.limits.answer_s:g} s", hint="ask for fewer tokens, or for n = 1"
+            ) from None
+        finally:
+            self.in_flight -= 1
+
+
+async def answer(door: Door, job: Job, emit: Emit) -> Usage:
+    """Generate every choice of *job*, telling *emit* the news; raises what the executor raises."""
+    arrived_s = door.node.clock.now_s()
+    readers = [_Reader(door=door, job=job, index=i, emit=emit, last_s=arrived_s) for i in range(len(job.requests))]
+    limiter = anyio.CapacityLimiter(door.limits.parallel_choices)
+    outcome = FinishReason.CANCELLED.value
+    try:
+        async with anyio.create_task_group() as group:
+            for reader in readers:
+                group.start_soon(_limited, limiter, reader)
+        outcome = FinishReason.STOP.value
+    except BaseExceptionGroup as errors:
+        error = first_error(errors)
+        outcome = error.code if isinstance(error, ShoalError) else "internal_error"
+        raise error from None
+    finally:
+        tokens = sum(reader.tokens for reader in readers)
+        door.node.metrics.answered(job.model.name, outcome, job.prompt_tokens, tokens)
+    return Usage(prompt_tokens=job.prompt_tokens, completion_tokens=tokens, total_tokens=job.prompt_tokens + tokens)
+
+
+def first_error(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The first leaf: what went wrong before the rest was cancelled for it."""
+    first = group.exceptions[0]
+    return first_error(first) if isinstance(first, BaseExceptionGroup) else first
+
+
+@dataclass(slots=True, kw_only=True)
+class _Reader:
+    """Reads one choice's deltas."""
+
+    door: Door
+    job: Job
+    index: int
+    emit: Emit
+    last_s: float
+    tokens: int = 0
+
+    async def read(self, request: GenerateRequest) -> None:
+        assembler = Assembler(detokenizer=self.job.codec.detokenizer(), stops=self.job.stops)
+        deltas = self.job.model.executor.generate(request)
+        try:
+            async for delta in deltas:
+                self._measure(delta)
+                _check(delta)
+                piece = assembler.push(delta)
+                self.tokens = assembler.tokens
+                if piece != Piece():
+                    await self.emit(self.index, piece)
+                if piece.finish is not None:
+                    return
+            raise ShardLostError("the answer broke off without a reason", hint="send the request again")
+        finally:
+            await self._close(deltas)
+
+    def _measure(self, delta: OutputDelta) -> None:
+        if not delta.tokens:
+            return
+        name, metrics, now_s = self.job.model.name, self.door.node.metrics, self.door.node.clock.now_s()
+        rest = len(delta.tokens)
+        elapsed_s, self.last_s = now_s - self.last_s, now_s
+        if self.tokens == 0:
+            metrics.first_token(name, elapsed_s)
+            rest, elapsed_s = rest - 1, 0.0
+        for _ in range(rest):
+            metrics.output_token(name, elapsed_s / rest)
+
+    async def _close(self, deltas: AsyncIterator[OutputDelta]) -> None:
+        """Cancel the request, also when this very task is being cancelled; a generator frees its slot in `aclose`."""
+        close = getattr(deltas, "aclose", None)
+        if close is not None:
+            with anyio.move_on_after(self.door.limits.cleanup_s, shield=True):
+                await close()
+
+
+async def _limited(limiter: anyio.CapacityLimiter, reader: _Reader) -> None:
+    async with limiter:
+        reader.last_s = reader.last_s if reader.index == 0 else reader.door.node.clock.now_s()
+        await reader.read(reader.job.requests[reader.index])
+
+
+def _check(delta: OutputDelta) -> None:
+    """Raise what a failed delta says."""
+    if delta.finish is FinishReason.ERROR:
+        raise restore(
+            Fault(message=delta.error or "the model failed", code=delta.error_code or None, type="server_error")
+        )
+    if delta.finish is FinishReason.CANCELLED:
+        raise UnavailableError("the request was cancelled because its deployment stops", hint="send it again")

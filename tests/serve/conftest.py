@@ -1,0 +1,272 @@
+"""A gateway with a byte-level codec and scripted answers: the same application as in production, without models."""
+
+import itertools
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import anyio
+import msgspec
+import numpy as np
+import pytest
+from litestar.testing import TestClient
+
+from shoal.clock import ManualClock
+from shoal.errors import InfeasibleError, ShoalError, UnknownModelError
+from shoal.fleet.state import Standing
+from shoal.fleet.views import (
+    ComponentHealth,
+    DeploymentHealth,
+    DeploymentState,
+    DeploymentView,
+    DeployRequest,
+    EventView,
+    HealthView,
+    JoinView,
+    NodeView,
+    PlanRequest,
+    ProfileRequest,
+)
+from shoal.ids import DeploymentId, NodeId
+from shoal.model.spec import ModelKind, ModelSpec
+from shoal.plan.problem import Infeasible, Plan
+from shoal.profile.fleet import FleetProfile
+from shoal.runtime.request import (
+    FinishReason,
+    GenerateRequest,
+    InferRequest,
+    InferResult,
+    OutputDelta,
+    SampledToken,
+    TokenLogprob,
+)
+from shoal.serve.access import Access
+from shoal.serve.app import build_app
+from shoal.serve.ports import EncoderIO, Limits, Node, ServedModel
+
+EOS = 256
+VOCABULARY = 257
+CONTEXT = 512
+
+
+class ByteDetokenizer:
+    def __init__(self) -> None:
+        self.pending = b""
+
+    def push(self, token: int) -> str:
+        self.pending += bytes([token])
+        try:
+            text = self.pending.decode()
+        except UnicodeDecodeError as error:
+            if error.reason == "unexpected end of data":
+                return ""
+            text = self.pending.decode(errors="replace")
+        self.pending = b""
+        return text
+
+    def flush(self) -> str:
+        text, self.pending = self.pending.decode(errors="replace"), b""
+        return text
+
+
+class ByteCodec:
+    """One token per byte; a conversation is `role:content` lines."""
+
+    def encode(self, text: str) -> tuple[int, ...]:
+        return tuple(text.encode())
+
+    def encode_chat(self, messages: Sequence[Mapping[str, object]], tools: Sequence[Mapping[str, object]]) -> tuple[int, ...]:
+        lines = [f"{m['role']}:{m['content']}" for m in messages] + (["tools"] if tools else [])
+        return self.encode("\n".join(lines) + "\nassistant:")
+
+    def detokenizer(self) -> ByteDetokenizer:
+        return ByteDetokenizer()
+
+    def token_bytes(self, token: int) -> bytes:
+        return bytes([token])
+
+
+@dataclass
+class Script:
+    """How the scripted executor answers: `reply` cut into `chunks` tokens per delta; failures where they are set."""
+
+    reply: str = "Hello, world"
+    chunk: int = 1
+    before: Exception | None = None
+    after_tokens: int | None = None
+    failure: Exception | OutputDelta | None = None
+    endless: bool = False
+    requests: list[GenerateRequest] = field(default_factory=list)
+    closed: list[str] = field(default_factory=list)
+    running: int = 0
+    most_running: int = 0
+
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[OutputDelta, None]:
+        self.requests.append(request)
+        if self.before is not None:
+            raise self.before
+        self.running += 1
+        self.most_running = max(self.running, self.most_running)
+        try:
+            async for delta in self._deltas(request):
+                yield delta
+        finally:
+            self.running -= 1
+            self.closed.append(request.request)
+
+    async def _deltas(self, request: GenerateRequest) -> AsyncGenerator[OutputDelta, None]:
+        ids = list(self.reply.encode())
+        cut = ids[: request.max_tokens]
+        source = itertools.cycle(ids) if self.endless else iter(cut)
+        for count, batch in enumerate(iter(lambda: list(itertools.islice(source, self.chunk)), [])):
+            if self.after_tokens is not None and count * self.chunk >= self.after_tokens:
+                if isinstance(self.failure, Exception):
+                    raise self.failure
+                yield msgspec.structs.replace(self.failure, request=request.request)
+                return
+            await anyio.sleep(0)
+            yield OutputDelta(
+                request=request.request,
+                tokens=tuple(self._token(request, t, count * self.chunk + i) for i, t in enumerate(batch)),
+            )
+        finish = FinishReason.LENGTH if len(ids) > request.max_tokens else FinishReason.STOP
+        yield OutputDelta(request=request.request, finish=finish)
+
+    def _token(self, request: GenerateRequest, token: int, at: int) -> SampledToken:
+        wanted = request.sampling.logprobs
+        position = len(request.prompt) + at
+        if wanted is None:
+            return SampledToken(token=token, position=position)
+        top = tuple(TokenLogprob(token=(token + i) % 256, logprob=-0.5 - i) for i in range(wanted))
+        return SampledToken(token=token, position=position, logprob=-0.5, top=top)
+
+    async def infer(self, request: InferRequest) -> InferResult:
+        ids = request.tensors["input_ids"]
+        hidden = np.stack([ids, np.ones_like(ids), -ids, ids * ids], axis=-1).astype(np.float32)
+        return InferResult(request=request.request, tensors={"last_hidden_state": hidden})
+
+
+@dataclass
+class FakeFleet:
+    """Everything that the gateway asks of its node, in memory."""
+
+    models: dict[str, ServedModel]
+    views: dict[str, DeploymentView] = field(default_factory=dict)
+    log: list[EventView] = field(default_factory=list)
+    left: list[NodeId] = field(default_factory=list)
+    health: HealthView = HealthView(components=(ComponentHealth(name="fabric", ready=True),))
+    first: list[float] = field(default_factory=list)
+    later: list[float] = field(default_factory=list)
+    outcomes: list[tuple[str, str, int, int]] = field(default_factory=list)
+
+    def served(self) -> Sequence[ServedModel]:
+        return list(self.models.values())
+
+    def get(self, name: str) -> ServedModel:
+        if name not in self.models:
+            raise UnknownModelError(f"no model {name!r} is served", hint=f"served: {', '.join(self.models)}", param="model")
+        return self.models[name]
+
+    async def report(self) -> HealthView:
+        return self.health
+
+    async def nodes(self) -> Sequence[NodeView]:
+        return [NodeView(id=NodeId("a" * 32), name="pi", standing=Standing.ALIVE, cores=4)]
+
+    async def profile(self, wanted: ProfileRequest) -> FleetProfile:
+        return FleetProfile(profile_epoch=7 if wanted.refresh else 6, devices=(), links=())
+
+    async def join_info(self) -> JoinView:
+        return JoinView(address="tcp/127.0.0.1:7447", command="shoal join tcp/127.0.0.1:7447")
+
+    async def leave(self, node: NodeId) -> None:
+        self.left.append(node)
+
+    async def plan(self, wanted: PlanRequest) -> Plan | Infeasible:
+        return Infeasible(reason=f"{wanted.model} is too big", needed_bytes=10, available_bytes=4, hint="add a node")
+
+    async def deploy(self, wanted: DeployRequest) -> DeploymentView:
+        if wanted.plan.model == "huge":
+            raise InfeasibleError("6 bytes are missing", hint="add a node", param="model")
+        name = DeploymentId(wanted.name or wanted.plan.model)
+        self.views[name] = DeploymentView(name=name, model=wanted.plan.model, state=DeploymentState.PLANNED)
+        return self.views[name]
+
+    async def deployments(self) -> Sequence[DeploymentView]:
+        return list(self.views.values())
+
+    async def stop(self, name: DeploymentId) -> None:
+        if self.views.pop(name, None) is None:
+            raise UnknownModelError(f"no deployment {name!r}", param="name")
+
+    async def events(self, after: int, limit: int) -> Sequence[EventView]:
+        return [e for e in self.log if e.sequence > after][:limit]
+
+    async def follow(self, after: int) -> AsyncGenerator[EventView, None]:
+        for event in await self.events(after, 1000):
+            yield event
+
+    def first_token(self, deployment: str, time_s: float) -> None:
+        self.first.append(time_s)
+
+    def output_token(self, deployment: str, time_s: float) -> None:
+        self.later.append(time_s)
+
+    def answered(self, deployment: str, outcome: str, prompt_tokens: int, output_tokens: int) -> None:
+        self.outcomes.append((deployment, outcome, prompt_tokens, output_tokens))
+
+    def render(self) -> bytes:
+        return b"# HELP shoal_tokens_total x\nshoal_tokens_total 1\n"
+
+
+@dataclass
+class Gateway:
+    """One assembled gateway with the knobs that tests turn."""
+
+    script: Script
+    fleet: FakeFleet
+    clock: ManualClock
+    access: Access
+    limits: Limits
+
+    def node(self) -> Node:
+        numbers = itertools.count(1)
+        f = self.fleet
+        return Node(
+            deployments=f, health=f, machines=f, placement=f, events=f, metrics=f,
+            clock=self.clock, unix_s=lambda: 1_700_000_000.0, draw=lambda: next(numbers),
+        )  # fmt: skip
+
+    def app(self):
+        return build_app(self.node(), self.access, self.limits)
+
+    def client(self) -> TestClient:
+        return TestClient(self.app(), base_url="http://127.0.0.1")
+
+
+def served_models(script: Script) -> dict[str, ServedModel]:
+    lm = ModelSpec(
+        name="bytes", kind=ModelKind.CAUSAL_LM, architecture="bytes", vocabulary=VOCABULARY, context_tokens=CONTEXT,
+        eos_token_ids=(EOS,),
+    )  # fmt: skip
+    encoder = ModelSpec(
+        name="minilm", kind=ModelKind.ENCODER, architecture="bert", vocabulary=VOCABULARY, context_tokens=64,
+        pooling="mean", normalise=True,
+    )  # fmt: skip
+    io = EncoderIO(inputs=("input_ids", "attention_mask", "token_type_ids"), output="last_hidden_state")
+    return {
+        "bytes": ServedModel(name=DeploymentId("bytes"), spec=lm, executor=script, codec=ByteCodec(), created_unix_s=5),
+        "org/minilm": ServedModel(
+            name=DeploymentId("org/minilm"), spec=encoder, executor=script, codec=ByteCodec(), encoder=io
+        ),
+    }
+
+
+@pytest.fixture
+def gateway() -> Gateway:
+    script = Script()
+    return Gateway(script=script, fleet=FakeFleet(served_models(script)), clock=ManualClock(), access=Access(), limits=Limits())
+
+
+@pytest.fixture
+def client(gateway: Gateway) -> TestClient:
+    return gateway.client()

@@ -1,0 +1,197 @@
+"""From a plan to a pipeline that serves, by orders that may be lost."""
+
+import random
+
+import msgspec
+import pytest
+
+from shoal.fleet.order import Hold, Order, Retire, Wire
+from shoal.fleet.reconcile import Phase, broken, heard, missing_orders, phase, promised_bytes
+from shoal.fleet.report import NodeFacts, NodeReport, ShardId, ShardReport, ShardState
+from shoal.fleet.spec import DeploymentSpec
+from shoal.fleet.state import DeploymentDropped, DeploymentWanted, FleetState, NodeHeard, PlanMade, apply
+from shoal.ids import DeploymentId, Digest, NodeId
+from shoal.plan.problem import Estimate, Objective, Plan, RequestShape, Stage
+
+NODES = (NodeId("a"), NodeId("b"), NodeId("c"))
+CHAT = DeploymentId("chat")
+FACTS = NodeFacts(name="box", version="0.1.0", locators=(), cores=2, memory_total_bytes=8, memory_budget_bytes=4)
+SPEC = DeploymentSpec(deployment=CHAT, model="m", manifest=Digest("d"), source=NODES[0])
+
+
+def plan(*nodes: NodeId) -> Plan:
+    stages = tuple(
+        Stage(
+            node=node,
+            start=i,
+            stop=i + 1,
+            weights_bytes=10,
+            kv_bytes=1,
+            memory_bytes=12,
+            prefill_s=0.1,
+            decode_s=0.1,
+            send_prefill_s=0.0,
+            send_decode_s=0.0,
+        )
+        for i, node in enumerate(nodes)
+    )
+    figures = Estimate(time_to_first_token_s=1, time_per_output_token_s=1, tokens_per_s=1, latency_s=1)
+    return Plan(
+        stages=stages,
+        objective=Objective.LATENCY,
+        shape=RequestShape(),
+        estimate=figures,
+        lower_bound=1,
+        gap=0,
+        solver="test",
+    )
+
+
+class SimulatedNodes:
+    """Nodes that follow orders one step at a time, as the shard keeper does."""
+
+    def __init__(self) -> None:
+        self.shards: dict[NodeId, dict[ShardId, ShardReport]] = {node: {} for node in NODES}
+        self.sequence = 0
+
+    def obey(self, node: NodeId, order: Order) -> None:
+        mine = self.shards[node]
+        match order:
+            case Hold():
+                fresh = ShardReport(
+                    shard=order.shard,
+                    state=ShardState.FETCHING,
+                    start=order.start,
+                    stop=order.stop,
+                    memory_bytes=order.memory_bytes,
+                )
+                mine.setdefault(order.shard, fresh)
+            case Wire():
+                held = mine.get(order.shard)
+                if held is not None and held.state is ShardState.READY:
+                    mine[order.shard] = msgspec.structs.replace(held, state=ShardState.WIRED)
+            case Retire():
+                mine.pop(order.shard, None)
+
+    def work(self) -> None:
+        following = {ShardState.FETCHING: ShardState.LOADING, ShardState.LOADING: ShardState.READY}
+        for node, mine in self.shards.items():
+            for shard, held in mine.items():
+                if held.state in following:
+                    mine[shard] = msgspec.structs.replace(
+                        held, state=following[held.state], locators=(f"tcp/{node}:{shard.stage}",)
+                    )
+
+    def tell(self, state: FleetState, now_s: float) -> FleetState:
+        self.sequence += 1
+        for node, mine in self.shards.items():
+            said = NodeReport(
+                node=node, incarnation=1, sequence=self.sequence, facts=FACTS, shards=tuple(mine.values())
+            )
+            state = apply(state, NodeHeard(report=said, at_s=now_s))
+        return state
+
+
+def wanted(answer: Plan, epoch: int = 1) -> FleetState:
+    state = apply(FleetState(), DeploymentWanted(spec=SPEC))
+    return apply(state, PlanMade(deployment=CHAT, plan_epoch=epoch, answer=answer, at_s=0.0))
+
+
+def settle(state: FleetState, nodes: SimulatedNodes, *, keep: float = 1.0, seed: int = 0) -> FleetState:
+    """Rounds of report, order and work, each order arriving with probability *keep*."""
+    dice = random.Random(seed)
+    for tick in range(200):
+        state = nodes.tell(state, float(tick))
+        orders = missing_orders(state, 1, float(tick))
+        if not orders and phase(state.deployments[CHAT], heard(state, float(tick))) is Phase.SERVING:
+            return state
+        for addressed in orders:
+            if dice.random() < keep:
+                nodes.obey(addressed.node, addressed.order)
+        nodes.work()
+    pytest.fail("the deployment did not settle in 200 rounds")
+
+
+@pytest.mark.parametrize("members", [NODES[:1], NODES[:2], NODES])
+def test_a_plan_becomes_a_pipeline_that_serves(members: tuple[NodeId, ...]) -> None:
+    nodes = SimulatedNodes()
+
+    state = settle(wanted(plan(*members)), nodes)
+
+    assert [len(nodes.shards[n]) for n in members] == [1] * len(members)
+    assert missing_orders(state, 1, 0.0) == ()
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_lost_orders_delay_a_deployment_but_do_not_derail_it(seed: int) -> None:
+    nodes = SimulatedNodes()
+
+    settle(wanted(plan(*NODES)), nodes, keep=0.3, seed=seed)
+
+    assert all(len(mine) == 1 for mine in nodes.shards.values())
+
+
+def test_a_new_plan_retires_the_shards_of_the_old_one() -> None:
+    nodes = SimulatedNodes()
+    state = settle(wanted(plan(*NODES)), nodes)
+
+    moved = apply(state, PlanMade(deployment=CHAT, plan_epoch=2, answer=plan(*NODES[:2]), at_s=1.0))
+    settle(moved, nodes)
+
+    assert {shard.plan_epoch for mine in nodes.shards.values() for shard in mine} == {2}
+    assert nodes.shards[NODES[2]] == {}
+
+
+def test_dropping_a_deployment_retires_everything_it_held() -> None:
+    nodes = SimulatedNodes()
+    state = settle(wanted(plan(*NODES)), nodes)
+
+    gone = apply(state, DeploymentDropped(deployment=CHAT, generation=1))
+    for addressed in missing_orders(gone, 1, 0.0):
+        nodes.obey(addressed.node, addressed.order)
+
+    assert all(not mine for mine in nodes.shards.values())
+
+
+def test_a_lost_node_breaks_the_plan_and_says_which_stage() -> None:
+    nodes = SimulatedNodes()
+    state = settle(wanted(plan(*NODES[:2])), nodes)
+    reports = heard(state, 0.0)
+    del reports[NODES[1]]
+
+    assert broken(state.deployments[CHAT], reports) == "node b of stage 1 is gone"
+    assert phase(state.deployments[CHAT], reports) is Phase.RECOVERING
+
+
+def test_a_node_that_restarted_without_its_worker_breaks_the_plan() -> None:
+    nodes = SimulatedNodes()
+    state = settle(wanted(plan(*NODES[:2])), nodes)
+    nodes.shards[NODES[1]].clear()
+
+    state = nodes.tell(state, 0.0)
+
+    assert "lost its worker" in broken(state.deployments[CHAT], heard(state, 0.0))
+
+
+def test_a_failed_shard_breaks_the_plan_with_its_reason() -> None:
+    nodes = SimulatedNodes()
+    state = settle(wanted(plan(*NODES[:2])), nodes)
+    shard, held = next(iter(nodes.shards[NODES[1]].items()))
+    nodes.shards[NODES[1]][shard] = msgspec.structs.replace(held, state=ShardState.FAILED, error="out of memory")
+
+    state = nodes.tell(state, 0.0)
+
+    assert "out of memory" in broken(state.deployments[CHAT], heard(state, 0.0))
+
+
+def test_memory_is_promised_to_others_from_the_moment_of_the_order() -> None:
+    nodes = SimulatedNodes()
+    state = wanted(plan(*NODES[:2]))
+    state = nodes.tell(state, 0.0)
+    for addressed in missing_orders(state, 1, 0.0):
+        nodes.obey(addressed.node, addressed.order)
+    state = nodes.tell(state, 0.0)
+    reports = heard(state, 0.0).values()
+
+    assert promised_bytes(reports, DeploymentId("another")) == {NODES[0]: 12, NODES[1]: 12, NODES[2]: 0}
+    assert promised_bytes(reports, CHAT) == dict.fromkeys(NODES, 0)

@@ -21,12 +21,16 @@ SHAPE = {
 
 @dataclass(frozen=True)
 class Case:
-    """A folder name, the configuration class, what differs from SHAPE, and the seed of its weights."""
+    """A folder name, the configuration class, what differs from SHAPE, and the seed of its weights.
+
+    A tied embedding that is scaled up (gemma) must be small, or each token's own row decides its logits alone.
+    """
 
     name: str
     config: str
     changes: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
+    embedding_std: float = 0.5
 
 
 CAUSAL = (
@@ -82,6 +86,7 @@ CAUSAL = (
             "query_pre_attn_scalar": 24,
         },
         seed=60,
+        embedding_std=0.15,
     ),
 )
 
@@ -93,6 +98,19 @@ ENCODERS = (
         seed=70,
     ),
 )
+
+ROPES = {
+    "default": {},
+    "linear": {"factor": 4.0},
+    "llama3": {
+        "factor": 32.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    },
+    "yarn": {"factor": 4.0, "original_max_position_embeddings": 32768},
+}
+"""Rotations whose inverse frequencies are recorded by themselves, at the sizes of real models."""
 
 
 def make_config(case: Case) -> transformers.PretrainedConfig:

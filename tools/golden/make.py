@@ -12,14 +12,16 @@ rotary table or mask would hide in the noise), and norms and biases are random t
 """
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 import transformers
-from cases import CAUSAL, ENCODERS, Case, make_config
+from cases import CAUSAL, ENCODERS, ROPES, Case, make_config
 from pretrained import record_minilm, record_smollm2
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 ROOT = Path(__file__).resolve().parents[2]
 TOKENS = 48
@@ -28,9 +30,9 @@ TOLERANCE = 2e-4
 """Largest difference allowed between Transformers with a cache and Transformers without one (fp32 noise; logits have std ~3)."""
 
 
-def randomise(model: torch.nn.Module, seed: int) -> None:
+def randomise(model: torch.nn.Module, case: Case) -> None:
     """Give every parameter a value that matters: matrices near unit gain, norms off their neutral value, biases of 0.2."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(case.seed)
     with torch.no_grad():
         for name, parameter in sorted(model.named_parameters()):
             noise = torch.randn(parameter.shape, generator=generator)
@@ -39,7 +41,7 @@ def randomise(model: torch.nn.Module, seed: int) -> None:
             elif parameter.ndim == 1:
                 parameter.copy_(0.2 * noise)
             elif "embed" in name or "lm_head" in name:
-                parameter.copy_(0.5 * noise)
+                parameter.copy_(case.embedding_std * noise)
             else:
                 parameter.copy_(1.3 * noise / parameter.shape[1] ** 0.5)
 
@@ -62,7 +64,7 @@ def causal_logits(model: torch.nn.Module, ids: torch.Tensor) -> np.ndarray:
 def record_causal(case: Case, folder: Path) -> None:
     """One tiny decoder: its folder and its logits."""
     model = transformers.AutoModelForCausalLM.from_config(make_config(case), attn_implementation="eager").eval()
-    randomise(model, case.seed)
+    randomise(model, case)
     model.save_pretrained(folder)
     ids = torch.randint(0, model.config.vocab_size, (TOKENS,), generator=torch.Generator().manual_seed(case.seed + 1))
     logits = causal_logits(model, ids)
@@ -73,7 +75,7 @@ def record_causal(case: Case, folder: Path) -> None:
 def record_encoder(case: Case, folder: Path) -> None:
     """One tiny encoder: a batch of two rows, the second one padded."""
     model = transformers.AutoModel.from_config(make_config(case), attn_implementation="eager").eval()
-    randomise(model, case.seed)
+    randomise(model, case)
     model.save_pretrained(folder)
     generator = torch.Generator().manual_seed(case.seed + 1)
     ids = torch.randint(0, model.config.vocab_size, (2, 20), generator=generator)
@@ -85,6 +87,27 @@ def record_encoder(case: Case, folder: Path) -> None:
         folder / "reference.npz", ids=ids.numpy(), mask=mask.numpy(), types=types.numpy(), hidden=hidden.numpy()
     )
     print(f"{case.name}: hidden std {hidden.std():.2f}, {folder_bytes(folder) / 1e3:.0f} kB")
+
+
+def record_ropes(path: Path) -> None:
+    """Inverse frequencies and attention factor of every kind of rotary scaling."""
+    recorded = []
+    for kind, parameters in ROPES.items():
+        given = {"rope_type": kind, "rope_theta": 500000.0, **parameters}
+        config = transformers.LlamaConfig(
+            hidden_size=256, num_attention_heads=2, head_dim=128, max_position_embeddings=131072, rope_parameters=given
+        )
+        rope = LlamaRotaryEmbedding(config)
+        recorded.append(
+            {
+                "config": given,
+                "context": 131072,
+                "inv_freq": rope.inv_freq.tolist(),
+                "factor": float(rope.attention_scaling),
+            }
+        )
+    path.write_text(json.dumps(recorded) + "\n")
+    print(f"ropes: {', '.join(ROPES)}")
 
 
 def folder_bytes(folder: Path) -> int:
@@ -113,6 +136,8 @@ def main() -> None:
                 folder = options.out / case.name
                 folder.mkdir(parents=True, exist_ok=True)
                 record(case, folder)
+    if wanted is None or "ropes" in wanted:
+        record_ropes(options.out / "ropes.json")
     for name, source, keep in (("smollm2", options.smollm2, record_smollm2), ("minilm", options.minilm, record_minilm)):
         if wanted is not None and name not in wanted:
             continue

@@ -13,8 +13,7 @@ from shoal.plan.tables import Tables, build_tables
 def place(problem: Problem, budget: Budget) -> Answer:
     """Choose devices and cuts; raises InvalidRequestError when the problem makes no sense.
 
-    Exact (gap 0) for up to about a dozen devices for latency and nine for throughput; beyond, or when the budget is spent, the best
-    found with its gap stated.
+    Exact (gap 0) for up to a dozen devices; beyond, or when the budget is spent, the best found with its gap stated.
     """
     check(problem)
     if len(problem.exclude) >= len(problem.devices) and all(

@@ -15,8 +15,8 @@ from shoal.plan.chain import Final, relax, sweep, trace
 from shoal.plan.problem import Objective
 from shoal.plan.tables import INF, Chain, Pass, Tables, busy_s, time_passes
 
-SWEEP_LIMIT = {Objective.LATENCY: 16_384, Objective.THROUGHPUT: 2_048}
-"""Array operations that one exact search may take; about 50 us each at 70 blocks.  Throughput needs some 25 searches."""
+SWEEP_LIMIT = 16_384
+"""Array operations that one exact search may take; about 25 us each at 70 blocks.  Throughput needs some 25 searches."""
 
 EXACT = "exact-subsets"
 RELAXATION = "layered-shortest-path"
@@ -57,10 +57,9 @@ def solve(tables: Tables, objective: Objective, budget: Budget, choice: Choice =
 
     A throughput answer is optimal within *tolerance*; a latency answer is optimal when its bound equals its cost.
     """
-    limit = SWEEP_LIMIT[objective]
 
     def find(cap_s: float) -> Found:
-        return cheapest(tables, list(time_passes(tables, cap_s)), budget, choice, limit)
+        return cheapest(tables, list(time_passes(tables, cap_s)), budget, choice)
 
     match objective:
         case Objective.LATENCY:
@@ -69,10 +68,10 @@ def solve(tables: Tables, objective: Objective, budget: Budget, choice: Choice =
             return most_tokens(tables, find, tolerance)
 
 
-def cheapest(tables: Tables, passes: list[Pass], budget: Budget, choice: Choice = FREE, limit: int = 16_384) -> Found:
+def cheapest(tables: Tables, passes: list[Pass], budget: Budget, choice: Choice = FREE) -> Found:
     """The chain of least additive cost over all *passes*."""
     devices = len(tables.nodes)
-    if len(passes) * devices * (1 << devices) // 4 <= limit:
+    if len(passes) * devices * (1 << devices) // 4 <= SWEEP_LIMIT:
         swept = _swept(tables, passes, budget, choice)
         if not budget.spent():
             return swept

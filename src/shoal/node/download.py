@@ -1,0 +1,142 @@
+"""One file over HTTP, resumable: a partial file, and the validator that says whether the server still means the same bytes.
+
+`If-Range` with a strong ETag (RFC 9110, 13.1.5) makes the server choose: the rest (206) when the file is unchanged, all of it
+(200) when it is not.  Without a strong ETag nothing is resumed unless the hash is known beforehand, since a mixture of two
+versions would be taken for a model.
+"""
+
+import contextlib
+import hashlib
+import shutil
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from urllib.parse import unquote, urlsplit
+
+import httpx
+import msgspec
+
+from shoal.errors import DigestMismatchError, StorageFullError, UnavailableError, UnknownModelError
+from shoal.model.catalog import HttpsRef
+from shoal.node.progress import Progress
+from shoal.store.chunk import digest_of
+from shoal.store.disk import full_disk_named
+from shoal.store.quota import free_bytes
+
+_TIMEOUT_S = 30.0
+_READ_BYTES = 1024 * 1024
+
+
+class _Validator(msgspec.Struct, frozen=True, kw_only=True):
+    etag: str = ""
+
+
+def partial_path(folder: Path, ref: HttpsRef) -> Path:
+    """Where the download of *ref* lies until it is imported: under its own name, which tells importers its format."""
+    return folder / digest_of(ref.url.encode())[:32] / PurePosixPath(unquote(urlsplit(ref.url).path)).name
+
+
+def download(ref: HttpsRef, folder: Path, progress: Progress) -> Path:
+    """Have all of *ref* at `partial_path`, where it stays until `forget`.
+
+    Raises UnknownModelError (404), UnavailableError (network, server), DigestMismatchError (the partial file is removed),
+    StorageFullError.
+    """
+    part = partial_path(folder, ref)
+    with full_disk_named(folder):
+        part.parent.mkdir(parents=True, exist_ok=True)
+        with _translated(ref.url), httpx.Client(follow_redirects=True, timeout=_TIMEOUT_S) as client:
+            _continue(client, ref, part, progress)
+    _check(ref, part)
+    return part
+
+
+def _continue(client: httpx.Client, ref: HttpsRef, part: Path, progress: Progress) -> None:
+    """Append what is missing; start over where the server sends everything."""
+    have_bytes, headers = _resumption(ref, part)
+    with client.stream("GET", ref.url, headers=headers) as response:
+        if response.status_code == httpx.codes.REQUESTED_RANGE_NOT_SATISFIABLE and have_bytes:
+            return  # all of it is here: the check decides
+        response.raise_for_status()
+        resumed = response.status_code == httpx.codes.PARTIAL_CONTENT
+        _validator_path(part).write_bytes(msgspec.json.encode(_Validator(etag=response.headers.get("ETag", ""))))
+        rest_bytes = int(response.headers["Content-Length"]) if "Content-Length" in response.headers else None
+        start_bytes = have_bytes if resumed else 0
+        _check_room(ref.url, part.parent, rest_bytes)
+        progress.start("downloading", None if rest_bytes is None else start_bytes + rest_bytes)
+        progress.advance(start_bytes)
+        with part.open("ab" if resumed else "wb") as file:
+            for data in response.iter_raw(_READ_BYTES):
+                file.write(data)
+                progress.advance(len(data))
+    if rest_bytes is not None and part.stat().st_size != start_bytes + rest_bytes:
+        raise httpx.RemoteProtocolError(f"{part.stat().st_size} of {start_bytes + rest_bytes} bytes came")
+
+
+def _resumption(ref: HttpsRef, part: Path) -> tuple[int, dict[str, str]]:
+    """Bytes that may be kept, and the headers that ask for the rest.  Bodies are asked for as they are, unencoded."""
+    plain = {"Accept-Encoding": "identity"}
+    try:
+        etag = msgspec.json.decode(_validator_path(part).read_bytes(), type=_Validator).etag
+        have_bytes = part.stat().st_size
+    except (FileNotFoundError, msgspec.MsgspecError):
+        return 0, plain
+    strong = etag.startswith('"')
+    if have_bytes == 0 or not (strong or ref.sha256):
+        return 0, plain
+    return have_bytes, plain | {"Range": f"bytes={have_bytes}-"} | ({"If-Range": etag} if strong else {})
+
+
+def _validator_path(part: Path) -> Path:
+    return part.with_name(part.name + ".validator")
+
+
+def forget(part: Path) -> None:
+    """Remove a download and its validator."""
+    shutil.rmtree(part.parent, ignore_errors=True)
+
+
+def _check(ref: HttpsRef, part: Path) -> None:
+    if not ref.sha256:
+        return
+    actual = sha256_of(part)
+    if actual != ref.sha256:
+        forget(part)
+        raise DigestMismatchError(
+            f"{ref.url} has SHA-256 {actual}, asked for is {ref.sha256}",
+            hint="check the address and the hash; nothing was imported",
+        )
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file, hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _check_room(url: str, folder: Path, needed_bytes: int | None) -> None:
+    free = free_bytes(folder)
+    if needed_bytes is not None and needed_bytes > free:
+        raise StorageFullError(
+            f"{url} has {needed_bytes} bytes to come and {free} are free below {folder}",
+            hint="free space (`shoal rm NAME`, `shoal gc`), or set SHOAL_HOME to a folder on a larger disk",
+        )
+
+
+@contextlib.contextmanager
+def _translated(url: str) -> Iterator[None]:
+    try:
+        yield
+    except httpx.HTTPStatusError as error:
+        status = error.response.status_code
+        if status in {httpx.codes.NOT_FOUND, httpx.codes.GONE}:
+            raise UnknownModelError(
+                f"{url} does not exist (HTTP {status})", hint="check the address", param="reference"
+            ) from error
+        raise UnavailableError(
+            f"{url} was answered with HTTP {status}", hint="try again later; what came so far is kept"
+        ) from error
+    except httpx.TransportError as error:
+        raise UnavailableError(
+            f"{url} cannot be downloaded: {str(error) or type(error).__name__}",
+            hint="check the network and pull again; what came so far is kept where the server lets it be resumed",
+        ) from error

@@ -1,0 +1,140 @@
+"""Answers of a node to questions about itself: what its blocks cost, which links it has, what a model consists of."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import anyio
+import anyio.to_thread
+import msgspec
+
+from shoal.clock import Clock
+from shoal.errors import DeadlineExceededError, UnavailableError
+from shoal.fleet.report import NodeFacts
+from shoal.ids import Digest, NodeId
+from shoal.node.artifacts import Artifact, fetch_artifact, open_artifact
+from shoal.node.calls import error_of
+from shoal.node.messages import BlocksOf, Links, ModelBlocks, ProbeLinks, Profiled, ProfileModel
+from shoal.node.probe import measure_links
+from shoal.node.trials import COLD_BYTES, TrialResult, TrialSpec
+from shoal.profile.fleet import DeviceProfile
+from shoal.store.home import Store
+from shoal.store.peer import Fetcher
+from shoal.transport.bus import Bus
+
+_TRIALS_TIMEOUT_S = 150.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measurer:
+    """Handlers of the calls `profile`, `links` and `blocks`."""
+
+    me: NodeId
+    fleet: str
+    bus: Bus
+    store: Store
+    fetcher: Fetcher
+    clock: Clock
+    threads: int
+    facts: Callable[[], NodeFacts]
+
+    async def profile(self, body: bytes) -> bytes:
+        """Trials of a model's blocks here: cached by the machine's fingerprint and the model."""
+        wanted = msgspec.msgpack.decode(body, type=ProfileModel)
+        path = self.store.home / "profiles" / f"{self.facts().fingerprint}-{wanted.manifest[:32]}.json"
+        result = None if wanted.again else _cached(path)
+        if result is None:
+            await anyio.to_thread.run_sync(partial(self._fetch_samples, wanted))
+            result = await self._run_trials(wanted.manifest)
+            await anyio.to_thread.run_sync(partial(_keep, path, result))
+        return msgspec.msgpack.encode(Profiled(device=self._device(result)))
+
+    async def links(self, body: bytes) -> bytes:
+        """Links from here to the nodes that are asked for."""
+        wanted = msgspec.msgpack.decode(body, type=ProbeLinks)
+        links = await measure_links(self.bus, self.fleet, self.me, wanted.targets, self.clock)
+        return msgspec.msgpack.encode(Links(links=links))
+
+    async def blocks(self, body: bytes) -> bytes:
+        """The blocks of a model that this node has."""
+        wanted = msgspec.msgpack.decode(body, type=ModelBlocks)
+        artifact = await anyio.to_thread.run_sync(open_artifact, self.store, wanted.manifest)
+        return msgspec.msgpack.encode(BlocksOf(spec=artifact.manifest.spec, blocks=artifact.blocks))
+
+    def _fetch_samples(self, wanted: ProfileModel) -> None:
+        """Weights to time: of each kind as many blocks as take turns, no more than half of what this node may hold."""
+        artifact = fetch_artifact(self.fetcher, self.store, wanted.manifest, wanted.sources)
+        names = _sample_tensors(artifact, self.facts().memory_budget_bytes)
+        chunks = [entry.chunk for entry in artifact.manifest.tensors if entry.name in names]
+        self.fetcher.model(wanted.manifest, wanted.sources, lambda _: chunks)
+
+    async def _run_trials(self, manifest: Digest) -> TrialResult:
+        facts = self.facts()
+        spec = TrialSpec(
+            home=str(self.store.home),
+            manifest=manifest,
+            threads=self.threads,
+            slowdown=facts.slowdown,
+            memory_bytes=facts.memory_budget_bytes,
+        )
+        with anyio.move_on_after(_TRIALS_TIMEOUT_S):
+            done = await anyio.run_process(
+                [sys.executable, "-m", "shoal.node.trials"],
+                input=msgspec.json.encode(spec) + b"\n",
+                stdout=subprocess.PIPE,
+                stderr=None,
+                check=False,
+            )
+            if done.returncode != 0:
+                raise UnavailableError(
+                    f"the trials of {manifest[:12]} ended with exit code {done.returncode}",
+                    hint="the node's log says more; was it out of memory?",
+                )
+            result = msgspec.json.decode(done.stdout, type=TrialResult)
+            if result.error_code:
+                raise error_of(result.error_code, result.error)
+            return result
+        raise DeadlineExceededError(f"the trials took more than {_TRIALS_TIMEOUT_S:.0f} s")
+
+    def _device(self, result: TrialResult) -> DeviceProfile:
+        facts = self.facts()
+        return DeviceProfile(
+            node=self.me,
+            fingerprint=facts.fingerprint,
+            cores=facts.cores,
+            threads=self.threads,
+            memory_total_bytes=facts.memory_total_bytes,
+            memory_budget_bytes=facts.memory_budget_bytes,
+            providers=facts.providers,
+            trials=result.trials,
+            step_overhead_s=result.step_overhead_s,
+        )
+
+
+def _sample_tensors(artifact: Artifact, memory_bytes: int) -> set[str]:
+    taken: dict[str, int] = {}
+    names: set[str] = set()
+    for block in artifact.blocks:
+        held = taken.get(block.kind, 0)
+        if held and held + block.weights_bytes > min(COLD_BYTES, memory_bytes // 2):
+            continue
+        taken[block.kind] = held + block.weights_bytes
+        names |= {t.name for t in block.tensors}
+    return names
+
+
+def _cached(path: Path) -> TrialResult | None:
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=TrialResult)
+    except (FileNotFoundError, msgspec.MsgspecError):
+        return None  # absent or of another version: measured again
+
+
+def _keep(path: Path, result: TrialResult) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".new")
+    temporary.write_bytes(msgspec.json.encode(result))
+    temporary.replace(path)

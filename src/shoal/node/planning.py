@@ -1,0 +1,137 @@
+"""Plans for the coordinator: gather what is known of model, devices and links, measure the rest, and ask the planner."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import anyio
+import anyio.to_thread
+import structlog
+
+from shoal.clock import Clock
+from shoal.errors import ShoalError
+from shoal.fleet.report import NodeReport
+from shoal.fleet.spec import DeploymentSpec
+from shoal.ids import Digest, NodeId
+from shoal.node.calls import Caller
+from shoal.node.messages import BlocksOf, Links, ModelBlocks, ProbeLinks, Profiled, ProfileModel
+from shoal.plan.budget import DeadlineBudget
+from shoal.plan.build import Demands, Setting, problem
+from shoal.plan.placement import place
+from shoal.plan.problem import Answer, Infeasible, Problem
+from shoal.profile.fleet import DeviceProfile, FleetProfile, LinkProfile
+from shoal.profile.link import probe_pairs
+
+PROFILE_TIMEOUT_S = 180.0
+LINKS_TIMEOUT_S = 60.0
+LINKS_FRESH_S = 300.0
+PLAN_BUDGET_S = 5.0
+NEIGHBOURS = 3
+
+
+@dataclass(slots=True)
+class FleetPlanner:
+    """Remembers profiles by (node, fingerprint, model) and links for a while; measures what is missing."""
+
+    caller: Caller
+    clock: Clock
+    budget_s: float = PLAN_BUDGET_S
+    profile_epoch: int = 0
+    _devices: dict[tuple[NodeId, str, Digest], DeviceProfile] = field(default_factory=dict)
+    _links: dict[tuple[NodeId, NodeId], tuple[LinkProfile, float]] = field(default_factory=dict)
+    _blocks: dict[Digest, BlocksOf] = field(default_factory=dict)
+    _measuring: anyio.Lock = field(default_factory=anyio.Lock)
+
+    async def plan(
+        self, spec: DeploymentSpec, reports: Mapping[NodeId, NodeReport], promised: Mapping[NodeId, int]
+    ) -> Answer:
+        """Place *spec* on the nodes of *reports*; a node that cannot be measured is left out with a warning."""
+        stated = await self.state(spec, reports, promised)
+        if isinstance(stated, Infeasible):
+            return stated
+        budget = DeadlineBudget(self.clock.now_s, self.budget_s)
+        return await anyio.to_thread.run_sync(partial(place, stated, budget))
+
+    async def state(
+        self, spec: DeploymentSpec, reports: Mapping[NodeId, NodeReport], promised: Mapping[NodeId, int]
+    ) -> Problem | Infeasible:
+        """The problem that *spec* poses to this fleet."""
+        fleet = await self.profile(spec.manifest, spec.source, reports)
+        if all(device.node != spec.source for device in fleet.devices):
+            return Infeasible(
+                reason=f"source node {spec.source} is not there or could not be measured",
+                needed_bytes=0,
+                available_bytes=0,
+                hint="see `shoal nodes`; the log of that node says why",
+            )
+        known = await self._blocks_of(spec.manifest, spec.source)
+        demands = Demands(pins=spec.pins, stages_exactly=spec.stages_exactly, exclude=spec.exclude)
+        setting = Setting(objective=spec.objective, promised_bytes=promised, demands=demands)
+        return problem(known.blocks, fleet, spec.shape, spec.source, setting)
+
+    async def profile(
+        self, manifest: Digest, source: NodeId, reports: Mapping[NodeId, NodeReport], *, again: bool = False
+    ) -> FleetProfile:
+        """What these nodes and the links between them can do for this model; measured once, then remembered."""
+        async with self._measuring:  # trials of two models at once would disturb each other
+            found: dict[NodeId, DeviceProfile] = {}
+            holders = tuple(n for n, r in reports.items() if manifest in r.manifests) or (source,)
+
+            async def one(report: NodeReport) -> None:
+                wanted = ProfileModel(manifest=manifest, sources=holders, again=again)
+                device = await self._device(report, wanted)
+                if device is not None:
+                    found[report.node] = device
+
+            async with anyio.create_task_group() as group:
+                for report in reports.values():
+                    group.start_soon(one, report)
+            links = await self._all_links(list(found), source, again=again)
+        self.profile_epoch += 1
+        return FleetProfile(
+            profile_epoch=self.profile_epoch, devices=tuple(found[n] for n in sorted(found)), links=tuple(links)
+        )
+
+    async def _device(self, report: NodeReport, wanted: ProfileModel) -> DeviceProfile | None:
+        key = (report.node, report.facts.fingerprint, wanted.manifest)
+        if key not in self._devices or wanted.again:
+            try:
+                told = await self.caller.call(report.node, "profile", wanted, Profiled, timeout_s=PROFILE_TIMEOUT_S)
+            except ShoalError as error:
+                structlog.get_logger().warning("profile.failed", node=report.facts.name, error=str(error))
+                return None
+            self._devices[key] = told.device
+        return self._devices[key]
+
+    async def _blocks_of(self, manifest: Digest, source: NodeId) -> BlocksOf:
+        if manifest not in self._blocks:
+            asked = ModelBlocks(manifest=manifest)
+            self._blocks[manifest] = await self.caller.call(source, "blocks", asked, BlocksOf, timeout_s=30.0)
+        return self._blocks[manifest]
+
+    async def _all_links(self, nodes: Sequence[NodeId], source: NodeId, *, again: bool) -> list[LinkProfile]:
+        pairs = probe_pairs(nodes, source, NEIGHBOURS) if len(nodes) > 1 else ()
+        stale = [pair for pair in pairs if again or not self._fresh(pair)]
+        for sender in dict.fromkeys(pair[0] for pair in stale):
+            # One sender at a time: links of one site often share a medium.
+            targets = tuple(target for node, target in stale if node == sender)
+            await self._measure_from(sender, targets)
+        return [self._links[pair][0] for pair in pairs if pair in self._links]
+
+    async def _measure_from(self, sender: NodeId, targets: tuple[NodeId, ...]) -> None:
+        try:
+            told = await self.caller.call(
+                sender, "links", ProbeLinks(targets=targets), Links, timeout_s=LINKS_TIMEOUT_S
+            )
+        except ShoalError as error:
+            structlog.get_logger().warning("links.failed", node=sender, error=str(error))
+            return
+        for link in told.links:
+            self._links[link.source, link.target] = (link, self.clock.now_s())
+
+    def _fresh(self, pair: tuple[NodeId, NodeId]) -> bool:
+        return pair in self._links and self.clock.now_s() - self._links[pair][1] < LINKS_FRESH_S
+
+    def links_from(self, node: NodeId) -> list[LinkProfile]:
+        """Links measured from *node*, for display."""
+        return [link for (source, _), (link, _) in self._links.items() if source == node]

@@ -1,0 +1,198 @@
+"""Time a model's blocks on this machine, in a process of its own: its exit gives the memory back.
+
+A model that is too big for the device is measured all the same: each kind of block is loaded alone, in a few instances.  Several
+instances take turns, because one block that stays in the processor's cache runs almost twice as fast as it will in a model that
+does not fit there.  What one engine call costs whatever its size (`step_overhead_s`) is the difference between two blocks
+called one by one and called as one shard; it is taken out of the blocks' times, since a stage pays it once per step.
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+
+import msgspec
+import numpy as np
+
+from shoal.clock import Clock, SystemClock
+from shoal.errors import ShoalError
+from shoal.ids import Digest, RequestId
+from shoal.model.frontier import Block, Boundary
+from shoal.model.spec import INPUT_IDS
+from shoal.node.artifacts import Artifact, load_shard, open_artifact
+from shoal.profile.fleet import BlockTrial
+from shoal.profile.trial import TrialBudget, TrialLimits, measure, trial_points
+from shoal.runtime.backend.onnx import OnnxBackend
+from shoal.runtime.backend.throttled import Throttled
+from shoal.runtime.ports import Backend, SequenceStep, Session
+from shoal.runtime.request import Array
+from shoal.store.home import Store, open_store
+
+TRIAL_CONTEXT_TOKENS = 1024
+COLD_BYTES = 48 << 20
+"""Weights that take turns: more than the last cache of most machines that Shoal runs on."""
+MAX_INSTANCES = 24
+_OVERHEAD_STEPS = 40
+
+
+class TrialSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """What the process is to measure; read from its standard input."""
+
+    home: str
+    manifest: Digest
+    threads: int
+    slowdown: float = 1.0
+    memory_bytes: int = 0
+    """Weights that may be loaded at once; 0: no bound."""
+
+
+class TrialResult(msgspec.Struct, frozen=True, kw_only=True):
+    """What it found; written to its standard output as one line of JSON, as is `TrialFailed`."""
+
+    trials: tuple[BlockTrial, ...]
+    step_overhead_s: float
+    error_code: str = ""
+    error: str = ""
+
+
+@dataclass(slots=True)
+class BlockRunner:
+    """Steps blocks of one kind in turn; a `TrialRunner`."""
+
+    sessions: Sequence[Session]
+    inputs: tuple[Boundary, ...]
+    stateful: bool
+    clock: Clock
+    _turn: int = 0
+    _feeds: dict[int, dict[str, Array]] = field(default_factory=dict)
+
+    def step_s(self, *, rows: int, context: int, batch: int) -> float:
+        """Seconds of one call; a batch is timed only where the session takes one in a call."""
+        session = self.sessions[self._turn % len(self.sessions)]
+        self._turn += 1
+        feeds = self._feeds.setdefault(rows, {b.name: _sample(b, rows) for b in self.inputs})
+        steps = (
+            [SequenceStep(request=RequestId("trial"), slot=0, start=context, count=rows, logits=1)]
+            if self.stateful
+            else []
+        )
+        began_s = self.clock.now_s()
+        session.step(steps * batch, feeds)
+        return self.clock.now_s() - began_s
+
+
+def run_trials(store: Store, spec: TrialSpec, backend: Backend, clock: Clock) -> TrialResult:
+    """Measure one block of each kind, and the overhead of a call."""
+    artifact = open_artifact(store, spec.manifest)
+    loader = _Loader(store=store, artifact=artifact, backend=backend, spec=spec)
+    overhead_s = _overhead_s(loader, clock)
+    trials: list[BlockTrial] = []
+    for kind in dict.fromkeys(block.kind for block in artifact.blocks):
+        blocks = [b for b in artifact.blocks if b.kind == kind]
+        sessions = loader.instances(blocks)
+        try:
+            points = trial_points(TrialLimits(context_tokens=loader.context_tokens if loader.stateful else 0))
+            runner = BlockRunner(sessions, blocks[0].inputs, loader.stateful, clock)
+            trials += measure(kind, runner, points, TrialBudget(repeats=max(5, len(sessions)), steps=200))
+        finally:
+            for session in sessions:
+                session.close()
+    net = tuple(msgspec.structs.replace(t, time_s=max(t.time_s - overhead_s, 0.05 * t.time_s)) for t in trials)
+    return TrialResult(trials=net, step_overhead_s=overhead_s)
+
+
+@dataclass(slots=True)
+class _Loader:
+    store: Store
+    artifact: Artifact
+    backend: Backend
+    spec: TrialSpec
+
+    @property
+    def stateful(self) -> bool:
+        return any(block.kv_layers for block in self.artifact.blocks)
+
+    @property
+    def context_tokens(self) -> int:
+        return min(TRIAL_CONTEXT_TOKENS, self.artifact.manifest.spec.context_tokens or TRIAL_CONTEXT_TOKENS)
+
+    def load(self, start: int, stop: int) -> Session:
+        shard = load_shard(
+            self.store,
+            self.artifact,
+            (start, stop),
+            slots=1,
+            context_tokens=self.context_tokens,
+            threads=self.spec.threads,
+        )
+        return self.backend.load(shard)
+
+    def instances(self, blocks: Sequence[Block]) -> list[Session]:
+        """As many of *blocks* as must take turns, within the memory that may be used."""
+        bound = min(COLD_BYTES, self.spec.memory_bytes // 2 or COLD_BYTES)
+        chosen: list[Block] = []
+        total = 0
+        for block in blocks[:MAX_INSTANCES]:
+            if chosen and (total >= bound or not self._complete(block)):
+                break
+            chosen.append(block)
+            total += block.weights_bytes
+        return [self.load(block.index, block.index + 1) for block in chosen]
+
+    def _complete(self, block: Block) -> bool:
+        names = {t.name for t in block.tensors}
+        wanted = [t.chunk for t in self.artifact.manifest.tensors if t.name in names]
+        return all(self.store.disk.size_bytes(ref.digest) == ref.size_bytes for ref in wanted)
+
+
+def _overhead_s(loader: _Loader, clock: Clock) -> float:
+    """Seconds of a call apart from its work: two small neighbours one by one, less the two as one shard."""
+    blocks = loader.artifact.blocks
+    if len(blocks) < 2:
+        return 0.0
+    pairs = [p for p in pairwise(blocks) if not loader.stateful or p[0].kv_layers or p[1].kv_layers]
+    first, second = min(pairs or pairwise(blocks), key=lambda p: p[0].weights_bytes + p[1].weights_bytes)
+    spans = ((first.index, first.index + 1), (second.index, second.index + 1), (first.index, second.index + 1))
+    sessions = [loader.load(*span) for span in spans]
+    runners = [
+        BlockRunner([session], blocks[span[0]].inputs, loader.stateful, clock)
+        for session, span in zip(sessions, spans, strict=True)
+    ]
+    try:
+        times = [[r.step_s(rows=1, context=16, batch=1) for r in runners] for _ in range(_OVERHEAD_STEPS)]
+    finally:
+        for session in sessions:
+            session.close()
+    one, two, both = (median(column) for column in zip(*times[5:], strict=True))
+    return max(0.0, one + two - both)
+
+
+def _sample(boundary: Boundary, rows: int) -> Array:
+    """A plausible input: ids of 1, else small numbers; named axes get *rows* on axis 1 and 1 elsewhere."""
+    shape = [d if isinstance(d, int) else (rows if axis == 1 else 1) for axis, d in enumerate(boundary.shape)]
+    if boundary.name == INPUT_IDS or boundary.dtype.startswith("int"):
+        return np.ones(shape, boundary.dtype)
+    count = int(np.prod(shape))
+    # Not constant: some kernels take shortcuts for rows of equal numbers.
+    return (np.sin(np.arange(count)) * 0.5).astype(boundary.dtype).reshape(shape)
+
+
+def main() -> None:
+    """Entry point of the process."""
+    spec = msgspec.json.decode(sys.stdin.readline(), type=TrialSpec)
+    engine: Backend = OnnxBackend()
+    backend = Throttled(engine, slowdown=spec.slowdown) if spec.slowdown > 1 else engine
+    try:
+        result = run_trials(open_store(Path(spec.home)), spec, backend, SystemClock())
+    except ShoalError as error:
+        result = TrialResult(trials=(), step_overhead_s=0.0, error_code=error.code, error=error.message)
+    sys.stdout.buffer.write(msgspec.json.encode(result) + b"\n")
+    sys.stdout.flush()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

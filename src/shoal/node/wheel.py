@@ -72,9 +72,9 @@ def download_wheel(package: str, version: str, folder: Path) -> Path:
     return wheels[0]
 
 
-def find_pip() -> list[str]:
-    """How to call pip: this interpreter's, else the first on the PATH; raises UnavailableError when there is none."""
-    candidates = [[sys.executable, "-m", "pip"], ["pip"], ["pip3"], ["python3", "-m", "pip"], ["python", "-m", "pip"]]
+def find_pip(interpreter: str = sys.executable) -> list[str]:
+    """How to call pip: *interpreter*'s, else the first on the PATH; raises UnavailableError when there is none."""
+    candidates = [[interpreter, "-m", "pip"], ["pip"], ["pip3"], ["python3", "-m", "pip"], ["python", "-m", "pip"]]
     for command in candidates:
         if shutil.which(command[0]) and _answers([*command, "--version"]):
             return command

@@ -29,6 +29,9 @@ PIECE_BYTES = 256 * 1024
 IN_FLIGHT = 2
 MANIFEST_MAX_BYTES = 64 * 1024 * 1024
 
+_LOCK = "fetch"
+"""One fetch at a time per home: partial files have one writer, and the link is not shared with ourselves."""
+
 
 class Wanted(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     """A question: at most `size_bytes` bytes of the key's chunk from `offset`."""
@@ -100,15 +103,29 @@ class Fetcher:
 
         *arrived* gets the bytes of each piece.  Blocks: run it on a thread.  Raises what `chunk` raises.
         """
-        with writing(self._store, f"fetch-{digest[:32]}"):
+        with writing(self._store, _LOCK):
             manifest = self.manifest(digest, sources)
             self._store.library.adopt(manifest)
-            held = self._store.disk.size_bytes
-            missing = {ref.digest: ref for ref in wanted(manifest) if held(ref.digest) != ref.size_bytes}
-            self._store.quota.check(sum(ref.size_bytes for ref in missing.values()))
-            for ref in missing.values():
-                self.chunk(ref, sources, arrived=arrived)
+            self._fetch(wanted(manifest), sources, arrived)
         return manifest
+
+    def chunks(
+        self,
+        wanted: Iterable[ChunkRef],
+        sources: Sequence[NodeId],
+        *,
+        arrived: Callable[[int], None] = lambda _: None,
+    ) -> None:
+        """Have every chunk of *wanted* on disk; their manifest should be in the library, or they are garbage."""
+        with writing(self._store, _LOCK):
+            self._fetch(wanted, sources, arrived)
+
+    def _fetch(self, wanted: Iterable[ChunkRef], sources: Sequence[NodeId], arrived: Callable[[int], None]) -> None:
+        held = self._store.disk.size_bytes
+        missing = {ref.digest: ref for ref in wanted if held(ref.digest) != ref.size_bytes}
+        self._store.quota.check(sum(ref.size_bytes for ref in missing.values()))
+        for ref in missing.values():
+            self.chunk(ref, sources, arrived=arrived)
 
     def manifest(self, digest: Digest, sources: Sequence[NodeId]) -> Manifest:
         """The manifest of this digest, from here or from one of *sources*."""

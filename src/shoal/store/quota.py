@@ -5,6 +5,7 @@ refused, with the numbers.  Other processes share the folders, so the count is t
 """
 
 import contextlib
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -55,3 +56,10 @@ def quota_error(*, needed_bytes: int, used_bytes: int, limit_bytes: int) -> Stor
         f"{needed_bytes} bytes more do not fit: {used_bytes} of the quota's {limit_bytes} bytes are used",
         hint=f"free space with `shoal rm NAME` and `shoal gc`, or set quota_bytes to at least {used_bytes + needed_bytes}",
     )
+
+
+def free_bytes(folder: Path) -> int:
+    """Free bytes on the disk of *folder*, which need not exist yet."""
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free

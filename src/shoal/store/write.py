@@ -4,7 +4,6 @@ Tensors are asked for, hashed and written one by one, so that the peak of an imp
 lets a tensor that is already here (a second import, a tied embedding, another version of the model) cost no write at all.
 """
 
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 
 import onnx
@@ -15,7 +14,7 @@ from shoal.model.spec import Array, ImportedModel
 from shoal.store.chunk import Data, ref_of
 from shoal.store.home import Store
 from shoal.store.manifest import ChunkRef, FileEntry, Manifest, Origin, TensorEntry
-from shoal.store.quota import quota_error
+from shoal.store.quota import free_bytes, quota_error
 from shoal.store.tensor import dtype_name, stored_bytes, to_raw
 from shoal.store.tier import Tier
 
@@ -32,7 +31,7 @@ def write_model(
     *written* is called with the bytes of each tensor.  Raises StorageFullError (before writing where the sizes tell) and
     CorruptFileError when a tensor is not what the graph says.
     """
-    stubs = list(_stubs(imported.graph))
+    stubs = list(external_tensors(imported.graph))
     _check_room(store, imported.spec.name, sum(_stub_bytes(stub) for stub in stubs))
     entries = []
     for stub in stubs:
@@ -66,17 +65,15 @@ def _write_tensor(tier: Tier, stub: onnx.TensorProto, tensors: Mapping[str, Call
 
 def _check_room(store: Store, name: str, needed_bytes: int) -> None:
     """Refuse at once what cannot fit; what is on disk already for *name* itself is not counted against it."""
-    store.home.mkdir(parents=True, exist_ok=True)
     limit_bytes = store.quota.limit_bytes
     if limit_bytes is not None:
         used_bytes = _held_by_others(store, name)
         if used_bytes + needed_bytes > limit_bytes:
             raise quota_error(needed_bytes=needed_bytes, used_bytes=used_bytes, limit_bytes=limit_bytes)
-    free_bytes = shutil.disk_usage(store.home).free
-    known = store.library.find(name)
-    if needed_bytes > free_bytes and known is None:
+    free = free_bytes(store.home)
+    if needed_bytes > free and store.library.find(name) is None:
         raise StorageFullError(
-            f"{name} needs {needed_bytes} bytes on disk and {free_bytes} are free below {store.home}",
+            f"{name} needs {needed_bytes} bytes on disk and {free} are free below {store.home}",
             hint="free space (`shoal rm NAME`, `shoal gc`), or set SHOAL_HOME to a folder on a larger disk",
         )
 
@@ -93,7 +90,7 @@ def _stub_bytes(stub: onnx.TensorProto) -> int:
     return stored_bytes(dtype_name(stub.data_type), stub.dims)
 
 
-def _stubs(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
+def external_tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
     """External initializers of the graph and of the graphs inside its control flow."""
     return _stubs_of(model.graph)
 

@@ -1,0 +1,133 @@
+"""What a graph wants from an engine session, read off the names of its inputs and outputs (see `shoal.model.spec`)."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+
+from shoal.errors import UnsupportedModelError
+from shoal.model.spec import (
+    ATTENTION_MASK,
+    LOGIT_ROWS,
+    LOGITS,
+    PAST_PREFIX,
+    POSITION_IDS,
+    PRESENT_PREFIX,
+    SEQLENS_K,
+    TOTAL_SEQUENCE_LENGTH,
+)
+from shoal.runtime.ports import SequenceStep
+from shoal.runtime.request import Array
+
+OURS = "shoal"
+"""Producer of lowered graphs, and domain of the canonical functions."""
+DERIVED = frozenset({ATTENTION_MASK, POSITION_IDS, SEQLENS_K, TOTAL_SEQUENCE_LENGTH, LOGIT_ROWS})
+SHARING = frozenset({"GroupQueryAttention"})
+"""Operators that write the new positions into the buffer of the old ones, when past and present are the same."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheTensor:
+    """One half of a layer's cache: input *past* and output *present*, `[1, heads, positions, head_dim]`."""
+
+    past: str
+    present: str
+    dtype: np.dtype[np.generic]
+    heads: int
+    head_dim: int
+
+    def bytes_per_position(self) -> int:
+        return self.heads * self.head_dim * self.dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Output:
+    """An output that is not cache; *tail* are its dimensions after the rows, None where they are not all known."""
+
+    name: str
+    dtype: np.dtype[np.generic]
+    tail: tuple[int, ...] | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Roles:
+    """`given` are the inputs that the caller brings, `derived` those that follow from a `SequenceStep`.
+
+    `shared`: past and present are one buffer of the whole context; otherwise each step returns a cache that is longer.
+    `exact_cuts`: the graph is a piece of a model whose cuts must not change a bit (ADR 1).
+    """
+
+    caches: tuple[CacheTensor, ...]
+    shared: bool
+    given: tuple[str, ...]
+    derived: Mapping[str, np.dtype[np.generic]]
+    outputs: tuple[Output, ...]
+    dtypes: Mapping[str, np.dtype[np.generic]]
+    exact_cuts: bool
+
+
+def roles_of(model: onnx.ModelProto) -> Roles:
+    """Read the roles; raises UnsupportedModelError when a cache input has no output or no fixed size."""
+    graph = model.graph
+    weights = {t.name for t in graph.initializer}
+    inputs = {v.name: v for v in graph.input if v.name not in weights}
+    outputs = {v.name: v for v in graph.output}
+    caches = tuple(_cache(v, outputs) for name, v in inputs.items() if name.startswith(PAST_PREFIX))
+    presents = {c.present for c in caches}
+    dtypes = {name: _dtype(v) for name, v in inputs.items()}
+    # A graph with these names but no cache and no choice of rows is an encoder: it brings its own mask and positions.
+    stateful = bool(caches) or LOGIT_ROWS in inputs
+    derived = {name: dtypes[name] for name in inputs if name in DERIVED} if stateful else {}
+    return Roles(
+        caches=caches,
+        shared=bool(caches) and any(node.op_type in SHARING for node in graph.node),
+        given=tuple(n for n in inputs if n not in derived and not n.startswith(PAST_PREFIX)),
+        derived=derived,
+        outputs=tuple(_output(v) for name, v in outputs.items() if name not in presents),
+        dtypes=dtypes,
+        exact_cuts=stateful or model.producer_name == OURS or any(node.domain == OURS for node in graph.node),
+    )
+
+
+def derived_inputs(roles: Roles, step: SequenceStep) -> dict[str, Array]:
+    """Masks, positions and lengths of one sequence's step."""
+    stop = step.start + step.count
+    # A head over no rows at all is something that not every kernel expects: the last row stands in, and is dropped.
+    wanted = max(1, step.logits)
+    values: dict[str, Array] = {
+        ATTENTION_MASK: np.ones((1, stop)),
+        POSITION_IDS: np.arange(step.start, stop)[None],
+        SEQLENS_K: np.array([stop - 1]),
+        TOTAL_SEQUENCE_LENGTH: np.array(stop),
+        LOGIT_ROWS: np.arange(step.count - wanted, step.count),
+    }
+    return {name: values[name].astype(dtype) for name, dtype in roles.derived.items()}
+
+
+def output_rows(roles: Roles, output: Output, step: SequenceStep) -> int:
+    """How many rows the graph returns in *output*."""
+    chosen = output.name == LOGITS and LOGIT_ROWS in roles.derived
+    return max(1, step.logits) if chosen else step.count
+
+
+def _cache(value: onnx.ValueInfoProto, outputs: Mapping[str, onnx.ValueInfoProto]) -> CacheTensor:
+    present = PRESENT_PREFIX + value.name.removeprefix(PAST_PREFIX)
+    dims = value.type.tensor_type.shape.dim
+    sizes = [d.dim_value for d in dims]
+    if present not in outputs or len(sizes) != 4 or not (sizes[1] and sizes[3]):
+        raise UnsupportedModelError(
+            f"cache input {value.name} of shape {[d.dim_value or d.dim_param for d in dims]} needs the shape "
+            f"[1, heads, positions, head_dim] with numbers for heads and head_dim, and an output {present}"
+        )
+    return CacheTensor(past=value.name, present=present, dtype=_dtype(value), heads=sizes[1], head_dim=sizes[3])
+
+
+def _output(value: onnx.ValueInfoProto) -> Output:
+    dims = [d.dim_value for d in value.type.tensor_type.shape.dim]
+    known = len(dims) >= 2 and all(dims[2:])
+    return Output(name=value.name, dtype=_dtype(value), tail=tuple(dims[2:]) if known else None)
+
+
+def _dtype(value: onnx.ValueInfoProto) -> np.dtype[np.generic]:
+    return np.dtype(onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type))

@@ -17,6 +17,8 @@ PIECE_BYTES = 64 << 10
 """Of one piece, its head included: the most that a decode frame waits for on the wire."""
 
 _HEAD = struct.Struct("<4sB3xQIIQ")
+_HELD_PIECE_BYTES = 160
+"""What Python spends on a piece apart from its data, so that a flood of tiny pieces is bounded as well."""
 
 
 def split(data: bytes, *, message_id: int, piece_bytes: int = PIECE_BYTES) -> list[bytes]:
@@ -73,9 +75,9 @@ class Joiner:
         if index not in known.pieces:
             known.pieces[index] = data
             known.held += len(data)
-            self._held += len(piece)
+            self._held += len(data) + _HELD_PIECE_BYTES
         if len(known.pieces) < count:
-            self._make_room(message_id)
+            self._make_room()
             return None
         self._forget(message_id)
         if known.held != total:
@@ -89,19 +91,16 @@ class Joiner:
         if version != PIECE_VERSION:
             message = f"a piece of wire version {version} came, this node speaks {PIECE_VERSION}"
             raise UnsupportedVersionError(message, hint="run the same version of shoal on every node")
-        if index >= count or total > self._max_bytes:
+        if index >= count or total + count * _HELD_PIECE_BYTES > self._max_bytes:
             message = f"piece {index} of {count}, of a message of {total} bytes, is out of bounds"
-            raise MalformedFrameError(message, hint=f"at most {self._max_bytes} bytes are joined")
+            raise MalformedFrameError(message, hint=f"at most {self._max_bytes} bytes are held, {_HELD_PIECE_BYTES} of them per piece")
         return message_id, index, count, total
 
-    def _make_room(self, newest: int) -> None:
-        while self._held > self._max_bytes + _HEAD.size:
-            oldest = next(iter(self._partial))
-            self._forget(oldest)
+    def _make_room(self) -> None:
+        while self._held > self._max_bytes:
+            self._forget(next(iter(self._partial)))
             self.dropped += 1
-            if oldest == newest:
-                return
 
     def _forget(self, message_id: int) -> None:
         partial = self._partial.pop(message_id)
-        self._held -= partial.held + _HEAD.size * len(partial.pieces)
+        self._held -= partial.held + _HELD_PIECE_BYTES * len(partial.pieces)

@@ -34,6 +34,8 @@ def session_config(
             "retry": {"period_init_ms": 100, "period_max_ms": 1000, "period_increase_factor": 2},
         },
         "scouting": {
+            # How long opening waits for those it dials; with nobody to dial it would only be half a second lost.
+            "delay": 500 if connect else 0,
             "multicast": {"enabled": discover, "autoconnect": {"router": ["router"] if discover else []}},
             "gossip": {"enabled": False},
         },

@@ -18,6 +18,7 @@ import msgspec
 from shoal.clock import Clock
 from shoal.errors import NodeUnreachableError, SettingsError
 from shoal.transport.bus import Bus, Closable, Lane, Sample
+from shoal.transport.keys import check_key
 from shoal.transport.timed import Job, TimedThread
 
 SEGMENT_BYTES = 64 << 10
@@ -120,6 +121,7 @@ class ShapedBus:
 
     def put(self, key: str, payload: bytes, *, lane: Lane = Lane.CONTROL) -> None:
         """See the port; returns at once, the message leaves when the wire has taken it."""
+        check_key(key)
         self._check_open()
         wires = self._wires(key)
         if wires is None:
@@ -137,6 +139,7 @@ class ShapedBus:
 
     def query(self, key: str, payload: bytes, *, timeout_s: float) -> bytes:
         """See the port; *timeout_s* covers both ways and the answer."""
+        check_key(key)
         self._check_open()
         wires = self._wires(key)
         if wires is None:

@@ -175,11 +175,10 @@ class ZenohBus:
                 payload = query.payload.to_bytes() if query.payload is not None else b""
                 try:
                     answer = reply(Sample(key=str(query.key_expr), payload=payload))
+                    query.reply(query.key_expr, answer, express=True)
+                    self._tally.add(queries_answered=1)
                 except Exception as error:  # noqa: BLE001 whatever it is, the asker must hear of it
                     query.reply_err(pack_error(error))
-                else:
-                    query.reply(query.key_expr, answer, priority=zenoh.Priority.INTERACTIVE_HIGH, express=True)
-                    self._tally.add(queries_answered=1)
 
         self._check_open()
         channel: Any = zenoh.handlers.FifoChannel(_CHANNEL_QUERIES)

@@ -1,0 +1,128 @@
+"""Plans for people: what runs where, what it will give, and why.  Pure: an answer in, something to print out."""
+
+from collections.abc import Mapping
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from shoal.ids import NodeId
+from shoal.plan.figures import duration, size
+from shoal.plan.problem import Alternative, Answer, Estimate, Infeasible, Objective, Plan, Reason, Stage
+
+Names = Mapping[NodeId, str]
+
+
+def render_plan(answer: Answer, names: Names | None = None) -> RenderableType:
+    """A plan as tables and sentences; *names* are the nodes' display names, where they have some."""
+    match answer:
+        case Plan():
+            return _plan(answer, names or {})
+        case Infeasible():
+            return _infeasible(answer, names or {})
+
+
+def _plan(plan: Plan, names: Names) -> Group:
+    return Group(
+        _stages(plan, names),
+        Text(),
+        _prediction(plan),
+        Text(),
+        _others(plan, names),
+        Text(),
+        *(_reason(reason, names) for reason in plan.reasons),
+    )
+
+
+def _infeasible(answer: Infeasible, names: Names) -> Group:
+    lines = [Text.assemble(("No plan: ", "bold red"), _named(answer.reason, names))]
+    if answer.missing_bytes:
+        found = f"needed {size(answer.needed_bytes)}, there {size(answer.available_bytes)}"
+        lines.append(Text(f"missing: {size(answer.missing_bytes)} ({found})"))
+    if answer.hint:
+        lines.append(Text.assemble(("hint: ", "bold"), _named(answer.hint, names)))
+    return Group(*lines)
+
+
+def _stages(plan: Plan, names: Names) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("STAGE", "NODE", "BLOCKS"):
+        table.add_column(column, overflow="fold")
+    for column in ("MEMORY", "PREFILL", "DECODE", "LINK, PREFILL", "LINK, DECODE"):
+        table.add_column(column, justify="right")
+    for index, stage in enumerate(plan.stages):
+        table.add_row(
+            str(index + 1),
+            _name(stage.node, names),
+            _blocks(stage),
+            size(stage.memory_bytes),
+            duration(stage.prefill_s),
+            duration(stage.decode_s),
+            duration(stage.send_prefill_s),
+            duration(stage.send_decode_s),
+        )
+    return table
+
+
+def _blocks(stage: Stage) -> str:
+    numbers = str(stage.start) if stage.stop - stage.start == 1 else f"{stage.start}-{stage.stop - 1}"
+    words = dict.fromkeys(name for name in (stage.first_block, stage.last_block) if name)
+    return f"{numbers} ({' to '.join(words)})" if words else numbers
+
+
+def _prediction(plan: Plan) -> Text:
+    shape = plan.shape
+    asked = (
+        f"for {shape.tokens_in} tokens in, {shape.tokens_out} out, a context of {shape.context_tokens}, "
+        f"{shape.slots} slot{'s' * (shape.slots > 1)}, {shape.in_flight} in flight"
+    )
+    goal = {Objective.LATENCY: "latency", Objective.THROUGHPUT: "throughput"}[plan.objective]
+    value = duration(plan.lower_bound) + (" per token" if plan.objective is Objective.THROUGHPUT else " per request")
+    proof = "proven optimal" if plan.gap <= PROVEN else f"at most {plan.gap:.1%} above the optimum"
+    return Text.assemble(
+        ("predicted  ", "bold"),
+        _figures(plan.estimate),
+        f"\n           {asked}\n",
+        ("certificate  ", "bold"),
+        f"best {goal} {proof} (lower bound {value}, {plan.solver})",
+    )
+
+
+PROVEN = 1e-9
+
+
+def _figures(estimate: Estimate) -> str:
+    return (
+        f"first token {duration(estimate.time_to_first_token_s)}, then {duration(estimate.time_per_output_token_s)} per token; "
+        f"{estimate.tokens_per_s:.3g} tok/s in all"
+    )
+
+
+def _others(plan: Plan, names: Names) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("ONE DEVICE ALONE", "WOULD GIVE", ""):
+        table.add_column(column, overflow="fold")
+    for alternative in plan.alternatives:
+        table.add_row(_name(alternative.node, names), *_alone(alternative, names))
+    return table
+
+
+def _alone(alternative: Alternative, names: Names) -> tuple[str, str]:
+    figures = _figures(alternative.estimate) if alternative.estimate else "-"
+    return figures, f"not possible: {_named(alternative.refused, names)}" if alternative.refused else "possible"
+
+
+def _reason(reason: Reason, names: Names) -> Text:
+    style = "green" if reason.used else "yellow"
+    return Text.assemble((f"{_name(reason.node, names)}: ", style), _named(reason.text, names))
+
+
+def _name(node: NodeId, names: Names) -> str:
+    return names.get(node, node)
+
+
+def _named(text: str, names: Names) -> str:
+    """*text* with display names for node ids: an id is 32 characters that nobody reads."""
+    for node, name in names.items():
+        text = text.replace(node, name)
+    return text

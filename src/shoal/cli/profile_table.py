@@ -1,0 +1,85 @@
+"""Profiles for people: what each device and each link was measured to do.  Pure: a profile in, something to print out."""
+
+from collections.abc import Iterable, Mapping
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from shoal.ids import NodeId
+from shoal.plan.figures import duration, share, size
+from shoal.profile.fit import fit
+from shoal.profile.fleet import BlockTrial, DeviceProfile, FleetProfile, LinkProfile
+
+Names = Mapping[NodeId, str]
+
+
+def render_profile(profile: FleetProfile, names: Names | None = None) -> RenderableType:
+    """Devices, trials and links as tables."""
+    known = names or {}
+    parts: list[RenderableType] = [Text(f"profile epoch {profile.profile_epoch}"), Text(), _devices(profile, known)]
+    if any(device.trials for device in profile.devices):
+        parts += [Text(), _trials(profile, known)]
+    if profile.links:
+        parts += [Text(), _links(profile.links, known)]
+    return Group(*parts)
+
+
+def _devices(profile: FleetProfile, names: Names) -> Table:
+    table = _table("NODE", "CORES", "THREADS", "MEMORY", "BUDGET", "STEP OVERHEAD", "ENGINE", "FINGERPRINT")
+    for device in profile.devices:
+        table.add_row(
+            _name(device.node, names),
+            str(device.cores),
+            str(device.threads),
+            size(device.memory_total_bytes),
+            size(device.memory_budget_bytes),
+            duration(device.step_overhead_s),
+            ", ".join(device.providers) or "-",
+            device.fingerprint[:8],
+        )
+    return table
+
+
+def _trials(profile: FleetProfile, names: Names) -> Table:
+    table = _table("NODE", "BLOCK KIND", "ROWS", "CONTEXT", "BATCH", "TIME", "SPREAD", "FIT MISSES BY")
+    for device in profile.devices:
+        residuals = {kind: fitted.residual for kind, fitted in fit(device.trials).items()}
+        for trial in sorted(device.trials, key=_order):
+            table.add_row(*_trial_row(device, trial, names), f"{residuals.get(trial.kind, 0.0):.1%}")
+    return table
+
+
+def _trial_row(device: DeviceProfile, trial: BlockTrial, names: Names) -> Iterable[str]:
+    numbers = (trial.rows, trial.context, trial.batch)
+    times = (duration(trial.time_s), f"+-{share(trial.spread_s, trial.time_s)}")
+    return (_name(device.node, names), trial.kind[:12], *map(str, numbers), *times)
+
+
+def _order(trial: BlockTrial) -> tuple[str, int, int, int]:
+    return trial.kind, trial.batch, trial.rows, trial.context
+
+
+def _links(links: Iterable[LinkProfile], names: Names) -> Table:
+    table = _table("FROM", "TO", "ROUND TRIP P50", "P99", "BANDWIDTH", "")
+    for link in links:
+        table.add_row(
+            _name(link.source, names),
+            _name(link.target, names),
+            duration(link.rtt_p50_s),
+            duration(link.rtt_p99_s),
+            f"{size(link.bytes_per_s)}/s",
+            "relayed" if link.relayed else "",
+        )
+    return table
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table
+
+
+def _name(node: NodeId, names: Names) -> str:
+    return names.get(node, node)

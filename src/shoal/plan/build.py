@@ -1,0 +1,164 @@
+"""From a cut model and a measured fleet to a problem.
+
+The fit of a device's trials prices each block at the shape that was asked: decode at the context in the middle of the
+answer, prefill as the whole prompt in its chunks.  What trials cannot tell yet, the memory of a worker beyond its
+weights, comes from `MemoryModel`, whose defaults were measured once (CPU, SmolLM2-135M at 4 bits, 116 MB of weights)
+and are replaced by what the live workers report.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import msgspec
+
+from shoal.errors import InvalidRequestError
+from shoal.ids import NodeId
+from shoal.model.frontier import Block
+from shoal.plan.problem import BlockSpec, DeviceSpec, LinkSpec, Objective, Pin, Problem, RequestShape
+from shoal.profile.fit import KindFit, fit
+from shoal.profile.fleet import BlockTrial, DeviceProfile, FleetProfile, LinkProfile
+
+
+class MemoryModel(msgspec.Struct, frozen=True, kw_only=True):
+    """What a worker holds beyond the bytes of its weights and cache."""
+
+    fixed_bytes: int = 96 * 2**20
+    """Interpreter, engine and fabric before the first weight: 44 MB are Python with the engine, the rest the fabric's."""
+    weights_factor: float = 1.1
+    """Packed per stored byte; 142 MB held per session, less 24 MB of cache, over 116 MB stored is 1.02."""
+    workspace_bytes_per_row: int = 200_000
+    """Activations of one row: 8 KB for each of some 24 live tensors, for hidden sizes up to 2048."""
+    load_peak_factor: float = 1.0
+    """Of the largest tensor: mapped while its packed copy is made, dropped afterwards.  From heap it would be of all of them."""
+
+
+class Demands(msgspec.Struct, frozen=True, kw_only=True):
+    """What the user fixes by hand; each field as in `Problem`."""
+
+    pin_first: bool = True
+    pin_last: bool = False
+    pins: tuple[Pin, ...] = ()
+    max_stages: int = 0
+    stages_exactly: int = 0
+    exclude: tuple[NodeId, ...] = ()
+
+
+class Setting(msgspec.Struct, frozen=True, kw_only=True):
+    """The circumstances of a plan apart from the model and the fleet."""
+
+    objective: Objective = Objective.LATENCY
+    promised_bytes: dict[NodeId, int] = {}
+    """Held by other deployments."""
+    demands: Demands = Demands()
+    memory: MemoryModel = MemoryModel()
+
+
+def problem(
+    blocks: Sequence[Block],
+    fleet: FleetProfile,
+    shape: RequestShape,
+    source: NodeId,
+    setting: Setting | None = None,
+) -> Problem:
+    """State the problem; raises InvalidRequestError naming a device and a block kind that was never timed there."""
+    chosen = setting or Setting()
+    demands = chosen.demands
+    usable = [device for device in fleet.devices if device.node not in demands.exclude]
+    return Problem(
+        blocks=tuple(_block(block, shape, chosen.memory) for block in blocks),
+        devices=tuple(_device(blocks, fleet, device, shape, chosen) for device in usable),
+        links=tuple(_link(link) for link in fleet.links),
+        shape=shape,
+        objective=chosen.objective,
+        source=source,
+        pin_first=demands.pin_first,
+        pin_last=demands.pin_last,
+        pins=demands.pins,
+        max_stages=demands.max_stages,
+        stages_exactly=demands.stages_exactly,
+    )
+
+
+def missing_kinds(blocks: Sequence[Block], fleet: FleetProfile, node: NodeId) -> tuple[str, ...]:
+    """Kinds of block that still need trials on *node*, one of each, in the model's order."""
+    device = next(device for device in fleet.devices if device.node == node)
+    known = fit(_trials(fleet.devices, device))
+    return tuple(dict.fromkeys(block.kind for block in blocks if block.kind not in known))
+
+
+def block_name(block: Block) -> str:
+    """The block in the words of the model: its layers, or what it starts from or ends in."""
+    layers = sorted(block.kv_layers)
+    if layers:
+        return f"layer {layers[0]}" if len(layers) == 1 else f"layers {layers[0]}-{layers[-1]}"
+    if any(boundary.name == "input_ids" for boundary in block.inputs):
+        return "embedding"
+    if any(boundary.name == "logits" for boundary in block.outputs):
+        return "head"
+    return f"block {block.index}"
+
+
+def _block(block: Block, shape: RequestShape, memory: MemoryModel) -> BlockSpec:
+    largest = max((tensor.size_bytes for tensor in block.tensors), default=0)
+    return BlockSpec(
+        name=block_name(block),
+        weights_bytes=block.weights_bytes,
+        kv_bytes_per_token=block.kv_bytes_per_token,
+        output_bytes_per_token=sum(boundary.bytes_per_token for boundary in block.outputs),
+        output_bytes_fixed=sum(boundary.bytes_fixed for boundary in block.outputs),
+        load_peak_bytes=int(memory.load_peak_factor * largest),
+        workspace_bytes=memory.workspace_bytes_per_row * min(shape.prefill_chunk_tokens, shape.tokens_in),
+    )
+
+
+def _device(
+    blocks: Sequence[Block], fleet: FleetProfile, device: DeviceProfile, shape: RequestShape, setting: Setting
+) -> DeviceSpec:
+    fits = fit(_trials(fleet.devices, device))
+    decode_s = {kind: fitted.decode_s(mean_context(shape)) for kind, fitted in fits.items()}
+    prefill_s = {kind: fitted.prefill_s(shape.tokens_in, shape.prefill_chunk_tokens) for kind, fitted in fits.items()}
+    _require_fits(blocks, device, fits)
+    return DeviceSpec(
+        node=device.node,
+        memory_budget_bytes=device.memory_budget_bytes,
+        memory_promised_bytes=setting.promised_bytes.get(device.node, 0),
+        fixed_bytes=setting.memory.fixed_bytes,
+        weights_factor=setting.memory.weights_factor,
+        step_overhead_s=device.step_overhead_s,
+        decode_s=tuple(decode_s[block.kind] for block in blocks),
+        prefill_s=tuple(prefill_s[block.kind] for block in blocks),
+    )
+
+
+def mean_context(shape: RequestShape) -> float:
+    """Cached positions in the middle of the answer."""
+    return min(float(shape.context_tokens), shape.tokens_in + shape.tokens_out / 2)
+
+
+def _require_fits(blocks: Sequence[Block], device: DeviceProfile, fits: Mapping[str, KindFit]) -> None:
+    untimed = next((block for block in blocks if block.kind not in fits), None)
+    if untimed:
+        raise InvalidRequestError(
+            f"{device.node} has no trial of block {untimed.index} ({block_name(untimed)}, kind {untimed.kind[:12]})",
+            hint="profile that device with this model, or exclude it",
+        )
+
+
+def _trials(devices: Iterable[DeviceProfile], device: DeviceProfile) -> tuple[BlockTrial, ...]:
+    """The device's own trials, and for kinds that it lacks those of a device with an equal fingerprint."""
+    own = {trial.kind for trial in device.trials}
+    twins = (twin for twin in devices if twin.fingerprint == device.fingerprint and twin.node != device.node)
+    lent: dict[str, tuple[BlockTrial, ...]] = {}
+    for twin in twins:
+        for kind in {trial.kind for trial in twin.trials} - own:
+            lent.setdefault(kind, tuple(trial for trial in twin.trials if trial.kind == kind))
+    return (*device.trials, *(trial for trials in lent.values() for trial in trials))
+
+
+def _link(link: LinkProfile) -> LinkSpec:
+    return LinkSpec(
+        source=link.source,
+        target=link.target,
+        latency_s=link.latency_s,
+        bytes_per_s=link.bytes_per_s,
+        relayed=link.relayed,
+    )

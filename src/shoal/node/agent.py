@@ -9,7 +9,7 @@ import anyio
 import anyio.to_thread
 import msgspec
 import psutil
-import structlog
+from structlog.typing import FilteringBoundLogger
 
 from shoal.errors import MalformedFrameError
 from shoal.fleet.order import Order, Refused, Reply
@@ -46,6 +46,7 @@ class Agent:
     handlers: Mapping[str, Handler]
     complete_manifests: Callable[[], tuple[Digest, ...]]
     on_view: Callable[[CoordinatorView], None]
+    log: FilteringBoundLogger
     leaving: bool = False
     _changed: anyio.Event = field(default_factory=anyio.Event)
     _sequence: int = 0
@@ -156,7 +157,7 @@ class Agent:
         # unknown fields, so only real strangers end here).
         self._dropped += 1
         if self._dropped % 1000 == 1:
-            structlog.get_logger().warning("message.dropped", key=sample.key, error=str(error), dropped=self._dropped)
+            self.log.warning("message.dropped", key=sample.key, error=str(error), dropped=self._dropped)
 
     async def _hear(self, heard: Mailbox[Heard]) -> None:
         async for item in heard:

@@ -14,7 +14,8 @@ import anyio.to_thread
 import msgspec
 
 from shoal import errors
-from shoal.errors import DeadlineExceededError, ShoalError, UnavailableError
+from shoal.errors import DeadlineExceededError, ShoalError
+from shoal.fleet.faults import Fault, describe, restore
 from shoal.ids import NodeId
 from shoal.node.mailbox import Mailbox
 from shoal.transport.bus import Bus, Closable, Sample
@@ -47,11 +48,9 @@ class Done(msgspec.Struct, frozen=True, kw_only=True, tag="done"):
 
 
 class Failed(msgspec.Struct, frozen=True, kw_only=True, tag="failed"):
-    """The error, to be raised on the asker's side as the class that has this code."""
+    """The error, raised again on the asker's side."""
 
-    code: str
-    message: str
-    hint: str
+    fault: Fault
 
 
 Answer = Pending | Done | Failed
@@ -77,8 +76,8 @@ class Caller:
                 match said:
                     case Done(body=body):
                         return msgspec.msgpack.decode(body, type=answer)
-                    case Failed(code=code, message=message, hint=hint):
-                        raise error_of(code, message, hint)
+                    case Failed(fault=fault):
+                        raise restore(fault)
                     case Pending():
                         await anyio.sleep(_POLL_S)
         raise DeadlineExceededError(f"node {node} did not finish {verb!r} within {timeout_s:.0f} s")
@@ -121,20 +120,9 @@ class CallDesk:
                 )
             self._answers[call.id] = Done(body=await handler(call.body))
         except ShoalError as error:
-            self._answers[call.id] = Failed(code=error.code, message=error.message, hint=error.hint)
+            self._answers[call.id] = Failed(fault=describe(error))
         except (OSError, ValueError, msgspec.MsgspecError) as error:
-            self._answers[call.id] = Failed(code="internal_error", message=f"{call.verb}: {error}", hint="")
+            self._answers[call.id] = Failed(fault=Fault(message=f"{call.verb}: {error}", code="internal_error"))
         finished = [i for i, a in self._answers.items() if not isinstance(a, Pending)]
         for old in finished[:-_KEPT_ANSWERS]:
             del self._answers[old]
-
-
-def error_of(code: str, message: str, hint: str = "") -> ShoalError:
-    """The error of our tree that has *code*; UnavailableError when this version does not know it."""
-    pending: list[type[ShoalError]] = [ShoalError]
-    while pending:
-        kind = pending.pop()
-        if kind.code == code:
-            return kind(message, hint=hint)
-        pending += kind.__subclasses__()
-    return UnavailableError(message, hint=hint)

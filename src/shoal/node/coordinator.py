@@ -13,7 +13,6 @@ from typing import Protocol
 import anyio
 import anyio.to_thread
 import msgspec
-import structlog
 
 from shoal.clock import Clock
 from shoal.errors import InvalidRequestError, ShoalError, UnavailableError, UnknownModelError
@@ -55,6 +54,14 @@ class Planner(Protocol):
         ...
 
 
+class Note(Protocol):
+    """Where the coordinator writes what happened; see `events`."""
+
+    def __call__(
+        self, kind: str, text: str, *, node: NodeId | None = None, deployment: DeploymentId | None = None
+    ) -> None: ...
+
+
 SendOrder = Callable[[Addressed], Awaitable[Reply]]
 Broadcast = Callable[[CoordinatorView], None]
 
@@ -69,6 +76,7 @@ class Coordinator:
     planner: Planner
     send_order: SendOrder
     broadcast: Broadcast
+    note: Note
     eager: bool
     """Takes a lease that nobody holds at once; a standby waits."""
     state: FleetState = field(default_factory=FleetState)
@@ -80,6 +88,7 @@ class Coordinator:
     _refused_until_s: dict[DeploymentId, float] = field(default_factory=dict)
     _ordered: dict[tuple[NodeId, str], float] = field(default_factory=dict)
     _standings: dict[NodeId, Standing] = field(default_factory=dict)
+    _phases: dict[DeploymentId, Phase] = field(default_factory=dict)
 
     @property
     def leading(self) -> bool:
@@ -96,7 +105,7 @@ class Coordinator:
             self._view = view
             self._view_heard_s = self.clock.now_s()
         if self.lease is not None and view.lease.fencing_epoch > self.lease.fencing_epoch:
-            structlog.get_logger().warning("coordinator.stepped_down", epoch=view.lease.fencing_epoch)
+            self.note("coordinator.stepped_down", f"lease {view.lease.fencing_epoch} is newer", node=view.lease.holder)
             self.lease = None
 
     async def want(self, spec: DeploymentSpec) -> None:
@@ -165,6 +174,7 @@ class Coordinator:
         statuses = tuple(self._status(d, reports) for d in self.state.deployments.values())
         self._view = CoordinatorView(lease=self.lease, sequence=self._sequence, deployments=statuses)
         self._view_heard_s = self.clock.now_s()
+        self._note_phases(self._view)
         self.broadcast(self._view)
 
     async def _maybe_lead(self, now_s: float) -> None:
@@ -180,7 +190,7 @@ class Coordinator:
             for status in self._view.deployments:
                 self._adopt(status.deployment)
         self.lease = Lease(holder=self.me, fencing_epoch=epoch)
-        structlog.get_logger().info("coordinator.leads", epoch=epoch)
+        self.note("coordinator.leads", f"lease {epoch}", node=self.me)
         self.show()
 
     def _adopt(self, deployment: Deployment) -> None:
@@ -203,7 +213,7 @@ class Coordinator:
         for node, member in self.state.members.items():
             now = standing(member, now_s)
             if self._standings.get(node) is not now:
-                structlog.get_logger().info(f"node.{now.value}", node=node, name=member.report.facts.name)
+                self.note(f"node.{now.value}", member.report.facts.name, node=node)
                 self._standings[node] = now
             if now_s - member.heard_s > FORGET_AFTER_S:
                 forgotten = NodeForgotten(node=node, incarnation=member.report.incarnation)
@@ -239,11 +249,12 @@ class Coordinator:
                 return
             made = PlanMade(deployment=name, plan_epoch=current.plan_epoch + 1, answer=answer, at_s=self.clock.now_s())
             self.state = apply(self.state, made)
+            self.note("plan.made", describe_answer(answer), deployment=name)
             await self._remember(self.state.deployments[name])
             self.show()
         except ShoalError as error:
             self._refused_until_s[name] = self.clock.now_s() + RETRY_PLAN_S
-            structlog.get_logger().warning("plan.failed", deployment=name, error=str(error))
+            self.note("plan.failed", error.message, deployment=name)
         finally:
             self._planning.discard(name)
 
@@ -273,8 +284,15 @@ class Coordinator:
         except UnavailableError:
             return  # its heartbeats will say whether it lives; the order is given again
         if isinstance(reply, Refused) and self.lease is not None and reply.fencing_epoch > self.lease.fencing_epoch:
-            structlog.get_logger().warning("coordinator.fenced", by=reply.fencing_epoch)
+            self.note("coordinator.fenced", f"lease {reply.fencing_epoch} is newer", node=addressed.node)
             self.lease = None
+
+    def _note_phases(self, view: CoordinatorView) -> None:
+        for status in view.deployments:
+            name = status.deployment.spec.deployment
+            if self._phases.get(name) is not status.phase:
+                self.note(f"deployment.{status.phase.value}", status.reason or "as planned", deployment=name)
+                self._phases[name] = status.phase
 
     def _must_lead(self) -> None:
         if self.lease is None:
@@ -282,3 +300,13 @@ class Coordinator:
             raise InvalidRequestError(
                 f"this node does not coordinate the fleet (the lease is held by {holder})", hint="ask that node"
             )
+
+
+def describe_answer(answer: Answer) -> str:
+    """One line about a plan, for the event log."""
+    match answer:
+        case Plan(stages=stages, estimate=figures):
+            cuts = ", ".join(f"[{s.start}, {s.stop}) on {s.node[:8]}" for s in stages)
+            return f"{len(stages)} stages: {cuts}; {figures.time_per_output_token_s * 1000:.1f} ms per token predicted"
+        case Infeasible(reason=reason):
+            return f"no plan fits: {reason}"

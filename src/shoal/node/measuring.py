@@ -13,10 +13,10 @@ import msgspec
 
 from shoal.clock import Clock
 from shoal.errors import DeadlineExceededError, UnavailableError
+from shoal.fleet.faults import restore
 from shoal.fleet.report import NodeFacts
 from shoal.ids import Digest, NodeId
 from shoal.node.artifacts import Artifact, fetch_artifact, open_artifact
-from shoal.node.calls import error_of
 from shoal.node.messages import BlocksOf, Links, ModelBlocks, ProbeLinks, Profiled, ProfileModel
 from shoal.node.probe import measure_links
 from shoal.node.trials import COLD_BYTES, TrialResult, TrialSpec
@@ -94,8 +94,8 @@ class Measurer:
                     hint="the node's log says more; was it out of memory?",
                 )
             result = msgspec.json.decode(done.stdout, type=TrialResult)
-            if result.error_code:
-                raise error_of(result.error_code, result.error)
+            if result.fault is not None:
+                raise restore(result.fault)
             return result
         raise DeadlineExceededError(f"the trials took more than {_TRIALS_TIMEOUT_S:.0f} s")
 

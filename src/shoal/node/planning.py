@@ -6,7 +6,7 @@ from functools import partial
 
 import anyio
 import anyio.to_thread
-import structlog
+from structlog.typing import FilteringBoundLogger
 
 from shoal.clock import Clock
 from shoal.errors import ShoalError
@@ -35,6 +35,7 @@ class FleetPlanner:
 
     caller: Caller
     clock: Clock
+    log: FilteringBoundLogger
     budget_s: float = PLAN_BUDGET_S
     profile_epoch: int = 0
     _devices: dict[tuple[NodeId, str, Digest], DeviceProfile] = field(default_factory=dict)
@@ -98,7 +99,7 @@ class FleetPlanner:
             try:
                 told = await self.caller.call(report.node, "profile", wanted, Profiled, timeout_s=PROFILE_TIMEOUT_S)
             except ShoalError as error:
-                structlog.get_logger().warning("profile.failed", node=report.facts.name, error=str(error))
+                self.log.warning("profile.failed", node=report.facts.name, error=str(error))
                 return None
             self._devices[key] = told.device
         return self._devices[key]
@@ -124,7 +125,7 @@ class FleetPlanner:
                 sender, "links", ProbeLinks(targets=targets), Links, timeout_s=LINKS_TIMEOUT_S
             )
         except ShoalError as error:
-            structlog.get_logger().warning("links.failed", node=sender, error=str(error))
+            self.log.warning("links.failed", node=sender, error=str(error))
             return
         for link in told.links:
             self._links[link.source, link.target] = (link, self.clock.now_s())

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 from typing import assert_never
 
-import structlog
+from structlog.typing import FilteringBoundLogger
 
 from shoal.clock import Clock
 from shoal.errors import MalformedFrameError, ShoalError, UntrustedError
@@ -78,6 +78,7 @@ class StageLoop:
     clock: Clock
     told: Callable[[], None]
     """Called about four times a second and after each step: a place to send reports from."""
+    log: FilteringBoundLogger
     inbox: SimpleQueue[Item] = field(default_factory=SimpleQueue)
     steps: int = 0
     busy_s: float = 0.0
@@ -154,7 +155,7 @@ class StageLoop:
             case ReleaseSlot(slot=slot):
                 self.session.release(slot)
             case Suspect(overdue_s=overdue_s):
-                structlog.get_logger().warning("stage.next_is_silent", shard=str(self.shard), overdue_s=overdue_s)
+                self.log.warning("stage.next_is_silent", shard=str(self.shard), overdue_s=overdue_s)
             case _:
                 assert_never(effect)
         return None
@@ -236,7 +237,7 @@ class StageLoop:
     def _drop(self, sample: Sample, error: ShoalError) -> None:
         self.malformed += 1
         if self.malformed == 1 or self.malformed % 1000 == 0:
-            structlog.get_logger().warning(
+            self.log.warning(
                 "frame.dropped", key=sample.key, bytes=len(sample.payload), error=error.message, dropped=self.malformed
             )
 

@@ -19,6 +19,7 @@ import numpy as np
 
 from shoal.clock import Clock, SystemClock
 from shoal.errors import ShoalError
+from shoal.fleet.faults import Fault, describe
 from shoal.ids import Digest, RequestId
 from shoal.model.frontier import Block, Boundary
 from shoal.model.spec import INPUT_IDS
@@ -50,12 +51,11 @@ class TrialSpec(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class TrialResult(msgspec.Struct, frozen=True, kw_only=True):
-    """What it found; written to its standard output as one line of JSON, as is `TrialFailed`."""
+    """What it found; written to its standard output as one line of JSON."""
 
     trials: tuple[BlockTrial, ...]
     step_overhead_s: float
-    error_code: str = ""
-    error: str = ""
+    fault: Fault | None = None
 
 
 @dataclass(slots=True)
@@ -188,7 +188,7 @@ def main() -> None:
     try:
         result = run_trials(open_store(Path(spec.home)), spec, backend, SystemClock())
     except ShoalError as error:
-        result = TrialResult(trials=(), step_overhead_s=0.0, error_code=error.code, error=error.message)
+        result = TrialResult(trials=(), step_overhead_s=0.0, fault=describe(error))
     sys.stdout.buffer.write(msgspec.json.encode(result) + b"\n")
     sys.stdout.flush()
     os._exit(0)

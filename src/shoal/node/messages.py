@@ -5,6 +5,7 @@ from typing import Final
 import msgspec
 
 from shoal.fleet.spec import DeploymentSpec
+from shoal.fleet.views import EventView, NodeView
 from shoal.ids import DeploymentId, Digest, NodeId
 from shoal.model.frontier import Block
 from shoal.model.spec import ModelSpec
@@ -84,7 +85,42 @@ class Preview(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Previewed(msgspec.Struct, frozen=True, kw_only=True):
-    """The plan, or why there is none; block counts and names for a reader."""
+    """The plan, or why there is none."""
 
     answer: Answer
-    names: dict[NodeId, str]
+
+
+class AskNodes(msgspec.Struct, frozen=True, kw_only=True):
+    """Asked of the coordinator: which nodes are there?"""
+
+
+class Nodes(msgspec.Struct, frozen=True, kw_only=True):
+    """Every node that is known."""
+
+    nodes: tuple[NodeView, ...]
+
+
+class AskProfile(msgspec.Struct, frozen=True, kw_only=True):
+    """Asked of the coordinator: what can these nodes (all when empty) do for this model?"""
+
+    manifest: Digest
+    source: NodeId
+    nodes: tuple[NodeId, ...] = ()
+    again: bool = False
+
+
+class AskEvents(msgspec.Struct, frozen=True, kw_only=True):
+    """Asked of the coordinator: what happened?"""
+
+    after: int
+    limit: int
+
+
+class Events(msgspec.Struct, frozen=True, kw_only=True):
+    """Events, oldest first."""
+
+    events: tuple[EventView, ...]
+
+
+class Leave(msgspec.Struct, frozen=True, kw_only=True):
+    """Asked of a node: give your shards up, then go."""

@@ -67,7 +67,7 @@ class FleetPlanner:
             )
         known = await self._blocks_of(spec.manifest, spec.source)
         demands = Demands(pins=spec.pins, stages_exactly=spec.stages_exactly, exclude=spec.exclude)
-        setting = Setting(objective=spec.objective, promised_bytes=promised, demands=demands)
+        setting = Setting(objective=spec.objective, promised_bytes=dict(promised), demands=demands)
         return problem(known.blocks, fleet, spec.shape, spec.source, setting)
 
     async def profile(

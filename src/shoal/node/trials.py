@@ -81,7 +81,8 @@ class BlockRunner:
         )
         began_s = self.clock.now_s()
         session.step(steps * batch, feeds)
-        return self.clock.now_s() - began_s
+        elapsed_s: float = self.clock.now_s() - began_s
+        return elapsed_s
 
 
 def run_trials(store: Store, spec: TrialSpec, backend: Backend, clock: Clock) -> TrialResult:

@@ -1,0 +1,172 @@
+"""The fleet as the gateway of this node sees it: questions go to whoever holds the lease (`serve.ports`)."""
+
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import anyio
+import anyio.to_thread
+
+from shoal.errors import InfeasibleError, UnavailableError, UnknownModelError
+from shoal.fleet.reconcile import Phase
+from shoal.fleet.spec import DeploymentSpec
+from shoal.fleet.view import CoordinatorView, DeploymentStatus
+from shoal.fleet.views import (
+    DeploymentState,
+    DeploymentView,
+    DeployRequest,
+    EventView,
+    JoinView,
+    NodeView,
+    PlanRequest,
+    ProfileRequest,
+)
+from shoal.ids import DeploymentId, NodeId
+from shoal.node.calls import Caller
+from shoal.node.messages import (
+    AskEvents,
+    AskNodes,
+    AskProfile,
+    Deploy,
+    Drop,
+    Events,
+    Leave,
+    Nodes,
+    Nothing,
+    Preview,
+    Previewed,
+)
+from shoal.plan.problem import Answer, Infeasible, Plan
+from shoal.profile.fleet import FleetProfile
+from shoal.store.home import Store
+
+_QUICK_S = 10.0
+_MEASURING_S = 300.0
+_EVENT_POLL_S = 0.5
+
+STATES = {
+    Phase.PLANNING: DeploymentState.PLANNED,
+    Phase.LOADING: DeploymentState.LOADING,
+    Phase.SERVING: DeploymentState.READY,
+    Phase.RECOVERING: DeploymentState.DEGRADED,
+    Phase.REFUSED: DeploymentState.FAILED,
+}
+
+
+@dataclass(slots=True)
+class FleetApi:
+    """Implements `Machines`, `Placement` and `EventLog` of `serve.ports` by asking the coordinator."""
+
+    me: NodeId
+    caller: Caller
+    store: Store
+    view: Callable[[], CoordinatorView | None]
+    join: JoinView
+    last_token_age_s: Callable[[DeploymentId], float | None]
+
+    async def nodes(self) -> Sequence[NodeView]:
+        """Every node that is known."""
+        told = await self.caller.call(self._coordinator(), "nodes", AskNodes(), Nodes, timeout_s=_QUICK_S)
+        return told.nodes
+
+    async def profile(self, wanted: ProfileRequest) -> FleetProfile:
+        """Measure, or answer from what is remembered."""
+        name = wanted.model or self._only_model()
+        manifest = await anyio.to_thread.run_sync(self.store.library.digest, name)
+        asked = AskProfile(manifest=manifest, source=self.me, nodes=wanted.nodes, again=wanted.refresh)
+        return await self.caller.call(self._coordinator(), "fleet_profile", asked, FleetProfile, timeout_s=_MEASURING_S)
+
+    async def join_info(self) -> JoinView:
+        """What to type on a machine that is to join."""
+        return self.join
+
+    async def leave(self, node: NodeId) -> None:
+        """Ask the node to drain and go."""
+        await self.caller.call(node, "leave", Leave(), Nothing, timeout_s=_QUICK_S)
+
+    async def plan(self, wanted: PlanRequest) -> Answer:
+        """The plan that a deployment would get; nothing is loaded."""
+        spec = await self._spec(wanted, DeploymentId(wanted.model))
+        told = await self.caller.call(
+            self._coordinator(), "preview", Preview(spec=spec), Previewed, timeout_s=_MEASURING_S
+        )
+        return told.answer
+
+    async def deploy(self, wanted: DeployRequest) -> DeploymentView:
+        """Declare a deployment; raises InfeasibleError when no plan fits now."""
+        name = DeploymentId(wanted.name or wanted.plan.model)
+        spec = await self._spec(wanted.plan, name)
+        coordinator = self._coordinator()
+        told = await self.caller.call(coordinator, "preview", Preview(spec=spec), Previewed, timeout_s=_MEASURING_S)
+        match told.answer:
+            case Infeasible(reason=reason, hint=hint):
+                raise InfeasibleError(reason, hint=hint)
+            case Plan() as plan:
+                await self.caller.call(coordinator, "deploy", Deploy(spec=spec), Nothing, timeout_s=_QUICK_S)
+                return DeploymentView(name=name, model=wanted.plan.model, state=DeploymentState.PLANNED, plan=plan)
+
+    async def deployments(self) -> Sequence[DeploymentView]:
+        """All that are wanted."""
+        view = self.view()
+        return [self._shown(status) for status in view.deployments] if view is not None else []
+
+    async def stop(self, name: DeploymentId) -> None:
+        """Stop serving."""
+        await self.caller.call(self._coordinator(), "drop", Drop(deployment=name), Nothing, timeout_s=_QUICK_S)
+
+    async def events(self, after: int, limit: int) -> Sequence[EventView]:
+        """What the coordinator noted."""
+        asked = AskEvents(after=after, limit=limit)
+        told = await self.caller.call(self._coordinator(), "events", asked, Events, timeout_s=_QUICK_S)
+        return told.events
+
+    async def follow(self, after: int) -> AsyncIterator[EventView]:
+        """The same without end, asked for twice a second: the coordinator may be another node, and may change."""
+        while True:
+            for event in await self.events(after, 1000):
+                after = event.sequence
+                yield event
+            await anyio.sleep(_EVENT_POLL_S)
+
+    def _coordinator(self) -> NodeId:
+        view = self.view()
+        if view is None:
+            raise UnavailableError(
+                "no coordinator has been heard yet", hint="start the fleet's first node with `shoal up`"
+            )
+        return view.lease.holder
+
+    async def _spec(self, wanted: PlanRequest, name: DeploymentId) -> DeploymentSpec:
+        manifest = await anyio.to_thread.run_sync(partial(self.store.library.digest, wanted.model))
+        return DeploymentSpec(
+            deployment=name,
+            model=wanted.model,
+            manifest=manifest,
+            source=self.me,
+            shape=wanted.shape,
+            objective=wanted.objective,
+            stages_exactly=wanted.stages,
+            pins=wanted.pins,
+            exclude=wanted.exclude,
+        )
+
+    def _only_model(self) -> str:
+        names = self.store.library.names()
+        if len(names) != 1:
+            raise UnknownModelError(
+                f"this node has {len(names)} models: say which one to profile", hint="`shoal models` lists them"
+            )
+        return names[0]
+
+    def _shown(self, status: DeploymentStatus) -> DeploymentView:
+        deployment = status.deployment
+        name = deployment.spec.deployment
+        return DeploymentView(
+            name=name,
+            model=deployment.spec.model,
+            state=STATES[status.phase],
+            detail=status.reason,
+            plan=deployment.answer if isinstance(deployment.answer, Plan) else None,
+            plan_epoch=deployment.plan_epoch,
+            last_token_age_s=self.last_token_age_s(name),
+        )

@@ -114,6 +114,15 @@ class FirstStage:
         effects += [_error(s.reply_to, Failure(request=s.request.request, code=code, text=text)) for s in queued]
         return effects + [_infer_failed(step, code, text) for step in steps]
 
+    def signs_of_life(self) -> list[Effect]:
+        """An empty delta for every request, waiting or running."""
+        waiting = [(s.reply_to, s.request.request) for s in self.waiting]
+        running = [(s.reply_to, request) for request, s in self.live.items()]
+        infers = [(s.reply_to, s.request) for s, _ in self.infers]
+        infers += [(f.infer.reply_to, f.infer.request) for f in self.flights.values() if f.infer]
+        everyone = waiting + running + infers
+        return [Emit(reply_to=reply_to, delta=OutputDelta(request=request)) for reply_to, request in everyone]
+
     def take_tokens(self, frame: TokensFrame) -> list[Effect]:
         """Apply what became of a step.  Frames come in order, so that a skipped step means a lost frame."""
         if frame.step not in self.flights:

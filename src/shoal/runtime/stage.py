@@ -73,6 +73,7 @@ class StageState:
     unacked: deque[tuple[int, float]] = field(default_factory=deque)
     last_step: int = -1
     now_s: float = 0.0
+    beaten_s: float = 0.0
     suspected: bool = False
     discarded: int = 0
 
@@ -166,7 +167,19 @@ def _credit(state: StageState, frame: CreditFrame) -> list[Effect]:
 
 def _tick(state: StageState, now_s: float) -> list[Effect]:
     state.now_s = now_s
-    overdue_s = now_s - state.unacked[0][1] if state.unacked else 0.0
+    return _beat(state) + _watch(state)
+
+
+def _beat(state: StageState) -> list[Effect]:
+    """Signs of life for the gateways; also covers requests that wait for a slot."""
+    if state.first is None or state.now_s - state.beaten_s < state.settings.heartbeat_s:
+        return []
+    state.beaten_s = state.now_s
+    return state.first.signs_of_life()
+
+
+def _watch(state: StageState) -> list[Effect]:
+    overdue_s = state.now_s - state.unacked[0][1] if state.unacked else 0.0
     if state.suspected or overdue_s <= state.settings.overdue_s:
         return []
     state.suspected = True

@@ -1,0 +1,18 @@
+"""Errors that crossed the fabric become errors again."""
+
+from collections.abc import Iterator
+
+from shoal.errors import ShoalError
+
+
+def failure_of(code: str, text: str) -> ShoalError:
+    """The error of `shoal.errors` with this code; a plain ShoalError when no release of ours knows it."""
+    message, _, hint = text.partition("\nhint: ")
+    kind = next((kind for kind in _kinds(ShoalError) if kind.code == code), ShoalError)
+    return kind(message or f"the pipeline failed ({code})", hint=hint)
+
+
+def _kinds(kind: type[ShoalError]) -> Iterator[type[ShoalError]]:
+    yield kind
+    for child in kind.__subclasses__():
+        yield from _kinds(child)

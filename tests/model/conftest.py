@@ -1,6 +1,8 @@
-"""Running imported models in ONNX Runtime as they are: the canonical graph, not a lowering, is compared with the recordings."""
+"""Running imported models directly in ONNX Runtime, as they are or lowered, to compare them with the recordings."""
 
-from collections.abc import Callable, Mapping
+import dataclasses
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -8,10 +10,12 @@ import onnx
 import onnxruntime as ort
 import pytest
 
+from shoal.model.affine import Array
+from shoal.model.derive import derive
+from shoal.model.lower import lower
 from shoal.model.spec import ImportedModel
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
-Feeds = Mapping[str, np.ndarray]
 
 
 @pytest.fixture(scope="session")
@@ -43,6 +47,21 @@ def open_session() -> Callable[[ImportedModel], ort.InferenceSession]:
 
 
 @pytest.fixture(scope="session")
+def lowered() -> Callable[[ImportedModel, str], ImportedModel]:
+    """The model with its graph lowered for a target, and the arrays that the lowering derives."""
+
+    def make(model: ImportedModel, target: str) -> ImportedModel:
+        def computed(op: str, inputs: tuple[str, ...]) -> Array:
+            return derive(op, [model.tensors[name]() for name in inputs])
+
+        result = lower(model.graph, target=target)
+        derived = {d.name: partial(computed, d.op, d.inputs) for d in result.derived}
+        return dataclasses.replace(model, graph=result.graph, tensors={**model.tensors, **derived})
+
+    return make
+
+
+@pytest.fixture(scope="session")
 def causal_logits(open_session: Callable[[ImportedModel], ort.InferenceSession]) -> Callable[..., np.ndarray]:
     """Logits [N, V] of a causal model for *ids*: *prefill* of them at once, the rest one by one against the cache."""
 
@@ -51,15 +70,14 @@ def causal_logits(open_session: Callable[[ImportedModel], ort.InferenceSession])
         cache = np.zeros((1, spec.kv_heads, 0, spec.head_dim), np.float32)
         past = {f"past_key_values.{layer}.{part}": cache for layer in range(spec.layers) for part in ("key", "value")}
         names = [output.name for output in session.get_outputs()]
+        wanted = {value.name for value in session.get_inputs()}
         rows, start = [], 0
         for stop in (prefill, *range(prefill + 1, len(ids) + 1)):
-            positions = np.arange(start, stop, dtype=np.int64)[None]
-            step = {
-                "input_ids": ids[None, start:stop],
-                "position_ids": positions,
-                "logit_rows": np.arange(stop - start),
-            }
-            out = dict(zip(names, session.run(names, {**step, **past}), strict=True))
+            step = {"input_ids": ids[None, start:stop], "logit_rows": np.arange(stop - start)}
+            step |= {"position_ids": np.arange(start, stop)[None], "attention_mask": np.ones((1, stop), np.int64)}
+            step |= {"seqlens_k": np.array([stop - 1], np.int32), "total_sequence_length": np.array(stop, np.int32)}
+            feeds = {name: array for name, array in (step | past).items() if name in wanted}
+            out = dict(zip(names, session.run(names, feeds), strict=True))
             past = {name.replace("present.", "past_key_values."): out[name] for name in names if name != "logits"}
             rows.append(out["logits"][0])
             start = stop

@@ -16,7 +16,7 @@ from shoal.model.affine import Blocked, Dense
 from shoal.model.hf import import_hf
 from shoal.model.hf_config import config_of, scaling_of
 from shoal.model.rope import Rope, attention_factor, inverse_frequencies
-from shoal.model.spec import ModelKind
+from shoal.model.spec import ImportedModel, ModelKind
 from shoal.model.weights import choose_formats
 
 CAUSAL = ("llama", "llama3-rope", "llama-linear-rope", "mistral", "qwen2", "qwen3", "gemma3")
@@ -56,6 +56,31 @@ def test_logits_are_those_of_transformers_at_every_position(case: str, golden: P
     logits = causal_logits(model, reference["ids"], prefill=int(reference["prefill"]))
 
     np.testing.assert_allclose(logits, reference["logits"], atol=2e-4)
+
+
+@pytest.mark.parametrize("case", CAUSAL)
+def test_logits_lowered_for_a_cpu_are_those_of_transformers(
+    case: str, golden: Path, causal_logits: Logits, lowered: Callable[..., ImportedModel]
+) -> None:
+    reference = np.load(golden / case / "reference.npz")
+    model = lowered(import_hf(golden / case, name=case), "cpu-exact")
+
+    logits = causal_logits(model, reference["ids"], prefill=int(reference["prefill"]))
+
+    np.testing.assert_allclose(logits, reference["logits"], atol=2e-4)
+
+
+@pytest.mark.parametrize(("quantise", "kl"), [("int8", 2e-2), ("int4", 1.0)])
+@pytest.mark.parametrize("case", ["qwen3", "gemma3"])
+def test_blocks_lowered_for_a_cpu_stay_near_transformers(
+    case: str, quantise: str, kl: float, golden: Path, causal_logits: Logits, lowered: Callable[..., ImportedModel]
+) -> None:
+    reference = np.load(golden / case / "reference.npz")
+    model = lowered(import_hf(golden / case, name=case, quantise=quantise), "cpu")
+
+    logits = causal_logits(model, reference["ids"], prefill=int(reference["prefill"]))
+
+    assert mean_kl(reference["logits"], logits) < kl
 
 
 def test_a_short_prompt_grows_past_the_sliding_window(golden: Path, causal_logits: Logits) -> None:

@@ -18,7 +18,7 @@ from shoal.model.rope import inverse_frequencies
 from shoal.model.sidecars import adds_bos, carried_files, licence_of, read_object, token_ids
 from shoal.model.spec import ImportedModel, ModelKind, ModelSpec
 from shoal.model.transformer import EMBEDDING_WEIGHT, HEAD_WEIGHT, TransformerConfig, build, matrix_shapes, vector_sizes
-from shoal.model.weights import Matrix, choose_formats, matrix_arrays, read_vector, worst_error
+from shoal.model.weights import Matrix, choose_formats, matrix_arrays, read_float32, worst_error
 
 _PREFIXES = ("model.language_model.", "language_model.model.", "model.", "")
 _HEADS = ("lm_head.weight", "language_model.lm_head.weight")
@@ -64,7 +64,7 @@ def import_hf(folder: Path, *, name: str, quantise: str = "fp32") -> ImportedMod
     # gemma's norms multiply by 1 + weight
     offset = 1.0 if config.architecture == "gemma3" else 0.0
     readers = matrix_arrays(checkpoint, matrices)
-    readers |= {n: partial(read_vector, checkpoint, stored, size, offset) for stored, (n, size) in vectors.items()}
+    readers |= {n: partial(read_float32, checkpoint, stored, (size,), offset) for stored, (n, size) in vectors.items()}
     readers |= {n: partial(inverse_frequencies, rope) for n, rope in config.rotations.items()}
     spec = msgspec.structs.replace(
         _spec(folder, config), name=name, quantisation=quantise, import_error=worst_error(checkpoint, matrices)

@@ -61,9 +61,9 @@ def matrix_arrays(checkpoint: Checkpoint, matrices: Mapping[str, Matrix]) -> dic
     return readers
 
 
-def read_vector(checkpoint: Checkpoint, stored: str, size: int, offset: float = 0.0) -> Array:
-    """A norm or bias in fp32, plus *offset*."""
-    return checkpoint.read(stored, (size,)).astype(np.float32) + np.float32(offset)
+def read_float32(checkpoint: Checkpoint, stored: str, shape: tuple[int, ...], offset: float = 0.0) -> Array:
+    """A norm, bias or small table in fp32, plus *offset*."""
+    return checkpoint.read(stored, shape).astype(np.float32) + np.float32(offset)
 
 
 def worst_error(checkpoint: Checkpoint, matrices: Mapping[str, Matrix]) -> float | None:

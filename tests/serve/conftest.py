@@ -1,21 +1,24 @@
 """A gateway with a byte-level codec and scripted answers: the same application as in production, without models."""
 
 import itertools
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import anyio
+import anyio.lowlevel
 import msgspec
 import numpy as np
 import pytest
+from anyio.from_thread import start_blocking_portal
+from litestar import Litestar
 from litestar.testing import TestClient
 
 from shoal.clock import ManualClock
-from shoal.errors import InfeasibleError, ShoalError, UnknownModelError
+from shoal.errors import InfeasibleError, UnknownModelError
 from shoal.fleet.state import Standing
 from shoal.fleet.views import (
     ComponentHealth,
-    DeploymentHealth,
     DeploymentState,
     DeploymentView,
     DeployRequest,
@@ -42,6 +45,7 @@ from shoal.runtime.request import (
 from shoal.serve.access import Access
 from shoal.serve.app import build_app
 from shoal.serve.ports import EncoderIO, Limits, Node, ServedModel
+from shoal.serve.run import bind, serve
 
 EOS = 256
 VOCABULARY = 257
@@ -74,7 +78,9 @@ class ByteCodec:
     def encode(self, text: str) -> tuple[int, ...]:
         return tuple(text.encode())
 
-    def encode_chat(self, messages: Sequence[Mapping[str, object]], tools: Sequence[Mapping[str, object]]) -> tuple[int, ...]:
+    def encode_chat(
+        self, messages: Sequence[Mapping[str, object]], tools: Sequence[Mapping[str, object]]
+    ) -> tuple[int, ...]:
         lines = [f"{m['role']}:{m['content']}" for m in messages] + (["tools"] if tools else [])
         return self.encode("\n".join(lines) + "\nassistant:")
 
@@ -123,7 +129,7 @@ class Script:
                     raise self.failure
                 yield msgspec.structs.replace(self.failure, request=request.request)
                 return
-            await anyio.sleep(0)
+            await anyio.lowlevel.checkpoint()
             yield OutputDelta(
                 request=request.request,
                 tokens=tuple(self._token(request, t, count * self.chunk + i) for i, t in enumerate(batch)),
@@ -153,7 +159,9 @@ class FakeFleet:
     views: dict[str, DeploymentView] = field(default_factory=dict)
     log: list[EventView] = field(default_factory=list)
     left: list[NodeId] = field(default_factory=list)
-    health: HealthView = HealthView(components=(ComponentHealth(name="fabric", ready=True),))
+    health: HealthView = field(
+        default_factory=lambda: HealthView(components=(ComponentHealth(name="fabric", ready=True),))
+    )
     first: list[float] = field(default_factory=list)
     later: list[float] = field(default_factory=list)
     outcomes: list[tuple[str, str, int, int]] = field(default_factory=list)
@@ -163,7 +171,9 @@ class FakeFleet:
 
     def get(self, name: str) -> ServedModel:
         if name not in self.models:
-            raise UnknownModelError(f"no model {name!r} is served", hint=f"served: {', '.join(self.models)}", param="model")
+            raise UnknownModelError(
+                f"no model {name!r} is served", hint=f"served: {', '.join(self.models)}", param="model"
+            )
         return self.models[name]
 
     async def report(self) -> HealthView:
@@ -236,10 +246,10 @@ class Gateway:
             clock=self.clock, unix_s=lambda: 1_700_000_000.0, draw=lambda: next(numbers),
         )  # fmt: skip
 
-    def app(self):
+    def app(self) -> Litestar:
         return build_app(self.node(), self.access, self.limits)
 
-    def client(self) -> TestClient:
+    def client(self) -> TestClient[Litestar]:
         return TestClient(self.app(), base_url="http://127.0.0.1")
 
 
@@ -264,9 +274,20 @@ def served_models(script: Script) -> dict[str, ServedModel]:
 @pytest.fixture
 def gateway() -> Gateway:
     script = Script()
-    return Gateway(script=script, fleet=FakeFleet(served_models(script)), clock=ManualClock(), access=Access(), limits=Limits())
+    return Gateway(
+        script=script, fleet=FakeFleet(served_models(script)), clock=ManualClock(), access=Access(), limits=Limits()
+    )
 
 
 @pytest.fixture
-def client(gateway: Gateway) -> TestClient:
+def client(gateway: Gateway) -> TestClient[Litestar]:
     return gateway.client()
+
+
+@pytest.fixture
+def url(gateway: Gateway) -> Iterator[str]:
+    """The gateway on a real socket of this machine."""
+    with start_blocking_portal() as portal:
+        running, address = portal.start_task(partial(serve, gateway.app(), bind("127.0.0.1", 0), grace_s=1.0))
+        yield address
+        running.cancel()

@@ -97,6 +97,17 @@ def _framework(error: HTTPException) -> tuple[HTTPStatus, Fault]:
         )
     if status == HTTPStatus.NOT_FOUND:
         return status, Fault(message="no such path", type="invalid_request_error", code="not_found", hint="see /schema")
-    kind = "server_error" if status >= HTTPStatus.INTERNAL_SERVER_ERROR else "invalid_request_error"
-    text = error.detail if status < HTTPStatus.INTERNAL_SERVER_ERROR else "internal error"
-    return status, Fault(message=text, type=kind, code=status.phrase.lower().replace(" ", "_"))
+    if status >= HTTPStatus.INTERNAL_SERVER_ERROR:
+        return status, Fault(message="internal error", code="internal_error", hint="the gateway's log has the place")
+    message, param = _first_complaint(error)
+    code = "invalid_request" if status == HTTPStatus.BAD_REQUEST else status.phrase.lower().replace(" ", "_")
+    return status, Fault(message=message, type="invalid_request_error", param=param, code=code)
+
+
+def _first_complaint(error: HTTPException) -> tuple[str, str | None]:
+    """What the framework says of the first value that it refuses, and that value's name."""
+    match error.extra:
+        case [{"message": str(message), "key": str(key)}, *_]:
+            return (f"{key}: {message}", key) if key != "data" else ("the body is empty or no JSON object", None)
+        case _:
+            return error.detail, None

@@ -18,13 +18,16 @@ from litestar import Litestar
 from shoal.errors import PortInUseError, SettingsError
 
 _BACKLOG = 512
+_MAX_PORT = 65535
 
 
 def bind(host: str, port: int) -> socket.socket:
     """A listening socket; port 0 takes any free one.  Raises PortInUseError, or SettingsError for a host that is not ours."""
+    if not 0 <= port <= _MAX_PORT:  # the resolver would take it modulo 65536
+        raise SettingsError(f"port {port} is outside [0, {_MAX_PORT}]", param="port")
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-    except (OSError, OverflowError) as error:
+    except OSError as error:
         raise SettingsError(f"cannot listen on {host!r} port {port}: {error}", param="host") from error
     listener = socket.socket(family, socket.SOCK_STREAM)
     try:
@@ -32,7 +35,7 @@ def bind(host: str, port: int) -> socket.socket:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
         listener.listen(_BACKLOG)
-    except (OSError, OverflowError) as error:
+    except OSError as error:
         listener.close()
         raise _refused(error, host, port) from error
     return listener
@@ -107,8 +110,8 @@ def _config(app: Litestar, grace_s: float) -> uvicorn.Config:
     )
 
 
-def _refused(error: OSError | OverflowError, host: str, port: int) -> PortInUseError | SettingsError:
-    if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
+def _refused(error: OSError, host: str, port: int) -> PortInUseError | SettingsError:
+    if error.errno == errno.EADDRINUSE:
         return PortInUseError(
             f"port {port} on {host} is in use",
             hint=f"another shoal? stop it, or choose another port (--port {port + 1}, or 0 for any free one)",

@@ -1,0 +1,123 @@
+"""From blocks and a fleet profile to a problem."""
+
+import pytest
+
+from shoal.errors import InvalidRequestError
+from shoal.ids import NodeId
+from shoal.model.frontier import Block, BlockTensor, Boundary
+from shoal.plan.build import Demands, MemoryModel, Setting, missing_kinds, problem
+from shoal.plan.problem import RequestShape
+from shoal.profile.fleet import BlockTrial, DeviceProfile, FleetProfile, LinkProfile
+
+A, B, C = NodeId("a"), NodeId("b"), NodeId("c")
+SHAPE = RequestShape(tokens_in=20, tokens_out=10, context_tokens=100, slots=2, prefill_chunk_tokens=16)
+
+
+def boundary(name: str) -> Boundary:
+    return Boundary(name=name, dtype="float32", shape=(1, "T", 8), bytes_per_token=32, bytes_fixed=4)
+
+
+def block(index: int, kind: str, **changes: object) -> Block:
+    given = {
+        "tensors": (BlockTensor(name=f"w{index}", size_bytes=100), BlockTensor(name=f"v{index}", size_bytes=40)),
+        "inputs": (boundary("x"),),
+        "outputs": (boundary("y"), boundary("z")),
+        "kv_bytes_per_token": 6,
+        "kv_layers": (index,),
+    } | changes
+    return Block(index=index, kind=kind, node_start=index, node_stop=index + 1, flops_per_token=1, **given)
+
+
+BLOCKS = (
+    block(0, "embedding", inputs=(boundary("input_ids"),), kv_layers=(), kv_bytes_per_token=0),
+    block(1, "layer"),
+    block(2, "layer"),
+    block(3, "head", outputs=(boundary("logits"),), kv_layers=(), kv_bytes_per_token=0),
+)
+
+
+def trials(*kinds: str, scale: float = 1.0) -> tuple[BlockTrial, ...]:
+    """t = 1 ms + 0.1 ms x rows + 0.001 ms x rows x context"""
+    points = [(1, 0), (1, 100), (16, 0)]
+    return tuple(
+        BlockTrial(kind=kind, rows=r, batch=1, context=c, time_s=scale * (1e-3 + 1e-4 * r + 1e-6 * r * c), spread_s=0.0)
+        for kind in kinds
+        for r, c in points
+    )
+
+
+def device(node: NodeId, known: tuple[BlockTrial, ...], fingerprint: str) -> DeviceProfile:
+    return DeviceProfile(
+        node=node, fingerprint=fingerprint, cores=2, threads=2, memory_total_bytes=10**9, memory_budget_bytes=10**8,
+        trials=known, step_overhead_s=0.0003,
+    )  # fmt: skip
+
+
+def fleet(*devices: DeviceProfile) -> FleetProfile:
+    link = LinkProfile(source=A, target=B, rtt_p50_s=0.002, rtt_p99_s=0.1, bytes_per_s=1e6, relayed=True)
+    return FleetProfile(profile_epoch=4, devices=devices, links=(link,))
+
+
+ALL = trials("embedding", "layer", "head")
+
+
+def test_blocks_are_priced_by_each_devices_fit_at_the_middle_of_the_answer() -> None:
+    built = problem(
+        BLOCKS, fleet(device(A, ALL, "x"), device(B, trials("embedding", "layer", "head", scale=2.0), "y")), SHAPE, A
+    )
+
+    one, two = built.devices
+    assert one.decode_s[1] == pytest.approx(1e-3 + 1e-4 + 1e-6 * 25)
+    assert one.prefill_s[1] == pytest.approx((1e-3 + 16e-4) + (1e-3 + 4e-4 + 1e-6 * 4 * 16))
+    assert two.decode_s[1] == pytest.approx(2 * one.decode_s[1])
+    assert one.step_overhead_s == 0.0003
+
+
+def test_blocks_keep_their_sizes_and_get_names_of_the_model() -> None:
+    built = problem(
+        BLOCKS, fleet(device(A, ALL, "x")), SHAPE, A, Setting(memory=MemoryModel(workspace_bytes_per_row=10))
+    )
+
+    assert [spec.name for spec in built.blocks] == ["embedding", "layer 1", "layer 2", "head"]
+    layer = built.blocks[1]
+    assert (layer.weights_bytes, layer.kv_bytes_per_token, layer.load_peak_bytes, layer.workspace_bytes) == (
+        140,
+        6,
+        100,
+        160,
+    )
+    assert (layer.output_bytes_per_token, layer.output_bytes_fixed) == (64, 8)
+
+
+def test_links_memory_promises_and_demands_are_carried_over() -> None:
+    setting = Setting(promised_bytes={A: 77}, demands=Demands(max_stages=2, exclude=(B,)))
+
+    built = problem(BLOCKS, fleet(device(A, ALL, "x"), device(B, (), "y")), SHAPE, A, setting)
+
+    assert [spec.node for spec in built.devices] == [A]
+    assert (built.devices[0].memory_budget_bytes, built.devices[0].memory_promised_bytes) == (10**8, 77)
+    assert (built.links[0].latency_s, built.links[0].relayed) == (0.001, True)
+    assert built.max_stages == 2
+
+
+def test_a_device_that_was_never_timed_on_a_kind_is_named_with_it() -> None:
+    with pytest.raises(InvalidRequestError, match=r"b has no trial of block 3 \(head, kind head\)"):
+        problem(BLOCKS, fleet(device(A, ALL, "x"), device(B, trials("embedding", "layer"), "y")), SHAPE, A)
+
+
+def test_machines_of_one_fingerprint_lend_each_other_their_trials() -> None:
+    known = fleet(device(A, ALL, "x"), device(B, trials("layer", scale=3.0), "x"), device(C, (), "other"))
+
+    assert missing_kinds(BLOCKS, known, B) == ()
+    assert missing_kinds(BLOCKS, known, C) == ("embedding", "layer", "head")
+    built = problem(BLOCKS, known, SHAPE, A, Setting(demands=Demands(exclude=(C,))))
+    assert built.devices[1].decode_s[0] == pytest.approx(built.devices[0].decode_s[0])
+    assert built.devices[1].decode_s[1] == pytest.approx(3 * built.devices[0].decode_s[1])
+
+
+def test_a_model_without_a_cache_is_priced_at_no_context() -> None:
+    shape = RequestShape(tokens_in=1, tokens_out=1, context_tokens=0)
+
+    built = problem(BLOCKS, fleet(device(A, ALL, "x")), shape, A)
+
+    assert built.devices[0].prefill_s[1] == pytest.approx(1.1e-3)

@@ -1,0 +1,109 @@
+"""The cost model, by hand."""
+
+import pytest
+
+from shoal.errors import InfeasibleError
+from shoal.ids import NodeId
+from shoal.plan.cost import Span, price, shard_memory
+from shoal.plan.problem import BlockSpec, DeviceSpec, LinkSpec, Problem, RequestShape
+
+A, B = NodeId("a"), NodeId("b")
+
+
+@pytest.fixture
+def problem() -> Problem:
+    """Two blocks, two devices; 10 prompt tokens in chunks of 4, 5 answer tokens; 64 bytes of a token frame take 64 us."""
+    return Problem(
+        blocks=(
+            BlockSpec(
+                name="low", weights_bytes=1000, kv_bytes_per_token=3, output_bytes_per_token=100, workspace_bytes=7
+            ),
+            BlockSpec(name="high", weights_bytes=500, kv_bytes_per_token=3, load_peak_bytes=900, workspace_bytes=5),
+        ),
+        devices=(
+            DeviceSpec(
+                node=A,
+                memory_budget_bytes=5000,
+                fixed_bytes=50,
+                weights_factor=1.5,
+                step_overhead_s=0.001,
+                decode_s=(0.01, 0.02),
+                prefill_s=(0.1, 0.2),
+            ),
+            DeviceSpec(
+                node=B, memory_budget_bytes=5000, step_overhead_s=0.002, decode_s=(0.03, 0.04), prefill_s=(0.3, 0.4)
+            ),
+        ),
+        links=(
+            LinkSpec(source=A, target=B, latency_s=0.005, bytes_per_s=1e5),
+            LinkSpec(source=B, target=A, latency_s=0.007, bytes_per_s=1e6),
+        ),
+        shape=RequestShape(tokens_in=10, tokens_out=5, context_tokens=20, slots=2, in_flight=1, prefill_chunk_tokens=4),
+        source=A,
+    )
+
+
+def test_two_stages_take_their_blocks_their_steps_and_their_transfers(problem: Problem) -> None:
+    priced = price(problem, [Span(A, 0, 1), Span(B, 1, 2)])
+
+    first, second = priced.stages
+    assert first.prefill_s == pytest.approx(0.1 + 3 * 0.001)
+    assert first.decode_s == pytest.approx(0.011)
+    assert first.send_prefill_s == pytest.approx(0.005 + 10 * 100 / 1e5)
+    assert first.send_decode_s == pytest.approx(0.005 + 100 / 1e5)
+    assert second.send_decode_s == second.send_prefill_s == pytest.approx(0.007 + 64e-6)
+    estimate = priced.estimate
+    assert estimate.time_to_first_token_s == pytest.approx(0.103 + 0.015 + 0.406 + 0.007064)
+    assert estimate.time_per_output_token_s == pytest.approx(0.011 + 0.006 + 0.042 + 0.007064)
+    assert estimate.latency_s == pytest.approx(estimate.time_to_first_token_s + 4 * estimate.time_per_output_token_s)
+
+
+def test_one_device_alone_pays_no_transfer(problem: Problem) -> None:
+    estimate = price(problem, [Span(A, 0, 2)]).estimate
+
+    assert estimate.time_per_output_token_s == pytest.approx(0.031)
+    assert estimate.time_to_first_token_s == pytest.approx(0.303)
+
+
+def test_a_single_stream_is_bound_by_the_lap_and_many_by_the_busiest_device(problem: Problem) -> None:
+    spans = [Span(A, 0, 1), Span(B, 1, 2)]
+    one = price(problem, spans).estimate
+
+    def tokens_per_s(in_flight: int) -> float:
+        shape = RequestShape(
+            tokens_in=10, tokens_out=5, context_tokens=20, slots=9, in_flight=in_flight, prefill_chunk_tokens=4
+        )
+        return price(_with_shape(problem, shape), spans).estimate.tokens_per_s
+
+    busiest_s = 0.406 + 4 * 0.042
+    assert tokens_per_s(1) == pytest.approx(5 / one.latency_s)
+    assert tokens_per_s(9) == pytest.approx(5 / busiest_s)
+
+
+def test_a_prompt_that_enters_elsewhere_is_carried_to_the_first_stage_and_its_answer_back(problem: Problem) -> None:
+    estimate = price(problem, [Span(B, 0, 2)]).estimate
+
+    entry_s = 0.005 + (64 + 4 * 10) / 1e5
+    assert estimate.time_to_first_token_s == pytest.approx(entry_s + 0.706 + 0.007064)
+    assert estimate.time_per_output_token_s == pytest.approx(0.072)
+
+
+def test_memory_is_packed_weights_and_the_greater_of_serving_and_loading(problem: Problem) -> None:
+    low = shard_memory(problem, problem.devices[0], 0, 1)
+    both = shard_memory(problem, problem.devices[0], 0, 2)
+
+    assert (low.weights, low.kv, low.total) == (1500, 120, 50 + 1500 + 120 + 7)
+    assert both.total == 50 + 2250 + max(240 + 7, 900)
+
+
+def test_a_missing_link_is_named(problem: Problem) -> None:
+    lonely = Problem(blocks=problem.blocks, devices=problem.devices, links=(), source=A)
+
+    with pytest.raises(InfeasibleError, match="no link from a to b"):
+        price(lonely, [Span(A, 0, 1), Span(B, 1, 2)])
+
+
+def _with_shape(problem: Problem, shape: RequestShape) -> Problem:
+    return Problem(
+        blocks=problem.blocks, devices=problem.devices, links=problem.links, shape=shape, source=problem.source
+    )

@@ -167,8 +167,9 @@ def _overhead_s(loader: _Loader, clock: Clock) -> float:
     finally:
         for session in sessions:
             session.close()
-    one, two, both = (median(column) for column in zip(*times[5:], strict=True))
-    return max(0.0, one + two - both)
+    one, two, both = (median(row[i] for row in times[5:]) for i in range(3))
+    overhead_s: float = max(0.0, one + two - both)
+    return overhead_s
 
 
 def _sample(boundary: Boundary, rows: int) -> Array:

@@ -1,0 +1,211 @@
+"""The models that this node's gateway answers for: follows the coordinator's view, and ends what a lost pipeline cannot."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import anyio
+import anyio.to_thread
+import msgspec
+from structlog.typing import FilteringBoundLogger
+
+from shoal.clock import Clock
+from shoal.errors import InfeasibleError, ShoalError, UnavailableError, UnknownModelError
+from shoal.fleet.reconcile import Phase
+from shoal.fleet.report import ShardId
+from shoal.fleet.view import CoordinatorView, DeploymentStatus
+from shoal.fleet.views import ComponentHealth, DeploymentHealth, HealthView
+from shoal.ids import DeploymentId, NodeId, RequestId
+from shoal.model.codec import ModelCodec
+from shoal.model.spec import ModelKind, ModelSpec
+from shoal.node.artifacts import Artifact, open_artifact
+from shoal.node.pipeline import AnswerDesk, Pipeline
+from shoal.plan.problem import Plan
+from shoal.runtime.executor.staged import StagedExecutor
+from shoal.runtime.request import GenerateRequest
+from shoal.serve.ports import EncoderIO, ServedModel
+from shoal.store.home import Store, read_file
+
+IDLE_S = 5.0
+PROBE_TIMEOUT_S = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Open:
+    status: DeploymentStatus
+    pipeline: Pipeline
+    served: ServedModel
+
+
+@dataclass(slots=True)
+class Models:
+    """`Deployments` and `Health` of `serve.ports`, from the newest view; belongs to the event loop."""
+
+    me: NodeId
+    store: Store
+    desk: AnswerDesk
+    clock: Clock
+    unix_s: Callable[[], float]
+    new_id: Callable[[], str]
+    log: FilteringBoundLogger
+    view: CoordinatorView | None = None
+    _open: dict[DeploymentId, _Open] = field(default_factory=dict)
+    _news: anyio.Event = field(default_factory=anyio.Event)
+
+    def hear(self, view: CoordinatorView) -> None:
+        """A broadcast; pipelines that it no longer names as serving are broken off at once."""
+        if not view.newer_than(self.view):
+            return
+        self.view = view
+        for name, opened in list(self._open.items()):
+            status = view.find(name)
+            if status is None or status.phase is not Phase.SERVING or _epoch(status) != _epoch(opened.status):
+                reason = (
+                    status.reason if status is not None and status.reason else "the deployment was changed or stopped"
+                )
+                opened.pipeline.break_off(reason)
+                del self._open[name]
+        self._news.set()
+
+    async def run(self) -> None:
+        """Open pipelines that begin to serve, until cancelled."""
+        while True:
+            self._news = anyio.Event()
+            for status in self.view.deployments if self.view is not None else ():
+                name = status.deployment.spec.deployment
+                if (
+                    status.phase is Phase.SERVING
+                    and name not in self._open
+                    and status.deployment.spec.source == self.me
+                ):
+                    await self._try_open(status)
+            await self._news.wait()
+
+    def served(self) -> Sequence[ServedModel]:
+        """Models that answer now, by name."""
+        return [self._open[name].served for name in sorted(self._open)]
+
+    def get(self, name: str) -> ServedModel:
+        """One of them; raises UnknownModelError, InfeasibleError, or UnavailableError while it loads or recovers."""
+        opened = self._open.get(DeploymentId(name))
+        if opened is not None:
+            return opened.served
+        status = self.view.find(DeploymentId(name)) if self.view is not None else None
+        if status is None:
+            known = ", ".join(sorted(self._open)) or "none yet"
+            raise UnknownModelError(
+                f"no model {name!r} is deployed; deployed are: {known}",
+                hint=f"`shoal serve {name}` deploys it",
+                param="model",
+            )
+        if status.phase is Phase.REFUSED:
+            raise InfeasibleError(f"{name} cannot be placed: {status.reason}", param="model")
+        why = f" ({status.reason})" if status.reason else ""
+        raise UnavailableError(f"{name} is {status.phase.value}{why}", hint="try again in a moment", retry_after_s=2.0)
+
+    def last_token_age_s(self, name: DeploymentId) -> float | None:
+        """Seconds since a token of *name* came through every stage; None before the first."""
+        opened = self._open.get(name)
+        if opened is None or opened.pipeline.last_token_s is None:
+            return None
+        return self.clock.now_s() - opened.pipeline.last_token_s
+
+    async def report(self) -> HealthView:
+        """Health, end to end: a deployment that was idle for `IDLE_S` is asked for one token."""
+        async with anyio.create_task_group() as group:
+            for opened in list(self._open.values()):
+                age_s = self.last_token_age_s(opened.served.name)
+                idle = (age_s is None or age_s > IDLE_S) and not opened.pipeline.running
+                if idle and opened.served.spec.kind is ModelKind.CAUSAL_LM:
+                    group.start_soon(self._probe, opened)
+        statuses = self.view.deployments if self.view is not None else ()
+        coordinator = ComponentHealth(
+            name="coordinator", ready=self.view is not None, reason="" if self.view is not None else "not heard yet"
+        )
+        names = [status.deployment.spec.deployment for status in statuses]
+        deployments = tuple(
+            DeploymentHealth(name=name, ready=self._flows(name), last_token_age_s=self.last_token_age_s(name))
+            for name in names
+        )
+        return HealthView(components=(coordinator,), deployments=deployments)
+
+    def _flows(self, name: DeploymentId) -> bool:
+        """Whether tokens come out: one was seen lately, or the model is no language model."""
+        opened = self._open.get(name)
+        if opened is None:
+            return False
+        age_s = self.last_token_age_s(name)
+        return opened.served.spec.kind is not ModelKind.CAUSAL_LM or (
+            age_s is not None and age_s <= IDLE_S + PROBE_TIMEOUT_S
+        )
+
+    async def _probe(self, opened: _Open) -> None:
+        token = opened.served.spec.bos_token_id or 0
+        request = GenerateRequest(
+            request=RequestId(f"probe-{self.new_id()}"),
+            deployment=opened.served.name,
+            prompt=(token,),
+            max_tokens=1,
+            ignore_eos=True,
+        )
+        with anyio.move_on_after(PROBE_TIMEOUT_S):
+            try:
+                async for _ in opened.served.executor.generate(request):
+                    pass
+            except ShoalError as error:
+                self.log.warning("probe.failed", deployment=opened.served.name, error=error.message)
+
+    async def _try_open(self, status: DeploymentStatus) -> None:
+        name = status.deployment.spec.deployment
+        try:
+            opened = await anyio.to_thread.run_sync(partial(self._make, status))
+        except ShoalError as error:
+            self.log.warning("model.not_opened", deployment=name, error=error.message)
+            return
+        current = self.view.find(name) if self.view is not None else None
+        if current is not None and _epoch(current) == _epoch(status) and current.phase is Phase.SERVING:
+            self._open[name] = opened
+
+    def _make(self, status: DeploymentStatus) -> _Open:
+        deployment = status.deployment
+        spec, answer = deployment.spec, deployment.answer
+        if not isinstance(answer, Plan):
+            raise UnavailableError(f"{spec.deployment} has no plan")
+        artifact = open_artifact(self.store, spec.manifest)
+        shard = ShardId(deployment=spec.deployment, plan_epoch=deployment.plan_epoch, stage=0)
+        pipeline = Pipeline(self.desk, spec.deployment, answer.stages[0].node, shard)
+        model = artifact.manifest.spec
+        if model.kind is ModelKind.CAUSAL_LM:
+            # Requests are checked against what the pipeline can hold, not against what the model was trained for.
+            context = min(model.context_tokens or answer.shape.context_tokens, answer.shape.context_tokens)
+            model = _with_context(artifact, context)
+        served = ServedModel(
+            name=spec.deployment,
+            spec=model,
+            executor=StagedExecutor(client=pipeline),
+            codec=self._codec(artifact),
+            encoder=_encoder(artifact),
+            created_unix_s=int(self.unix_s()),
+        )
+        return _Open(status, pipeline, served)
+
+    def _codec(self, artifact: Artifact) -> ModelCodec | None:
+        files = {f.name: read_file(self.store.chunks, artifact.manifest, f.name) for f in artifact.manifest.files}
+        present = {name: data for name, data in files.items() if data is not None}
+        return ModelCodec.from_files(present, self.unix_s) if "tokenizer.json" in present else None
+
+
+def _epoch(status: DeploymentStatus) -> tuple[int, int]:
+    return status.deployment.spec.generation, status.deployment.plan_epoch
+
+
+def _with_context(artifact: Artifact, context_tokens: int) -> ModelSpec:
+    return msgspec.structs.replace(artifact.manifest.spec, context_tokens=context_tokens)
+
+
+def _encoder(artifact: Artifact) -> EncoderIO | None:
+    if artifact.manifest.spec.kind is not ModelKind.ENCODER:
+        return None
+    return EncoderIO(
+        inputs=tuple(b.name for b in artifact.blocks[0].inputs), output=artifact.blocks[-1].outputs[0].name
+    )

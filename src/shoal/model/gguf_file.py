@@ -74,7 +74,7 @@ def read_gguf(path: Path) -> GgufFile:
 
 def parse_gguf(data: Bytes) -> GgufFile:
     """Read the frame of a whole file in memory; `raw` of its tensors are views of *data*."""
-    cursor = _Cursor(data)
+    cursor = _Cursor(memoryview(data))
     if cursor.take(4) != MAGIC:
         raise CorruptFileError(
             "not a GGUF file: it does not begin with GGUF", hint="check the path, or download it again"
@@ -101,7 +101,7 @@ def parse_gguf(data: Bytes) -> GgufFile:
 class _Cursor:
     """A position in the file; nothing is read or reserved beyond its end."""
 
-    data: Bytes
+    data: memoryview
     at: int = 0
 
     def take(self, size_bytes: int) -> bytes:
@@ -111,7 +111,7 @@ class _Cursor:
                 f"the file ends at byte {len(self.data)} inside its header, which needs at least {end}",
                 hint=_DOWNLOAD_AGAIN,
             )
-        taken = self.data[self.at : end].tobytes()
+        taken = bytes(self.data[self.at : end])
         self.at = end
         return taken
 

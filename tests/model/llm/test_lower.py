@@ -1,0 +1,198 @@
+"""Lowered graphs compute what canonical graphs do, whole or in pieces."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from gguf.constants import GGMLQuantizationType as Type
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from shoal.errors import UnsupportedModelError
+from shoal.model.derive import derive
+from shoal.model.frontier import blocks, shard
+from shoal.model.functions import DOMAIN
+from shoal.model.gguf import import_gguf
+from shoal.model.lower import Lowered, lower
+from shoal.model.spec import ImportedModel
+
+Tiny = Callable[..., ImportedModel]
+Logits = Callable[..., np.ndarray]
+ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma3")
+MIXED = {"blk.0.attn_v.weight": Type.Q6_K, "blk.1.ffn_up.weight": Type.F16, "token_embd.weight": Type.Q8_0}
+
+
+def operators(lowered: Lowered) -> list[str]:
+    return [node.op_type for node in lowered.graph.graph.node]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(
+    "kind", [Type.F32, Type.BF16, Type.Q4_0, Type.Q4_1, Type.Q5_0, Type.Q5_K, Type.Q6_K], ids=lambda k: k.name
+)
+def test_the_exact_lowering_gives_the_canonical_logits(
+    architecture: str, kind: Type, tiny: Tiny, run_model: Logits, run_lowered: Logits, token_ids: np.ndarray
+) -> None:
+    model = tiny(architecture, kind)
+
+    reference = run_model(model, token_ids)
+
+    assert reference.std() > 0.1
+    np.testing.assert_allclose(run_lowered(model, token_ids), reference, atol=1e-3 * reference.std())
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_steps_past_the_sliding_window_give_the_logits_of_one_prefill(
+    architecture: str, tiny: Tiny, run_model: Logits, run_lowered: Logits, token_ids: np.ndarray
+) -> None:
+    model = tiny(architecture, Type.Q4_K, types=MIXED)
+
+    stepped = run_lowered(model, token_ids, (3, 1, 1, 16, *[1] * 19))
+
+    reference = run_model(model, token_ids)
+    np.testing.assert_allclose(stepped, reference, atol=1e-3 * reference.std())
+
+
+@pytest.mark.parametrize("kind", [Type.Q4_1, Type.Q8_0, Type.Q6_K], ids=lambda k: k.name)
+def test_the_served_lowering_rounds_activations_and_no_more(
+    kind: Type, tiny: Tiny, run_model: Logits, run_lowered: Logits, token_ids: np.ndarray
+) -> None:
+    model = tiny("llama", kind)
+    reference = run_model(model, token_ids)
+
+    served = run_lowered(model, token_ids, target="cpu")
+
+    assert 0 < np.abs(served - reference).mean() < 0.05 * reference.std()
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_an_untied_head_and_scaled_rotation_survive(
+    architecture: str, tiny: Tiny, run_model: Logits, run_lowered: Logits, token_ids: np.ndarray
+) -> None:
+    scaling = {f"{architecture}.rope.scaling.type": "linear", f"{architecture}.rope.scaling.factor": 3.0}
+    model = tiny(architecture, Type.Q8_0, tied=False, metadata=scaling)
+
+    reference = run_model(model, token_ids)
+
+    np.testing.assert_allclose(run_lowered(model, token_ids), reference, atol=1e-3 * reference.std())
+
+
+def test_products_of_one_input_and_format_are_one(tiny: Tiny) -> None:
+    plain = lower(tiny("llama", Type.Q4_1).graph)
+    mixed = lower(tiny("llama", Type.Q4_1, types={"blk.0.attn_v.weight": Type.Q6_K}).graph)
+
+    # per layer: qkv, output, gate and up, down; then the head
+    assert operators(plain).count("MatMulNBits") == 2 * 4 + 1
+    assert operators(plain).count("Split") == 2
+    assert operators(mixed).count("MatMulNBits") == 2 * 4 + 2
+    assert operators(mixed).count("Split") == 3
+
+
+def test_stored_bytes_are_used_as_they_are_where_nothing_is_stacked(tiny: Tiny) -> None:
+    lowered = lower(tiny("llama", Type.Q8_0).graph)
+    names = {t.name for t in lowered.graph.graph.initializer}
+
+    assert {"token_embd.weight.q", "blk.0.ffn_down.weight.q", "blk.0.attn_output.weight.q"} <= names
+    assert "blk.0.attn_q.weight.q" not in names
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_piece_is_lowered_to_the_piece_of_the_whole(architecture: str, tiny: Tiny) -> None:
+    graph = tiny(architecture, Type.Q4_1, types=MIXED).graph
+    chain = blocks(graph)
+    whole = lower(graph)
+
+    pieces = [lower(shard(graph, chain, i, i + 1)) for i in range(len(chain))]
+
+    nodes = [n.SerializeToString(deterministic=True) for n in whole.graph.graph.node]
+    assert [n.SerializeToString(deterministic=True) for p in pieces for n in p.graph.graph.node] == nodes
+    assert {d for p in pieces for d in p.derived} == set(whole.derived)
+    assert {p.name for p in pieces} == {whole.name}
+
+
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_shards_give_the_bits_of_the_whole(
+    data: st.DataObject,
+    tiny: Tiny,
+    run_chain: Logits,
+    with_derived: Callable[..., ImportedModel],
+    token_ids: np.ndarray,
+) -> None:
+    model = tiny(data.draw(st.sampled_from(ARCHITECTURES)), Type.Q4_1, types=MIXED)
+    chain = blocks(model.graph)
+    cuts = sorted(data.draw(st.sets(st.integers(1, len(chain) - 1), min_size=1)))
+    steps = (20, 1, 1, 18)
+
+    whole = run_chain([with_derived(model, lower(model.graph))], token_ids, steps)
+    shards = [shard(model.graph, chain, a, b) for a, b in zip([0, *cuts], [*cuts, len(chain)], strict=True)]
+    sharded = run_chain([with_derived(model, lower(s)) for s in shards], token_ids, steps)
+
+    np.testing.assert_array_equal(sharded, whole)
+
+
+def test_lowering_is_repeatable(tiny: Tiny) -> None:
+    model = tiny("gemma3", Type.Q4_1)
+
+    first, second = lower(model.graph), lower(model.graph)
+
+    assert first.graph.SerializeToString(deterministic=True) == second.graph.SerializeToString(deterministic=True)
+    assert first.derived == second.derived
+
+
+def test_the_context_bounds_the_rotary_tables_only(tiny: Tiny) -> None:
+    graph = tiny("llama").graph
+
+    bounded = {t.name: tuple(t.dims) for t in lower(graph, context_tokens=48).graph.graph.initializer}
+
+    assert bounded["rope.inv_freq.cos.48"] == bounded["rope.inv_freq.sin.48"] == (48, 32)
+    assert (128, 32) not in bounded.values()
+
+
+def test_a_graph_that_is_not_canonical_passes_unchanged() -> None:
+    info = onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, ["n"])
+    out = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, ["n"])
+    graph = onnx.helper.make_model(
+        onnx.helper.make_graph([onnx.helper.make_node("Neg", ["x"], ["y"])], "g", [info], [out])
+    )
+
+    lowered = lower(graph)
+
+    assert lowered.graph is graph
+    assert lowered.derived == ()
+
+
+def test_targets_are_named_and_versioned(tiny: Tiny) -> None:
+    graph = tiny("llama").graph
+
+    assert lower(graph).name == "cpu/1"
+    assert lower(graph, target="cpu-exact").name == "cpu-exact/1"
+    with pytest.raises(UnsupportedModelError, match="tpu"):
+        lower(graph, target="tpu")
+
+
+def test_only_embeddings_remain_functions(tiny: Tiny) -> None:
+    lowered = lower(tiny("qwen3", Type.Q4_K).graph)
+
+    assert {node.op_type for node in lowered.graph.graph.node if node.domain == DOMAIN} == {"AffineEmbedding4"}
+    assert [f.name for f in lowered.graph.functions] == ["AffineEmbedding4"]
+
+
+def test_an_unknown_derivation_is_an_error() -> None:
+    with pytest.raises(ValueError, match="guess"):
+        derive("guess", [])
+
+
+@pytest.mark.slow
+@pytest.mark.model
+def test_smollm2_answers(smollm2_gguf: Path, run_lowered: Logits) -> None:
+    model = import_gguf(smollm2_gguf, name="smollm2")
+    # <|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n
+    prompt = [1, 4093, 198, 1780, 314, 260, 3575, 282, 4649, 47, 2, 198, 1, 520, 9531, 198]
+    answer = [504, 3575, 282, 4649, 314, 7042, 30, 2]  # The capital of France is Paris.<|im_end|>
+
+    logits = run_lowered(model, np.array(prompt + answer), target="cpu")
+
+    assert logits[len(prompt) - 1 : -1].argmax(-1).tolist() == answer

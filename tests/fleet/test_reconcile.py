@@ -195,3 +195,26 @@ def test_memory_is_promised_to_others_from_the_moment_of_the_order() -> None:
 
     assert promised_bytes(reports, DeploymentId("another")) == {NODES[0]: 12, NODES[1]: 12, NODES[2]: 0}
     assert promised_bytes(reports, CHAT) == dict.fromkeys(NODES, 0)
+
+
+def leaving(state: FleetState, node: NodeId, live_requests: int) -> FleetState:
+    for name, member in state.members.items():
+        shards = tuple(
+            msgspec.structs.replace(s, live_requests=live_requests if s.shard.stage == 0 else 0)
+            for s in member.report.shards
+        )
+        said = msgspec.structs.replace(member.report, sequence=10_000, shards=shards, leaving=name == node)
+        state = apply(state, NodeHeard(report=said, at_s=0.0))
+    return state
+
+
+def test_a_plan_drains_while_a_leaving_node_still_serves_a_request() -> None:
+    state = leaving(settle(wanted(plan(*NODES[:2])), SimulatedNodes()), NODES[1], live_requests=1)
+
+    assert phase(state.deployments[CHAT], heard(state, 0.0)) is Phase.DRAINING
+
+
+def test_a_drained_plan_is_made_anew_without_the_leaving_node() -> None:
+    state = leaving(settle(wanted(plan(*NODES[:2])), SimulatedNodes()), NODES[1], live_requests=0)
+
+    assert broken(state.deployments[CHAT], heard(state, 0.0)) == "node b is leaving"

@@ -20,6 +20,8 @@ class Phase(StrEnum):
     PLANNING = "planning"
     LOADING = "loading"
     SERVING = "serving"
+    DRAINING = "draining"
+    """A node of the plan is leaving: running requests end, new ones wait."""
     RECOVERING = "recovering"
     REFUSED = "refused"
 
@@ -42,6 +44,8 @@ def phase(deployment: Deployment, reports: Mapping[NodeId, NodeReport]) -> Phase
             if broken(deployment, reports):
                 return Phase.RECOVERING
             shards = [_shard_of(deployment, plan, i, reports) for i in range(len(plan.stages))]
+            if any(reports[s.node].leaving for s in plan.stages):
+                return Phase.DRAINING
             wired = all(s is not None and s.state is ShardState.WIRED for s in shards)
             return Phase.SERVING if wired else Phase.LOADING
 
@@ -58,6 +62,10 @@ def broken(deployment: Deployment, reports: Mapping[NodeId, NodeReport]) -> str:
         if shard is not None and shard.state is ShardState.FAILED:
             return f"stage {index} on {stage.node} failed: {shard.error}"
     shards = [_shard_of(deployment, plan, i, reports) for i in range(len(plan.stages))]
+    if shards[0] is None or not shards[0].live_requests:
+        for stage in plan.stages:
+            if reports[stage.node].leaving:
+                return f"node {stage.node} is leaving"
     if None in shards and any(s is not None and s.state is ShardState.WIRED for s in shards):
         # The others are wired to a worker that is no more: its node was restarted.
         return f"stage {shards.index(None)} lost its worker"

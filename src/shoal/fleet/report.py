@@ -44,6 +44,8 @@ class ShardReport(msgspec.Struct, frozen=True, kw_only=True):
     steps: int = 0
     busy_s: float = 0.0
     """Seconds that the engine has worked since it was loaded."""
+    live_requests: int = 0
+    """Requests that are being answered or wait (first stages only)."""
 
 
 class NodeFacts(msgspec.Struct, frozen=True, kw_only=True):

@@ -232,7 +232,7 @@ class Coordinator:
             match phase(deployment, reports):
                 case Phase.PLANNING | Phase.RECOVERING | Phase.REFUSED:
                     found.append(deployment)
-                case Phase.LOADING | Phase.SERVING:
+                case Phase.LOADING | Phase.SERVING | Phase.DRAINING:
                     pass
         return found
 

@@ -48,6 +48,7 @@ STATES = {
     Phase.PLANNING: DeploymentState.PLANNED,
     Phase.LOADING: DeploymentState.LOADING,
     Phase.SERVING: DeploymentState.READY,
+    Phase.DRAINING: DeploymentState.DEGRADED,
     Phase.RECOVERING: DeploymentState.DEGRADED,
     Phase.REFUSED: DeploymentState.FAILED,
 }

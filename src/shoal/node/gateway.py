@@ -59,7 +59,9 @@ class Models:
         self.view = view
         for name, opened in list(self._open.items()):
             status = view.find(name)
-            if status is None or status.phase is not Phase.SERVING or _epoch(status) != _epoch(opened.status):
+            if status is not None and status.phase is Phase.DRAINING and _epoch(status) == _epoch(opened.status):
+                self._open[name] = _Open(status, opened.pipeline, opened.served)
+            elif status is None or status.phase is not Phase.SERVING or _epoch(status) != _epoch(opened.status):
                 reason = (
                     status.reason if status is not None and status.reason else "the deployment was changed or stopped"
                 )
@@ -88,7 +90,7 @@ class Models:
     def get(self, name: str) -> ServedModel:
         """One of them; raises UnknownModelError, InfeasibleError, or UnavailableError while it loads or recovers."""
         opened = self._open.get(DeploymentId(name))
-        if opened is not None:
+        if opened is not None and opened.status.phase is Phase.SERVING:
             return opened.served
         status = self.view.find(DeploymentId(name)) if self.view is not None else None
         if status is None:

@@ -96,7 +96,10 @@ class ShardKeeper:
         kept = self._kept.get(said.shard)
         if kept is None or kept.report.state is ShardState.FAILED:
             return
-        fields = {f: getattr(said, f) for f in ("state", "locators", "error_code", "error", "steps", "busy_s")}
+        fields = {
+            f: getattr(said, f)
+            for f in ("state", "locators", "error_code", "error", "steps", "busy_s", "live_requests")
+        }
         self._note(kept, **fields)
         if said.state is ShardState.READY and kept.wiring is not None:
             self._tell(kept.wiring)

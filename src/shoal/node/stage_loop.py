@@ -82,7 +82,7 @@ class StageLoop:
     inbox: SimpleQueue[Item] = field(default_factory=SimpleQueue)
     steps: int = 0
     busy_s: float = 0.0
-    last_token_s: float | None = None
+    live_requests: int = 0
     malformed: int = 0
     _outbound: Bus | None = None
     _open: list[Closable] = field(default_factory=list)
@@ -115,6 +115,7 @@ class StageLoop:
                         self._connect(outbound)
                     case _:
                         state = self._advance(state, item)
+                        self.live_requests = len(state.first.live) + len(state.first.waiting) if state.first else 0
                         if now_s - ticked_s >= _TICK_S:
                             state = self._advance(state, Tick(now_s=now_s))
                             ticked_s = now_s
@@ -142,13 +143,10 @@ class StageLoop:
             case SendFrame(frame=frame, tensors=tensors):
                 self._send(self._frame_key(self.shard.stage + 1), pack(frames.encode(frame), tensors))
             case SendTokens(frame=tokens):
-                self.last_token_s = self.clock.now_s()
                 self._send(self._tokens_key(), pack(frames.encode(tokens), {}))
             case SendCredit(frame=credit):
                 self.inbound.put(self._credit_key(self.shard.stage - 1), pack(frames.encode(credit), {}))
             case Emit(reply_to=reply_to, delta=delta):
-                if delta.tokens:
-                    self.last_token_s = self.clock.now_s()
                 self.control.put(reply_to, pack(frames.encode(frames.Delta(delta=delta)), {}), lane=Lane.DECODE)
             case EmitResult(reply_to=reply_to, done=done, tensors=tensors):
                 self.control.put(reply_to, pack(frames.encode(done), tensors), lane=Lane.DECODE)

@@ -62,8 +62,7 @@ class Reporter:
                 self._send(None)
 
     def _send(self, error: ShoalError | None) -> None:
-        loop, now_s = self.loop, self.clock.now_s()
-        token_s = loop.last_token_s if loop else None
+        loop = self.loop
         report = WorkerReport(
             shard=self.spec.shard,
             state=self.state,
@@ -72,10 +71,10 @@ class Reporter:
             error=error.message if error else "",
             steps=loop.steps if loop else 0,
             busy_s=loop.busy_s if loop else 0.0,
-            last_token_age_s=now_s - token_s if token_s is not None else None,
+            live_requests=loop.live_requests if loop else 0,
         )
         self.control.put(worker_key(self.spec, REPORT), msgspec.msgpack.encode(report))
-        self._sent_s = now_s
+        self._sent_s = self.clock.now_s()
 
 
 def worker_key(spec: WorkerSpec, verb: str) -> str:

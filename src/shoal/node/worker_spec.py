@@ -45,7 +45,7 @@ class WorkerReport(msgspec.Struct, frozen=True, kw_only=True):
     error: str = ""
     steps: int = 0
     busy_s: float = 0.0
-    last_token_age_s: float | None = None
+    live_requests: int = 0
 
 
 class Wiring(msgspec.Struct, frozen=True, kw_only=True):

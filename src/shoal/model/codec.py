@@ -1,0 +1,41 @@
+"""A model's text handling in one value: what the gateway asks for when it turns requests into token ids and back."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from shoal.model.template import ChatTemplate
+from shoal.model.tokenizer import Detokenizer, Tokenizer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelCodec:
+    """Tokenizer and template of one model; `unix_s` is the clock that templates read."""
+
+    tokenizer: Tokenizer
+    template: ChatTemplate
+    unix_s: Callable[[], float]
+
+    @classmethod
+    def from_files(cls, files: Mapping[str, bytes], unix_s: Callable[[], float]) -> "ModelCodec":
+        """Read a model's own files; raises CorruptFileError or UnsupportedModelError."""
+        tokenizer = Tokenizer.from_files(files)
+        return cls(tokenizer=tokenizer, template=ChatTemplate.from_files(files, tokenizer), unix_s=unix_s)
+
+    def encode(self, text: str) -> tuple[int, ...]:
+        """Ids of plain text, with the special tokens that the model expects around it; special tokens in it stay text."""
+        return tuple(self.tokenizer.encode(text, add_special=True))
+
+    def encode_chat(
+        self, messages: Sequence[Mapping[str, object]], tools: Sequence[Mapping[str, object]]
+    ) -> tuple[int, ...]:
+        """Ids of the rendered conversation with its generation prompt; raises InvalidRequestError."""
+        text = self.template.render(messages, now_s=self.unix_s(), tools=tools)
+        return tuple(self.tokenizer.encode(text, add_special=False, parse_special=True))
+
+    def detokenizer(self) -> Detokenizer:
+        """A fresh one, for one answer."""
+        return self.tokenizer.detokenizer()
+
+    def token_bytes(self, token: int) -> bytes:
+        """What a token stands for by itself."""
+        return self.tokenizer.token_bytes(token)

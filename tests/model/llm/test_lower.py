@@ -196,3 +196,24 @@ def test_smollm2_answers(smollm2_gguf: Path, run_lowered: Logits) -> None:
     logits = run_lowered(model, np.array(prompt + answer), target="cpu")
 
     assert logits[len(prompt) - 1 : -1].argmax(-1).tolist() == answer
+
+
+@pytest.mark.slow
+@pytest.mark.model
+@pytest.mark.parametrize(("target", "most"), [("cpu-exact", 1e-6), ("cpu", 6e-3)])
+def test_smollm2_is_close_to_transformers(
+    target: str, most: float, smollm2_gguf: Path, golden: Path, run_lowered: Logits
+) -> None:
+    recorded = np.load(golden / "smollm2" / "reference.npz")
+    model = import_gguf(smollm2_gguf, name="smollm2")
+
+    logits = run_lowered(model, recorded["ids"], target=target).astype(np.float64)
+
+    # the recorded 32 likeliest tokens and the rest as one: a lower bound of the KL divergence over the vocabulary
+    chosen = np.take_along_axis(logits, recorded["top_tokens"], axis=-1)
+    log_q = chosen - np.logaddexp.reduce(logits, axis=-1, keepdims=True)
+    log_p = recorded["top_logits"] - recorded["logsumexp"][:, None]
+    p, q = (np.concatenate([np.exp(x), 1 - np.exp(x).sum(-1, keepdims=True)], axis=-1) for x in (log_p, log_q))
+    assert (p * np.log(p / q)).sum(-1).mean() < most
+    if target == "cpu-exact":
+        np.testing.assert_allclose(chosen, recorded["top_logits"], atol=2e-3)

@@ -1,9 +1,10 @@
 """ONNX Runtime as an engine: the only module that knows it.
 
-Weights.  Initializers that lie in mapped files are handed over without a copy and stay mapped (clean pages, which the system
-takes back when it needs them); those in private memory are handed over with `add_external_initializers`, after which ours
-can go: what the engine packs is not kept twice.  The engine insists on a file behind every stub of a graph that was
-loaded from bytes, although it never reads it: an empty one stands in while the session is built.
+Weights.  Pieces of models that we cut (`Roles.exact_cuts`) get theirs as they lie: initializers in mapped files are neither
+copied nor kept in private memory, only what the engine packs is.  The engine's constant folding would want to read them from
+the files that the graph names, so it is switched off there; it also insists on a file behind every stub of a graph that was
+loaded from bytes, although it never reads it: an empty one stands in while the session is built.  Everything else goes in by
+`add_external_initializers`, which folding understands: the engine copies what it does not pack, and ours can go.
 
 Cache.  Each slot has its own mapping (`pages`), bound once as past and as present of every layer when the graph updates its
 cache in place (GroupQueryAttention); a step then binds only what is small.  Other graphs return a longer cache at each step,
@@ -72,14 +73,15 @@ class OnnxBackend:
         if roles.caches and not (shard.slots and shard.context_tokens):
             raise UnsupportedModelError(f"a shard with {len(roles.caches)} caches needs slots and a context")
         chosen = [p for p in self.preferred if p in providers() and p != CPU] + [CPU]
-        weights = _Weights()
+        weights = _Weights(keep_mapped=roles.exact_cuts)
         options = _options(roles, threads=shard.threads, spin=self.spin)
         try:
             with tempfile.TemporaryDirectory(prefix="shoal-") as folder:
                 options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
                 (Path(folder) / STUB_FILE).touch()
                 model = weights.attach(options, shard)
-                session = ort.InferenceSession(model, options, providers=chosen)
+                unwanted = ["ConstantFolding"] if roles.exact_cuts else []
+                session = ort.InferenceSession(model, options, providers=chosen, disabled_optimizers=unwanted)
         except _ENGINE_ERRORS as error:
             raise _unsupported(error) from error
         return OnnxSession(session, roles, shard.slots, shard.context_tokens, weights.mapped)
@@ -89,6 +91,7 @@ class OnnxBackend:
 class _Weights:
     """`mapped` must outlive the session; `private` is only needed while it is built."""
 
+    keep_mapped: bool
     mapped: list[ort.OrtValue] = field(default_factory=list)
     private: dict[str, ort.OrtValue] = field(default_factory=dict)
 
@@ -106,7 +109,7 @@ class _Weights:
             value = _value(array.reshape(tuple(stub.dims)), stub.data_type)
             del stub.external_data[:]
             stub.external_data.add(key="location", value=STUB_FILE)
-            if _is_mapped(array):
+            if self.keep_mapped and _is_mapped(array):
                 options.add_initializer(stub.name, value)
                 self.mapped.append(value)
             else:
@@ -145,9 +148,10 @@ class OnnxSession:
 
     def step(self, sequences: Sequence[SequenceStep], tensors: Mapping[str, Array]) -> dict[str, Array]:
         """See `Session.step`."""
+        engine = self._engine
         self._check_given(tensors)
         if not sequences:
-            return self._run_plain(tensors)
+            return self._run_plain(engine, tensors)
         parts: list[dict[str, Array]] = []
         row = 0
         for step in sequences:
@@ -183,11 +187,11 @@ class OnnxSession:
         if missing:
             raise InvalidRequestError(f"input {', '.join(missing)} is missing; {sorted(tensors)} came", param="tensors")
 
-    def _run_plain(self, tensors: Mapping[str, Array]) -> dict[str, Array]:
+    def _run_plain(self, engine: ort.InferenceSession, tensors: Mapping[str, Array]) -> dict[str, Array]:
         names = [output.name for output in self._roles.outputs]
         feeds = {name: np.asarray(tensors[name], self._roles.dtypes[name]) for name in self._roles.given}
         try:
-            return dict(zip(names, self._engine.run(names, feeds), strict=True))
+            return dict(zip(names, engine.run(names, feeds), strict=True))
         except _ENGINE_ERRORS as error:
             raise _failed(error) from error
 

@@ -58,6 +58,11 @@ class Pace(msgspec.Struct, frozen=True, kw_only=True):
     timeout_s: float = 10.0
 
 
+def wait_s(pace: Pace, asked_bytes: int, elapsed_s: float) -> float:
+    """How long to hold the next question back, when *asked_bytes* were asked for in *elapsed_s*."""
+    return 0.0 if pace.bytes_per_s is None else max(0.0, asked_bytes / pace.bytes_per_s - elapsed_s)
+
+
 def serve_chunks(bus: Bus, fleet: str, node: NodeId, tier: Tier) -> Closable:
     """Answer pieces of the chunks in *tier* until closed; *tier* need not verify, for the asker does."""
 
@@ -186,7 +191,7 @@ class Fetcher:
         under_way: deque[Future[Piece | Absent]] = deque()
         while under_way or total is None or offset < total:
             while len(under_way) < (IN_FLIGHT if total is not None else 1) and (total is None or offset < total):
-                self._wait(began_s, asked)
+                time.sleep(wait_s(self._pace, asked, self._clock.now_s() - began_s))
                 under_way.append(pool.submit(self._ask, key, offset, ref.size_bytes))
                 offset, asked = offset + PIECE_BYTES, asked + PIECE_BYTES
             answer = under_way.popleft().result()
@@ -194,11 +199,6 @@ class Fetcher:
             if isinstance(answer, Absent):
                 return
             total = answer.total_bytes
-
-    def _wait(self, began_s: float, asked_bytes: int) -> None:
-        if self._pace.bytes_per_s is not None:
-            due_s = began_s + asked_bytes / self._pace.bytes_per_s
-            time.sleep(max(0.0, due_s - self._clock.now_s()))
 
     def _ask(self, key: str, offset: int, total_bytes: int) -> Piece | Absent:
         question = msgspec.msgpack.encode(Wanted(offset=offset, size_bytes=PIECE_BYTES))

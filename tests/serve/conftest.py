@@ -2,11 +2,10 @@
 
 import itertools
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from functools import partial
 
-import anyio
-import anyio.lowlevel
 import msgspec
 import numpy as np
 import pytest
@@ -33,8 +32,9 @@ from shoal.ids import DeploymentId, NodeId
 from shoal.model.spec import ModelKind, ModelSpec
 from shoal.plan.problem import Infeasible, Plan
 from shoal.profile.fleet import FleetProfile
+from shoal.runtime.executor.scripted import ScriptedExecutor
 from shoal.runtime.request import (
-    FinishReason,
+    Array,
     GenerateRequest,
     InferRequest,
     InferResult,
@@ -93,62 +93,65 @@ class ByteCodec:
 
 @dataclass
 class Script:
-    """How the scripted executor answers: `reply` cut into `chunks` tokens per delta; failures where they are set."""
+    """The shipped scripted executor, with what a gateway must cope with besides: deltas of several tokens (`chunk`),
+    log-probabilities, an end without a reason or by a failed delta (`last_words` after `fails_after` tokens).
+    """
 
     reply: str = "Hello, world"
     chunk: int = 1
-    before: Exception | None = None
-    after_tokens: int | None = None
-    failure: Exception | OutputDelta | None = None
-    endless: bool = False
+    pace_s: float = 0.0
+    failure: Exception | None = None
+    fails_after: int = 0
+    last_words: tuple[OutputDelta, ...] | None = None
     requests: list[GenerateRequest] = field(default_factory=list)
     closed: list[str] = field(default_factory=list)
-    running: int = 0
     most_running: int = 0
+    executor: ScriptedExecutor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.executor = ScriptedExecutor(script=lambda _: tuple(self.reply.encode()), outputs=hidden_states, slots=1000)
+
+    @property
+    def running(self) -> int:
+        return len(self.executor.live)
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[OutputDelta, None]:
         self.requests.append(request)
-        if self.before is not None:
-            raise self.before
-        self.running += 1
-        self.most_running = max(self.running, self.most_running)
+        e = self.executor
+        e.pace_s, e.failure, e.fails_after = self.pace_s, self.failure, self.fails_after
+        held: tuple[SampledToken, ...] = ()
         try:
-            async for delta in self._deltas(request):
-                yield delta
+            async with aclosing(e.generate(request)) as deltas:
+                async for delta in deltas:
+                    self.most_running = max(self.running, self.most_running)
+                    held += tuple(with_logprobs(t, request.sampling.logprobs) for t in delta.tokens)
+                    if len(held) >= self.chunk or delta.finish:
+                        yield msgspec.structs.replace(delta, tokens=held)
+                        held = ()
+                    if (
+                        self.last_words is not None
+                        and delta.tokens[0].position - len(request.prompt) + 1 >= self.fails_after
+                    ):
+                        for words in self.last_words:
+                            yield words
+                        return
         finally:
-            self.running -= 1
             self.closed.append(request.request)
 
-    async def _deltas(self, request: GenerateRequest) -> AsyncGenerator[OutputDelta, None]:
-        ids = list(self.reply.encode())
-        cut = ids[: request.max_tokens]
-        source = itertools.cycle(ids) if self.endless else iter(cut)
-        for count, batch in enumerate(iter(lambda: list(itertools.islice(source, self.chunk)), [])):
-            if self.after_tokens is not None and count * self.chunk >= self.after_tokens:
-                if isinstance(self.failure, Exception):
-                    raise self.failure
-                yield msgspec.structs.replace(self.failure, request=request.request)
-                return
-            await anyio.lowlevel.checkpoint()
-            yield OutputDelta(
-                request=request.request,
-                tokens=tuple(self._token(request, t, count * self.chunk + i) for i, t in enumerate(batch)),
-            )
-        finish = FinishReason.LENGTH if len(ids) > request.max_tokens else FinishReason.STOP
-        yield OutputDelta(request=request.request, finish=finish)
-
-    def _token(self, request: GenerateRequest, token: int, at: int) -> SampledToken:
-        wanted = request.sampling.logprobs
-        position = len(request.prompt) + at
-        if wanted is None:
-            return SampledToken(token=token, position=position)
-        top = tuple(TokenLogprob(token=(token + i) % 256, logprob=-0.5 - i) for i in range(wanted))
-        return SampledToken(token=token, position=position, logprob=-0.5, top=top)
-
     async def infer(self, request: InferRequest) -> InferResult:
-        ids = request.tensors["input_ids"]
-        hidden = np.stack([ids, np.ones_like(ids), -ids, ids * ids], axis=-1).astype(np.float32)
-        return InferResult(request=request.request, tensors={"last_hidden_state": hidden})
+        return await self.executor.infer(request)
+
+
+def with_logprobs(token: SampledToken, wanted: int | None) -> SampledToken:
+    if wanted is None:
+        return token
+    top = tuple(TokenLogprob(token=(token.token + i) % 256, logprob=-0.5 - i) for i in range(wanted))
+    return msgspec.structs.replace(token, logprob=-0.5, top=top)
+
+
+def hidden_states(request: InferRequest) -> dict[str, Array]:
+    ids = request.tensors["input_ids"]
+    return {"last_hidden_state": np.stack([ids, np.ones_like(ids), -ids, ids * ids], axis=-1).astype(np.float32)}
 
 
 @dataclass

@@ -64,7 +64,7 @@ def test_an_address_that_is_not_ours_is_a_setting_to_change(host: str, port: int
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_caller_who_vanishes_cancels_the_request_at_once(url: str, gateway: "Gateway", stream: bool) -> None:
-    gateway.script.endless = True
+    gateway.script.reply, gateway.script.pace_s = "Hello, world! " * 40, 0.02
     body = json.dumps(STREAM | {"stream": stream}).encode()
     with connect(url) as caller:
         caller.sendall(head("POST", "/v1/completions", len(body)) + body)
@@ -135,7 +135,7 @@ def test_stopping_waits_for_a_running_answer_and_frees_the_port(gateway: "Gatewa
 
 
 def test_stopping_cuts_an_answer_that_outlasts_the_grace(gateway: "Gateway") -> None:
-    gateway.script.endless = True
+    gateway.script.reply, gateway.script.pace_s = "Hello, world! " * 40, 0.02
     with start_blocking_portal() as portal:
         running, url = portal.start_task(partial(serve, gateway.app(), bind("127.0.0.1", 0), grace_s=0.1))
         with httpx.stream("POST", f"{url}/v1/completions", json=STREAM | {"max_tokens": 500}) as answer:

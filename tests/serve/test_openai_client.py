@@ -114,7 +114,7 @@ def test_extensions_travel_as_extra_body(api: openai.OpenAI, gateway: "Gateway")
 
 
 def test_too_many_requests(api: openai.OpenAI, gateway: "Gateway") -> None:
-    gateway.script.before = OverloadedError("full", retry_after_s=3)
+    gateway.script.failure = OverloadedError("full", retry_after_s=3)
 
     with pytest.raises(openai.RateLimitError) as caught:
         api.chat.completions.create(model="bytes", messages=HI, stream=True)
@@ -123,7 +123,7 @@ def test_too_many_requests(api: openai.OpenAI, gateway: "Gateway") -> None:
 
 
 def test_the_client_tries_again_when_the_gateway_says_later(url: str, gateway: "Gateway") -> None:
-    gateway.script.before = ShardLostError("stage 1 died", retry_after_s=0.01)
+    gateway.script.failure = ShardLostError("stage 1 died", retry_after_s=0.01)
 
     with (
         openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=1) as api,
@@ -137,7 +137,7 @@ def test_the_client_tries_again_when_the_gateway_says_later(url: str, gateway: "
 def test_a_failure_in_the_middle_of_a_stream_is_an_api_error_after_the_text_so_far(
     api: openai.OpenAI, gateway: "Gateway"
 ) -> None:
-    gateway.script.after_tokens, gateway.script.failure = 5, ShardLostError("stage 1 died")
+    gateway.script.fails_after, gateway.script.failure = 5, ShardLostError("stage 1 died")
     seen: list[str] = []
 
     with pytest.raises(openai.APIError, match="stage 1 died") as caught:

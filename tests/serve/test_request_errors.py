@@ -15,6 +15,8 @@ from shoal.errors import (
     ShardLostError,
     ShoalError,
 )
+from shoal.ids import RequestId
+from shoal.runtime.request import FinishReason, OutputDelta
 from shoal.serve.ports import Limits
 
 if TYPE_CHECKING:
@@ -265,7 +267,7 @@ FAILURES = [
 def test_a_failure_before_the_first_token_has_its_status_even_in_a_stream(
     gateway: "Gateway", failure: Exception, status: int, code: str, kind: str, retry_after: str | None, stream: bool
 ) -> None:
-    gateway.script.before = failure
+    gateway.script.failure = failure
 
     answer = gateway.client().post(CHAT, json=chat(stream=stream)[1])
 
@@ -278,7 +280,7 @@ def test_a_failure_before_the_first_token_has_its_status_even_in_a_stream(
 def test_an_unforeseen_failure_tells_nothing_of_the_inside_and_logs_no_prompt(
     gateway: "Gateway", caplog: pytest.LogCaptureFixture
 ) -> None:
-    gateway.script.before = RuntimeError("while reading 'my secret prompt'")
+    gateway.script.failure = RuntimeError("while reading 'my secret prompt'")
 
     answer = gateway.client().post(CHAT, json=chat()[1])
 
@@ -290,17 +292,34 @@ def test_an_unforeseen_failure_tells_nothing_of_the_inside_and_logs_no_prompt(
 
 def test_a_failed_delta_becomes_the_error_that_it_names(gateway: "Gateway") -> None:
     from shoal.ids import RequestId
-    from shoal.runtime.request import FinishReason, OutputDelta
 
-    gateway.script.after_tokens = 0
-    gateway.script.failure = OutputDelta(
+    failed = OutputDelta(
         request=RequestId(""), finish=FinishReason.ERROR, error_code="shard_lost", error="stage 1 died"
     )
+    gateway.script.last_words = (failed,)
 
     answer = gateway.client().post(CHAT, json=chat()[1])
 
     assert answer.status_code == 503
     assert answer.json()["error"]["message"] == "stage 1 died"
+
+
+def test_an_answer_that_breaks_off_without_a_reason_is_a_lost_shard(gateway: "Gateway") -> None:
+    gateway.script.last_words = ()
+
+    answer = gateway.client().post(CHAT, json=chat()[1])
+
+    assert answer.status_code == 503
+    assert answer.json()["error"]["code"] == "shard_lost"
+
+
+def test_a_deployment_that_stops_sends_its_callers_elsewhere(gateway: "Gateway") -> None:
+    gateway.script.last_words = (OutputDelta(request=RequestId(""), finish=FinishReason.CANCELLED),)
+
+    answer = gateway.client().post(CHAT, json=chat()[1])
+
+    assert answer.status_code == 503
+    assert answer.headers["retry-after"] == "1"
 
 
 def test_a_full_gateway_says_when_to_come_back(gateway: "Gateway") -> None:
@@ -313,7 +332,7 @@ def test_a_full_gateway_says_when_to_come_back(gateway: "Gateway") -> None:
 
 
 def test_an_answer_that_takes_too_long_is_a_timeout(gateway: "Gateway") -> None:
-    gateway.script.endless = True
+    gateway.script.reply, gateway.script.pace_s = "Hello, world! " * 40, 0.02
     gateway.limits = Limits(answer_s=0.05)
 
     answer = gateway.client().post(CHAT, json=chat()[1])

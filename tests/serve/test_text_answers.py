@@ -8,6 +8,7 @@ from httpx import Response
 from litestar import Litestar
 from litestar.testing import TestClient
 
+from shoal.errors import ShardLostError
 from shoal.serve.job import answer_tokens, derived_seed
 
 if TYPE_CHECKING:
@@ -165,7 +166,7 @@ def test_logprobs_of_the_older_protocol_are_parallel_lists(gateway: "Gateway") -
 
 
 def test_a_stop_string_cancels_the_request(gateway: "Gateway") -> None:
-    gateway.script.endless = True
+    gateway.script.reply = "Hello, world! " * 7
 
     answer = gateway.client().post(TEXT, json=text(stop="wor")).json()
 
@@ -175,9 +176,7 @@ def test_a_stop_string_cancels_the_request(gateway: "Gateway") -> None:
 
 
 def test_a_failure_in_the_middle_ends_the_stream_with_an_error_event_and_without_done(gateway: "Gateway") -> None:
-    from shoal.errors import ShardLostError
-
-    gateway.script.after_tokens, gateway.script.failure = 5, ShardLostError("worker 2 died", hint="again")
+    gateway.script.fails_after, gateway.script.failure = 5, ShardLostError("worker 2 died", hint="again")
 
     answer = gateway.client().post(CHAT, json=chat(stream=True))
 
@@ -189,7 +188,7 @@ def test_a_failure_in_the_middle_ends_the_stream_with_an_error_event_and_without
 
 def test_times_and_outcomes_are_measured(gateway: "Gateway") -> None:
     gateway.client().post(CHAT, json=chat())
-    gateway.script.before = RuntimeError("x")
+    gateway.script.failure = RuntimeError("x")
     gateway.client().post(CHAT, json=chat())
 
     assert len(gateway.fleet.first) == 1

@@ -1,6 +1,5 @@
 """`/shoal/v1/...`: machines, plans, deployments and events, for the SDK and the command line."""
 
-from contextlib import aclosing
 from typing import Annotated
 
 import anyio
@@ -22,6 +21,7 @@ from shoal.fleet.views import (
 from shoal.ids import DeploymentId, NodeId
 from shoal.plan.problem import Infeasible, Plan
 from shoal.profile.fleet import FleetProfile
+from shoal.serve.closing import closed_after
 from shoal.serve.live import EVENTS, Connection, LiveAnswer
 from shoal.serve.ports import EventLog, Machines, Placement
 from shoal.serve.strict import strict
@@ -115,7 +115,7 @@ def event_routes(log: EventLog) -> list[HTTPRouteHandler]:
             await connection.write(b": open\n\n", more=True)
             async with anyio.create_task_group() as group:
                 group.start_soon(_keep_alive, connection)
-                async with aclosing(log.follow(after)) as events:
+                async with closed_after(log.follow(after)) as events:
                     async for event in events:
                         await connection.event(_encode(event))
                 group.cancel_scope.cancel()

@@ -15,6 +15,7 @@ from shoal.errors import DeadlineExceededError, OverloadedError, ShardLostError,
 from shoal.fleet.faults import Fault, restore
 from shoal.runtime.request import FinishReason, GenerateRequest, OutputDelta
 from shoal.serve.assemble import Assembler, Piece
+from shoal.serve.closing import closed_after
 from shoal.serve.job import Job
 from shoal.serve.openai_answers import Usage
 from shoal.serve.ports import Limits, Node
@@ -60,7 +61,7 @@ async def answer(door: Door, job: Job, emit: Emit) -> Usage:
         async with anyio.create_task_group() as group:
             for reader in readers:
                 group.start_soon(_limited, limiter, reader)
-        outcome = FinishReason.STOP.value
+        outcome = readers[-1].finish.value
     except BaseExceptionGroup as errors:
         error = first_error(errors)
         outcome = error.code if isinstance(error, ShoalError) else "internal_error"
@@ -87,11 +88,11 @@ class _Reader:
     emit: Emit
     last_s: float
     tokens: int = 0
+    finish: FinishReason = FinishReason.CANCELLED
 
     async def read(self, request: GenerateRequest) -> None:
         assembler = Assembler(detokenizer=self.job.codec.detokenizer(), stops=self.job.stops)
-        deltas = self.job.model.executor.generate(request)
-        try:
+        async with closed_after(self.job.model.executor.generate(request)) as deltas:
             async for delta in deltas:
                 self._measure(delta)
                 _check(delta)
@@ -100,10 +101,9 @@ class _Reader:
                 if piece != Piece():
                     await self.emit(self.index, piece)
                 if piece.finish is not None:
+                    self.finish = piece.finish
                     return
             raise ShardLostError("the answer broke off without a reason", hint="send the request again")
-        finally:
-            await self._close(deltas)
 
     def _measure(self, delta: OutputDelta) -> None:
         if not delta.tokens:
@@ -116,13 +116,6 @@ class _Reader:
             rest, elapsed_s = rest - 1, 0.0
         for _ in range(rest):
             metrics.output_token(name, elapsed_s / rest)
-
-    async def _close(self, deltas: AsyncIterator[OutputDelta]) -> None:
-        """Cancel the request, also when this very task is being cancelled; a generator frees its slot in `aclose`."""
-        close = getattr(deltas, "aclose", None)
-        if close is not None:
-            with anyio.move_on_after(self.door.limits.cleanup_s, shield=True):
-                await close()
 
 
 async def _limited(limiter: anyio.CapacityLimiter, reader: _Reader) -> None:

@@ -4,9 +4,10 @@ from litestar import MediaType, Response, get
 from litestar.handlers import HTTPRouteHandler
 
 from shoal.fleet.views import HealthView
+from shoal.observe.metrics import CONTENT_TYPE
 from shoal.serve.ports import Node
 
-METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+_CHARSET = "; charset=utf-8"  # the framework adds it to every text
 OPEN = "open"
 """A handler option: no API key is asked for."""
 
@@ -32,6 +33,6 @@ def health_routes(node: Node) -> list[HTTPRouteHandler]:
 
     @get("/metrics", media_type=MediaType.TEXT, summary="Prometheus text format", tags=["Health"])
     async def metrics() -> Response[bytes]:
-        return Response(node.metrics.render(), media_type=METRICS_TYPE)
+        return Response(node.metrics.render(), media_type=CONTENT_TYPE.removesuffix(_CHARSET))
 
     return [livez, readyz, healthz, metrics]

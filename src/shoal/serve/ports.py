@@ -1,6 +1,6 @@
 """What the gateway asks of the node that it runs in, and of a model's text handling."""
 
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -143,8 +143,8 @@ class EventLog(Protocol):
         """At most *limit* events with a sequence above *after* that are still kept."""
         ...
 
-    def follow(self, after: int) -> AsyncGenerator[EventView, None]:
-        """The same without end; closing the generator ends it."""
+    def follow(self, after: int) -> AsyncIterator[EventView]:
+        """The same without end; closing the iterator ends it."""
         ...
 
 
@@ -200,5 +200,3 @@ class Limits:
     parallel_choices: int = 4
     """Of those, how many are generated at once."""
     embedding_inputs: int = 256
-    cleanup_s: float = 2.0
-    """How long an executor may take to cancel before the gateway stops waiting for it."""

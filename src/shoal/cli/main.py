@@ -14,6 +14,9 @@ from typer.core import TyperCommand, TyperGroup
 from shoal.errors import InvalidRequestError, ShoalError, UnavailableError, UntrustedError
 
 COMMANDS: dict[str, str] = {
+    "up": "Start this machine's node with a gateway; the first node coordinates its fleet.",
+    "join": "Add this machine to a fleet.",
+    "plan": "Show where a model would go, before anything is loaded.",
     "pull": "Bring a model to this machine, by catalogue name or reference.",
     "models": "List the models of this machine, and what can be pulled.",
     "rm": "Forget a model; `gc` then frees its space.",

@@ -2,8 +2,7 @@
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
 
 import anyio
 import anyio.to_thread
@@ -13,16 +12,16 @@ from structlog.typing import FilteringBoundLogger
 
 from shoal.errors import MalformedFrameError
 from shoal.fleet.order import Order, Refused, Reply
-from shoal.fleet.reconcile import Addressed
 from shoal.fleet.report import NodeFacts, NodeReport
 from shoal.fleet.view import CoordinatorView
 from shoal.ids import Digest, NodeId
 from shoal.node.calls import CallDesk, Handler
 from shoal.node.coordinator import Coordinator
 from shoal.node.mailbox import Mailbox
-from shoal.node.messages import REPORT, VIEW, WIRE
+from shoal.node.messages import REPORT, VIEW
 from shoal.node.shards import ShardKeeper
-from shoal.node.worker_spec import Wiring, WorkerReport
+from shoal.node.voice import Bell
+from shoal.node.worker_spec import WorkerReport
 from shoal.transport.bus import Bus, Closable, Lane, Sample
 from shoal.transport.keys import ControlTopic, EventTopic, HeartbeatTopic, WorkerTopic, key_of, pattern_of
 
@@ -43,19 +42,15 @@ class Agent:
     bus: Bus
     keeper: ShardKeeper
     coordinator: Coordinator | None
+    bell: Bell
     handlers: Mapping[str, Handler]
     complete_manifests: Callable[[], tuple[Digest, ...]]
     on_view: Callable[[CoordinatorView], None]
     log: FilteringBoundLogger
     leaving: bool = False
-    _changed: anyio.Event = field(default_factory=anyio.Event)
     _sequence: int = 0
     _manifests: tuple[Digest, ...] = ()
     _dropped: int = 0
-
-    def changed(self) -> None:
-        """Send the next heartbeat now; call on the event loop."""
-        self._changed.set()
 
     def report(self) -> NodeReport:
         """What the next heartbeat says."""
@@ -90,35 +85,6 @@ class Agent:
             for subscription in listening:
                 subscription.close()
             heard.discard()
-
-    def tell_worker(self, wiring: Wiring) -> None:
-        """Pass a wiring on to the worker that it is for."""
-        shard = wiring.shard
-        topic = WorkerTopic(
-            fleet=self.fleet,
-            node=self.me,
-            deployment=shard.deployment,
-            plan_epoch=shard.plan_epoch,
-            stage=shard.stage,
-            verb=WIRE,
-        )
-        self.bus.put(key_of(topic), msgspec.msgpack.encode(wiring))
-
-    def broadcast(self, view: CoordinatorView) -> None:
-        """Tell everybody what the coordinator decided; ourselves at once."""
-        self.on_view(view)
-        self.bus.put(key_of(EventTopic(fleet=self.fleet, node=self.me, kind=VIEW)), msgspec.msgpack.encode(view))
-
-    async def send_order(self, addressed: Addressed) -> Reply:
-        """Give an order to a node; raises UnavailableError when it does not answer."""
-        if addressed.node == self.me:
-            return await anyio.to_thread.run_sync(self.keeper.offer, addressed.order)
-        key = key_of(ControlTopic(fleet=self.fleet, node=addressed.node, verb="order"))
-        payload = msgspec.msgpack.encode(addressed.order)
-        query = partial(self.bus.query, key, payload, timeout_s=_ORDER_TIMEOUT_S)
-        raw = await anyio.to_thread.run_sync(query, abandon_on_cancel=True)
-        reply: Reply = msgspec.msgpack.decode(raw, type=Reply)
-        return reply
 
     def _listen(self, heard: Mailbox[Heard]) -> list[Closable]:
         def into(kind: type[Heard]) -> Callable[[Sample], None]:
@@ -176,9 +142,8 @@ class Agent:
         key = key_of(HeartbeatTopic(fleet=self.fleet, node=self.me))
         while True:
             self.bus.put(key, msgspec.msgpack.encode(self.report()), lane=Lane.CONTROL)
-            self._changed = anyio.Event()
             with anyio.move_on_after(HEARTBEAT_S):
-                await self._changed.wait()
+                await self.bell.wait()
 
     async def _look_at_store(self) -> None:
         while True:

@@ -1,0 +1,45 @@
+"""shoal join: add this machine to a fleet."""
+
+from typing import Annotated
+
+import typer
+
+from shoal.cli.start import ApiKeys, Discover, Expose, Links, Listen, Memory, Name, Slowdown, Threads, run
+
+
+def join(
+    address: Annotated[
+        list[str], typer.Argument(metavar="ADDRESS...", help="HOST:PORT of one node of the fleet, or of several.")
+    ],
+    *,
+    token: Annotated[str, typer.Option(help="The fleet's join token (checked once nodes have certificates).")] = "",
+    standby: Annotated[bool, typer.Option("--standby", help="Take over when the coordinator falls silent.")] = False,
+    gateway: Annotated[str, typer.Option(help="Also answer HTTP, at HOST:PORT.")] = "",
+    api_keys: ApiKeys = "",
+    listen: Listen = "tcp/127.0.0.1:0",
+    expose: Expose = False,
+    discover: Discover = False,
+    name: Name = "",
+    memory: Memory = "",
+    threads: Threads = 0,
+    slowdown: Slowdown = 1.0,
+    link: Links = None,
+) -> None:
+    """Add this machine to a fleet."""
+    del token  # part of the command's final form; there is nothing yet to check it against
+    run(
+        {
+            "connect": address,
+            "gateway": gateway,
+            "api_keys": api_keys,
+            "listen": listen,
+            "name": name,
+            "memory": memory,
+            "threads": threads,
+            "slowdown": slowdown,
+            "links": link,
+            "discover": discover,
+            "coordinates": standby,
+        },
+        expose=expose,
+    )

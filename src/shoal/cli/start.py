@@ -1,0 +1,113 @@
+"""What `up` and `join` share: their options, and running a node until a signal ends it."""
+
+import re
+import signal
+import socket
+import sys
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+import anyio
+import typer
+
+from shoal.errors import SettingsError, ShoalError
+from shoal.node.assemble import Running, run_node
+from shoal.node.options import NodeOptions, check_exposed, locator, parse_link
+from shoal.node.settings import read_settings
+from shoal.observe.log import LogStyle, set_up_logs
+
+ApiKeys = Annotated[str, typer.Option(help="File with one API key a line; demanded beyond loopback.")]
+Listen = Annotated[str, typer.Option(help="Where the fabric listens for other nodes.")]
+Expose = Annotated[bool, typer.Option("--expose", help="Allow --listen beyond loopback; prints what that opens.")]
+Discover = Annotated[bool, typer.Option("--discover", help="Find and be found on the LAN by multicast.")]
+Name = Annotated[str, typer.Option(help="What to call this node; by default the host's name.")]
+Memory = Annotated[str, typer.Option(help="What models may use here: 2GiB, 800MB; by default what is free.")]
+Threads = Annotated[int, typer.Option(help="Engine threads per shard; 0: all cores.", min=0, max=1024)]
+Slowdown = Annotated[
+    float, typer.Option(help="Emulate a device this many times slower, for demos.", min=1.0, max=1000.0)
+]
+Links = Annotated[
+    list[str] | None, typer.Option(help="Emulate a link, for demos: NODE_ID=10ms,50mbit; may be repeated.")
+]
+
+_SIZE = re.compile(r"^(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>[KMGT]i?B|B)?$", re.IGNORECASE)
+_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
+_UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+
+
+def run(flags: Mapping[str, Any], *, expose: bool) -> None:
+    """Start a node with *flags* and stay until SIGINT or SIGTERM; raises ShoalError as `run_node` does."""
+    options = options_from(flags)
+    warning = check_exposed(options.listen, expose=expose)
+    if warning:
+        typer.secho(f"warning: {warning}", fg="yellow", err=True)
+    log = set_up_logs(sys.stderr, LogStyle.CONSOLE, "info" if sys.stderr.isatty() else "warning")
+
+    def started(running: Running) -> None:
+        where = f"; API at {running.url}/v1" if running.url else ""
+        typer.echo(f"node {running.name} ({running.node}) listens at {', '.join(running.locators)}{where}")
+        sys.stdout.flush()
+
+    async def until_signal() -> None:
+        async with anyio.create_task_group() as group:
+            group.start_soon(_cancel_on_signal, group.cancel_scope)
+            await run_node(options, log, started)
+            group.cancel_scope.cancel()
+
+    try:
+        anyio.run(until_signal)
+    except BaseExceptionGroup as several:
+        raise _first_of_ours(several) from several
+
+
+def options_from(flags: Mapping[str, Any]) -> NodeOptions:
+    """Flags over settings, checked; raises SettingsError."""
+    settings = read_settings()
+    http = flags.get("http")
+    if flags.get("gateway"):
+        host, _, port = locator(flags["gateway"], what="--gateway").removeprefix("tcp/").rpartition(":")
+        http = (host.strip("[]"), int(port))
+    return NodeOptions(
+        home=settings.home,
+        name=flags["name"] or socket.gethostname(),
+        listen=locator(flags["listen"], what="--listen"),
+        connect=tuple(locator(text, what="ADDRESS") for text in flags.get("connect", ())),
+        http=http,
+        api_keys=flags["api_keys"],
+        quota_bytes=settings.quota_bytes,
+        memory_bytes=parse_size(flags["memory"]) if flags["memory"] else 0,
+        threads=flags["threads"],
+        coordinates=bool(flags.get("coordinates")),
+        eager=bool(flags.get("eager")),
+        discover=flags["discover"],
+        slowdown=flags["slowdown"],
+        links=tuple(parse_link(text) for text in flags["links"] or ()),
+    )
+
+
+def parse_size(text: str) -> int:
+    """Bytes of `800MB`, `2GiB` or a plain number; raises SettingsError."""
+    found = _SIZE.match(text.strip())
+    if found is None:
+        raise SettingsError(f"{text!r} is no size", hint="write 800MB, 2GiB or a number of bytes", param="memory")
+    return int(float(found["number"]) * _UNITS[(found["unit"] or "").lower()])
+
+
+async def _cancel_on_signal(scope: anyio.CancelScope) -> None:
+    with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+        async for _ in signals:
+            scope.cancel()
+            return
+
+
+def _first_of_ours(several: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The error to show: one of our tree if there is one, else the first."""
+    flat: list[BaseException] = []
+    pending: list[BaseException] = [several]
+    while pending:
+        error = pending.pop(0)
+        if isinstance(error, BaseExceptionGroup):
+            pending += error.exceptions
+        else:
+            flat.append(error)
+    return next((error for error in flat if isinstance(error, ShoalError)), flat[0])

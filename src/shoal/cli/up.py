@@ -1,0 +1,41 @@
+"""shoal up: start this machine's node with a gateway; the first node of a fleet coordinates it."""
+
+from typing import Annotated
+
+import typer
+
+from shoal.cli.start import ApiKeys, Discover, Expose, Links, Listen, Memory, Name, Slowdown, Threads, run
+from shoal.node.options import DEFAULT_HTTP_PORT, DEFAULT_LISTEN
+
+
+def up(
+    *,
+    host: Annotated[str, typer.Option(help="Where the HTTP gateway listens.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Its port; 0 takes any free one.", min=0, max=65535)] = DEFAULT_HTTP_PORT,
+    api_keys: ApiKeys = "",
+    listen: Listen = DEFAULT_LISTEN,
+    expose: Expose = False,
+    discover: Discover = False,
+    name: Name = "",
+    memory: Memory = "",
+    threads: Threads = 0,
+    slowdown: Slowdown = 1.0,
+    link: Links = None,
+) -> None:
+    """Start this machine's node with a gateway."""
+    run(
+        {
+            "http": (host, port),
+            "api_keys": api_keys,
+            "listen": listen,
+            "name": name,
+            "memory": memory,
+            "threads": threads,
+            "slowdown": slowdown,
+            "links": link,
+            "discover": discover,
+            "coordinates": True,
+            "eager": True,
+        },
+        expose=expose,
+    )

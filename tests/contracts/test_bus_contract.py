@@ -202,7 +202,9 @@ def test_a_slow_consumer_behind_a_handover_loses_nothing(pair: Pair) -> None:
 
 
 @pytest.mark.filterwarnings("default")
-def test_a_callback_that_raises_silences_neither_itself_nor_others(pair: Pair, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_callback_that_raises_silences_neither_itself_nor_others(
+    pair: Pair, caplog: pytest.LogCaptureFixture
+) -> None:
     inbox = Inbox()
 
     def deliver(sample: Sample) -> None:
@@ -249,7 +251,11 @@ def test_an_error_of_ours_is_raised_again_at_the_asker(pair: Pair) -> None:
     with pytest.raises(OverloadedError) as caught:
         pair.a.query("k/full", b"", timeout_s=PATIENCE_S)
 
-    assert (caught.value.message, caught.value.hint, caught.value.retry_after_s) == ("all 4 slots are taken", "wait", 2.5)
+    assert (caught.value.message, caught.value.hint, caught.value.retry_after_s) == (
+        "all 4 slots are taken",
+        "wait",
+        2.5,
+    )
 
 
 def test_any_other_exception_reaches_the_asker_with_its_name(pair: Pair) -> None:

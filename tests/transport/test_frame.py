@@ -15,7 +15,20 @@ from shoal.transport import frame
 from shoal.transport.codec import Array, Codec
 from shoal.transport.frame import pack, unpack
 
-DTYPES = ["bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "float16", "float32", "float64"]
+DTYPES = [
+    "bool",
+    "int8",
+    "int16",
+    "int32",
+    "int64",
+    "uint8",
+    "uint16",
+    "uint32",
+    "uint64",
+    "float16",
+    "float32",
+    "float64",
+]
 shapes = hnp.array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=5)
 
 
@@ -105,6 +118,17 @@ def test_a_mutated_frame_never_raises_anything_else(data: bytes, choices: st.Dat
     except (MalformedFrameError, UnsupportedVersionError):
         return
     assert at >= frame._FIXED_BYTES  # only payload and padding are not under the check sum
+
+
+def test_a_scale_out_of_range_gives_infinities_and_no_warning() -> None:
+    data = bytearray(pack(b"", {"h": np.full((1, 600), 2.0, np.float32)}, codec=Codec.INT8))
+    scale = np.float32(2.0 / 127).tobytes()
+    at = data.index(scale)
+    data[at : at + 4] = np.float32(3e38).tobytes()
+
+    _, got = unpack(bytes(data))
+
+    assert np.all(np.isinf(got["h"]))
 
 
 @given(frames, st.data())

@@ -22,7 +22,9 @@ from shoal.transport.keys import (
     topic_of,
 )
 
-names = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12) | st.sampled_from(["a/b", "*", "@x", "%2F", "."])
+names = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12) | st.sampled_from(
+    ["a/b", "*", "@x", "%2F", "."]
+)
 numbers = st.integers(0, 2**40)
 
 
@@ -66,7 +68,10 @@ def test_frames_have_the_documented_key() -> None:
     assert pattern_of(FrameTopic, fleet="home", plan_epoch=3) == "shoal/home/f/*/3/*"
 
 
-@given(st.text(max_size=40) | st.lists(st.sampled_from(["shoal", "f", "h", "t", "x", "1", "01", "-1", "%61", ""])).map("/".join))
+@given(
+    st.text(max_size=40)
+    | st.lists(st.sampled_from(["shoal", "f", "h", "t", "x", "1", "01", "-1", "%61", ""])).map("/".join)
+)
 @example("shoal/home/t/m/01")
 @example("shoal/home/t/m/-1")
 @example("shoal/home/h/%61")
@@ -107,7 +112,11 @@ def test_matching_is_zenohs(pattern: str, key: str) -> None:
     assert matches(pattern, key) == zenoh.KeyExpr(pattern).includes(zenoh.KeyExpr(key))
 
 
-@given(st.lists(st.sampled_from(["a", "*", "**", "", "#", "a*", "?", "$*", "a$", "@"]), min_size=1, max_size=5).map("/".join))
+@given(
+    st.lists(st.sampled_from(["a", "*", "**", "", "#", "a*", "?", "$*", "a$", "@"]), min_size=1, max_size=5).map(
+        "/".join
+    )
+)
 def test_a_pattern_that_we_accept_zenoh_accepts_too(pattern: str) -> None:
     try:
         check_pattern(pattern)

@@ -16,7 +16,9 @@ messages = st.lists(st.binary(max_size=400) | st.binary(max_size=60).map(PIECE_M
 def test_shuffled_pieces_of_several_messages_join_to_each_of_them(
     sent: list[bytes], chance: random.Random, piece_bytes: int
 ) -> None:
-    pieces = [piece for number, data in enumerate(sent) for piece in split(data, message_id=number, piece_bytes=piece_bytes)]
+    pieces = [
+        piece for number, data in enumerate(sent) for piece in split(data, message_id=number, piece_bytes=piece_bytes)
+    ]
     assert all(len(piece) <= piece_bytes for piece in pieces)
     chance.shuffle(pieces)
     joiner = Joiner()
@@ -63,7 +65,12 @@ def test_a_piece_that_contradicts_its_siblings_is_malformed() -> None:
 
 @pytest.mark.parametrize(
     ("at", "value", "error"),
-    [(4, 9, UnsupportedVersionError), (16, 255, MalformedFrameError), (30, 255, MalformedFrameError), (20, 0, MalformedFrameError)],
+    [
+        (4, 9, UnsupportedVersionError),
+        (16, 255, MalformedFrameError),
+        (30, 255, MalformedFrameError),
+        (20, 0, MalformedFrameError),
+    ],
 )
 def test_a_head_that_lies_is_refused(at: int, value: int, error: type[Exception]) -> None:
     piece = bytearray(split(bytes(100), message_id=1, piece_bytes=90)[0])
@@ -73,7 +80,11 @@ def test_a_head_that_lies_is_refused(at: int, value: int, error: type[Exception]
         Joiner().add(bytes(piece))
 
 
-@given(st.lists(st.binary(max_size=40).map(PIECE_MAGIC.__add__) | st.binary(max_size=34).map((PIECE_MAGIC + b"\1").__add__)))
+@given(
+    st.lists(
+        st.binary(max_size=40).map(PIECE_MAGIC.__add__) | st.binary(max_size=34).map((PIECE_MAGIC + b"\1").__add__)
+    )
+)
 def test_garbage_is_refused_and_never_held_beyond_the_bound(pieces: list[bytes]) -> None:
     joiner = Joiner(max_bytes=400)
 

@@ -79,7 +79,9 @@ def test_the_wire_is_never_idle_while_something_waits(bytes_per_s: float, sent: 
 def test_a_decode_frame_waits_for_one_segment_of_bulk_at_most() -> None:
     wire = Wire(Way(bytes_per_s=SEGMENT_BYTES * 10.0))
 
-    arrivals = run(wire, [(0.0, Lane.BULK, SEGMENT_BYTES * 20), (0.05, Lane.DECODE, 0), (0.31, Lane.CONTROL, SEGMENT_BYTES)])
+    arrivals = run(
+        wire, [(0.0, Lane.BULK, SEGMENT_BYTES * 20), (0.05, Lane.DECODE, 0), (0.31, Lane.CONTROL, SEGMENT_BYTES)]
+    )
 
     assert arrivals == [(pytest.approx(0.1), 1), (pytest.approx(0.5), 2), (pytest.approx(2.1), 0)]
 
@@ -94,7 +96,10 @@ def test_a_way_that_no_message_can_take_is_refused(bad: dict[str, float]) -> Non
 def nodes() -> Iterator[tuple[ShapedBus, MemoryBus]]:
     fabric = MemoryFabric()
     slow = Link(out=Way(latency_s=0.03), back=Way(latency_s=0.02))
-    with closing(fabric.attach("b")) as b, closing(ShapedBus(fabric.attach("a"), {"shoal/x": slow}, SystemClock())) as a:
+    with (
+        closing(fabric.attach("b")) as b,
+        closing(ShapedBus(fabric.attach("a"), {"shoal/x": slow}, SystemClock())) as a,
+    ):
         yield a, b
 
 

@@ -28,6 +28,7 @@ Buffer = bytes | memoryview
 _ZSTD_LEVEL = 1  # links that need zstd are slower than any level, but the boards behind them are slow too
 _ZSTD_PIECE_BYTES = 1 << 20
 _FP16_MAX = 65504.0
+_MAX_SCALE = np.nextafter(np.finfo(np.float32).max / np.float32(127), np.float32(0))  # 127 of it are still finite
 _MAX_AXES = 32  # what every numpy allows
 _DTYPES: Mapping[str, np.dtype[np.generic]] = MappingProxyType(
     {
@@ -157,7 +158,7 @@ def _encode_int8(array: NDArray[np.float32]) -> list[Buffer]:
     with np.errstate(invalid="ignore", over="ignore"):
         largest = np.abs(rows).max(axis=1, initial=0.0)
         # A subnormal scale would lose its own digits, and 1 / scale could overflow: such rows are zero for any model.
-        scale = np.where(largest < np.float32(1e-30), np.float32(0), largest / np.float32(127))
+        scale = np.where(largest < np.float32(1e-30), np.float32(0), np.minimum(largest / np.float32(127), _MAX_SCALE))
         scale = np.where(np.isfinite(largest), scale, np.float32(np.nan)).astype("<f4")
         steps = np.divide(rows, scale[:, None], out=np.zeros_like(rows), where=scale[:, None] > 0)
     return [_bytes_of(scale), _bytes_of(np.rint(steps).astype(np.int8))]
@@ -171,7 +172,10 @@ def _decode_base(data: Buffer, codec: Codec, kind: np.dtype[np.generic], shape: 
         rows = _rows(shape)
         scale = np.frombuffer(data, dtype="<f4", count=rows)
         steps = np.frombuffer(data[4 * rows :], dtype=np.int8)
-        flat = steps.reshape(rows, -1).astype(np.float32) * scale[:, None] if steps.size else np.empty(0, np.float32)
+        with np.errstate(over="ignore", invalid="ignore"):  # a scale that we did not write is no reason to warn
+            flat = (
+                steps.reshape(rows, -1).astype(np.float32) * scale[:, None] if steps.size else np.empty(0, np.float32)
+            )
     else:
         view = np.frombuffer(data, dtype=kind)
         flat = view if view.flags.aligned else view.copy()

@@ -84,7 +84,7 @@ def unpack(data: bytes | memoryview) -> tuple[bytes, dict[str, Array]]:
         message = f"a frame of {len(view)} bytes says that it has {body_at + body_bytes}"
         raise MalformedFrameError(message, hint="it was truncated or is not one of ours")
     header, table = view[_FIXED_BYTES:table_at], view[table_at : table_at + table_bytes]
-    if _CHECK.unpack_from(view, _HEAD.size)[0] != _crc(view[: _HEAD.size], header, table):
+    if view[_HEAD.size : _FIXED_BYTES] != _CHECK.pack(_crc(view[: _HEAD.size], header, table)):
         raise MalformedFrameError(f"the check sum of a frame of {len(view)} bytes is wrong")
     return bytes(header), _tensors(_slots(table), view[body_at:])
 

@@ -93,7 +93,9 @@ class Joiner:
             raise UnsupportedVersionError(message, hint="run the same version of shoal on every node")
         if index >= count or total + count * _HELD_PIECE_BYTES > self._max_bytes:
             message = f"piece {index} of {count}, of a message of {total} bytes, is out of bounds"
-            raise MalformedFrameError(message, hint=f"at most {self._max_bytes} bytes are held, {_HELD_PIECE_BYTES} of them per piece")
+            raise MalformedFrameError(
+                message, hint=f"at most {self._max_bytes} bytes are held, {_HELD_PIECE_BYTES} of them per piece"
+            )
         return message_id, index, count, total
 
     def _make_room(self) -> None:

@@ -97,7 +97,7 @@ def _check_same_model(name: str, known: Manifest | None, origin: Origin) -> None
 
 def _completed(imported: ImportedModel, ref: Reference, obtained: Obtained) -> ImportedModel:
     """Add what the importer cannot know: the source, the files from beside it, and the catalogue's facts."""
-    spec: ModelSpec = msgspec.structs.replace(imported.spec, source=str(ref))
+    spec: ModelSpec = msgspec.structs.replace(imported.spec, source=_source(ref))
     if isinstance(ref, CatalogRef):
         licence = ref.licence if spec.licence in {"", "unknown"} else spec.licence
         spec = msgspec.structs.replace(spec, licence=licence)
@@ -105,3 +105,12 @@ def _completed(imported: ImportedModel, ref: Reference, obtained: Obtained) -> I
             spec = msgspec.structs.replace(spec, pooling=ref.pooling, normalise=ref.normalise)
     files = {**obtained.extras, **imported.files}
     return ImportedModel(spec=spec, graph=imported.graph, tensors=imported.tensors, files=files)
+
+
+def _source(ref: Reference) -> str:
+    """Where the bytes come from: of a catalogue's row, the package."""
+    match ref:
+        case CatalogRef(parcels=(first, *_)):
+            return f"pypi:{first.package}=={first.version}"
+        case _:
+            return str(ref)

@@ -35,8 +35,11 @@ from shoal.store.home import Store, open_store
 TRIAL_CONTEXT_TOKENS = 1024
 COLD_BYTES = 48 << 20
 """Weights that take turns: more than the last cache of most machines that Shoal runs on."""
-MAX_INSTANCES = 24
+MAX_INSTANCES = 16
+TRIAL_STEPS = 80
+"""Of each kind of block, over all its points."""
 _OVERHEAD_STEPS = 40
+_FILL_ROWS = 128
 
 
 class TrialSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -63,26 +66,34 @@ class BlockRunner:
     """Steps blocks of one kind in turn; a `TrialRunner`."""
 
     sessions: Sequence[Session]
-    inputs: tuple[Boundary, ...]
+    inputs: Sequence[tuple[Boundary, ...]]
+    """Of each session: blocks of a kind differ in names."""
     stateful: bool
+    """Steps name sequences; `caches`: and these blocks hold their positions."""
+    caches: bool
     clock: Clock
     _turn: int = 0
-    _feeds: dict[int, dict[str, Array]] = field(default_factory=dict)
+    _held: dict[int, int] = field(default_factory=dict)
+    _feeds: dict[tuple[int, int], dict[str, Array]] = field(default_factory=dict)
 
     def step_s(self, *, rows: int, context: int, batch: int) -> float:
-        """Seconds of one call; a batch is timed only where the session takes one in a call."""
-        session = self.sessions[self._turn % len(self.sessions)]
+        """Seconds of one call with *context* positions cached (they are filled in before, untimed)."""
+        index = self._turn % len(self.sessions)
         self._turn += 1
-        feeds = self._feeds.setdefault(rows, {b.name: _sample(b, rows) for b in self.inputs})
-        steps = (
-            [SequenceStep(request=RequestId("trial"), slot=0, start=context, count=rows, logits=1)]
-            if self.stateful
-            else []
-        )
+        while self.caches and self._held.get(index, 0) < context:
+            held = self._held.get(index, 0)
+            self._step(index, held, min(_FILL_ROWS, context - held), 1)
         began_s = self.clock.now_s()
-        session.step(steps * batch, feeds)
+        self._step(index, context, rows, batch)
         elapsed_s: float = self.clock.now_s() - began_s
         return elapsed_s
+
+    def _step(self, index: int, start: int, rows: int, batch: int) -> None:
+        if (index, rows) not in self._feeds:
+            self._feeds[index, rows] = {b.name: _sample(b, rows) for b in self.inputs[index]}
+        step = SequenceStep(request=RequestId("trial"), slot=0, start=start, count=rows, logits=1)
+        self.sessions[index].step([step] * batch if self.stateful else (), self._feeds[index, rows])
+        self._held[index] = start + rows
 
 
 def run_trials(store: Store, spec: TrialSpec, backend: Backend, clock: Clock) -> TrialResult:
@@ -93,11 +104,14 @@ def run_trials(store: Store, spec: TrialSpec, backend: Backend, clock: Clock) ->
     trials: list[BlockTrial] = []
     for kind in dict.fromkeys(block.kind for block in artifact.blocks):
         blocks = [b for b in artifact.blocks if b.kind == kind]
-        sessions = loader.instances(blocks)
+        chosen = loader.instances(blocks)
+        sessions = [loader.load(b.index, b.index + 1) for b in chosen]
         try:
             points = trial_points(TrialLimits(context_tokens=loader.context_tokens if loader.stateful else 0))
-            runner = BlockRunner(sessions, blocks[0].inputs, loader.stateful, clock)
-            trials += measure(kind, runner, points, TrialBudget(repeats=max(5, len(sessions)), steps=200))
+            runner = BlockRunner(
+                sessions, [b.inputs for b in chosen], loader.stateful, bool(blocks[0].kv_layers), clock
+            )
+            trials += measure(kind, runner, points, TrialBudget(steps=TRIAL_STEPS))
         finally:
             for session in sessions:
                 session.close()
@@ -131,7 +145,7 @@ class _Loader:
         )
         return self.backend.load(shard)
 
-    def instances(self, blocks: Sequence[Block]) -> list[Session]:
+    def instances(self, blocks: Sequence[Block]) -> list[Block]:
         """As many of *blocks* as must take turns, within the memory that may be used."""
         bound = min(COLD_BYTES, self.spec.memory_bytes // 2 or COLD_BYTES)
         chosen: list[Block] = []
@@ -141,7 +155,7 @@ class _Loader:
                 break
             chosen.append(block)
             total += block.weights_bytes
-        return [self.load(block.index, block.index + 1) for block in chosen]
+        return chosen
 
     def _complete(self, block: Block) -> bool:
         names = {t.name for t in block.tensors}
@@ -159,7 +173,7 @@ def _overhead_s(loader: _Loader, clock: Clock) -> float:
     spans = ((first.index, first.index + 1), (second.index, second.index + 1), (first.index, second.index + 1))
     sessions = [loader.load(*span) for span in spans]
     runners = [
-        BlockRunner([session], blocks[span[0]].inputs, loader.stateful, clock)
+        BlockRunner([session], [blocks[span[0]].inputs], loader.stateful, loader.stateful, clock)
         for session, span in zip(sessions, spans, strict=True)
     ]
     try:

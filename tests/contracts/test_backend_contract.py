@@ -18,7 +18,7 @@ from shoal.model.lower import lower
 from shoal.model.rope import Rope, inverse_frequencies
 from shoal.model.transformer import TransformerConfig, build, matrix_shapes, vector_sizes
 from shoal.runtime.backend.null import NullBackend, null_shard
-from shoal.runtime.backend.onnx import OnnxBackend
+from shoal.runtime.backend.onnx import OnnxBackend, OnnxSession
 from shoal.runtime.backend.throttled import Throttled
 from shoal.runtime.ports import Backend, SequenceStep, Session, Shard
 from shoal.runtime.request import Array
@@ -206,6 +206,20 @@ def test_a_released_slot_starts_afresh(rig: Rig) -> None:
     session.release(0)
 
     assert np.array_equal(run(session, rows(0, 5)), expected)
+
+
+def test_a_released_slot_of_the_engine_gives_its_pages_back(tmp_path: Path) -> None:
+    session = onnx_rig(tmp_path, OnnxBackend(), target="cpu-exact", blocked=False).whole()
+    assert isinstance(session, OnnxSession)
+    run(session, rows(0, 5))
+    pages = session._slots[0].pages
+    assert pages is not None
+    assert all(array.any() for array in pages.arrays.values())
+
+    session.release(0)
+
+    # A page that the system took back reads as zeros; one that we still hold, as what was in it.
+    assert not any(array.any() for array in pages.arrays.values())
 
 
 def test_rows_after_a_release_need_their_beginning_again(rig: Rig) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import pytest
+from hypothesis import settings
 
 from shoal.ids import DeploymentId, RequestId
 from shoal.runtime.backend.null import NullBackend, null_shard
@@ -11,6 +12,9 @@ from shoal.runtime.pipeline import LocalPipeline, LocalStage
 from shoal.runtime.request import GenerateRequest, SamplingParams
 from shoal.runtime.scheduler import SchedulerSettings
 from shoal.runtime.settings import StageSettings
+
+settings.register_profile("shoal", deadline=None)  # no test asserts on time
+settings.load_profile("shoal")
 
 LAYERS = 6
 VOCABULARY = 64
@@ -64,7 +68,7 @@ def make_pipeline() -> Callable[..., LocalPipeline]:
             shard = null_shard(
                 begin, end, embeds=index == 0, vocabulary=vocabulary, slots=slots, context_tokens=context
             )
-            settings = StageSettings(
+            stage = StageSettings(
                 plan_epoch=3,
                 index=index,
                 stages=len(edges) - 1,
@@ -73,7 +77,7 @@ def make_pipeline() -> Callable[..., LocalPipeline]:
                 vocabulary=VOCABULARY,
                 scheduler=SchedulerSettings(in_flight=in_flight, chunk_rows=chunk, queue_limit=queue),
             )
-            stages.append(LocalStage(settings, NullBackend().load(shard)))
+            stages.append(LocalStage(stage, NullBackend().load(shard)))
         return LocalPipeline(stages, **timing)
 
     return make

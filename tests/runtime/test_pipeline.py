@@ -1,18 +1,21 @@
 """Scenarios of whole pipelines in virtual time."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from shoal.ids import RequestId
-from shoal.runtime.effects import Abandon, BatchArrived, TokensArrived
-from shoal.runtime.frames import BatchFrame, OpenedSequence, TokensFrame
-from shoal.runtime.pipeline import LocalPipeline
+from shoal.errors import InvalidRequestError
+from shoal.ids import DeploymentId, RequestId
+from shoal.runtime.effects import Abandon, BatchArrived, InferArrived, Suspect, Tick, TokensArrived
+from shoal.runtime.frames import BatchFrame, OpenedSequence, SubmitInfer, TokensFrame, encode
+from shoal.runtime.pipeline import LocalPipeline, LocalStage
 from shoal.runtime.ports import SequenceStep
-from shoal.runtime.request import FinishReason, GenerateRequest, SamplingParams
+from shoal.runtime.request import FinishReason, GenerateRequest, OutputDelta, SamplingParams
+from shoal.runtime.settings import StageSettings
+from shoal.runtime.stage import advance
 
 Pipelines = Callable[..., LocalPipeline]
 Requests = Callable[..., GenerateRequest]
@@ -39,7 +42,7 @@ def test_a_sharded_pipeline_answers_token_for_token_like_one_stage(
     assert sharded == whole
 
 
-@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     prompts=st.lists(st.integers(1, 40), min_size=1, max_size=5),
     chunk=st.integers(1, 16),
@@ -333,6 +336,102 @@ def test_a_lost_frame_fails_its_request_as_shard_lost_and_no_other(
     assert [m.slots.held for m in pipeline.machines] == [{}, {}]
 
 
+def test_neighbours_in_the_frame_of_a_lost_sequence_go_on(make_pipeline: Pipelines, make_request: Requests) -> None:
+    """All sequences share each frame; the second stage has forgotten the first of three."""
+    pipeline = make_pipeline((3,), slots=3, in_flight=1)
+    names = ("a", "bb", "ccc")
+    for name in names:
+        pipeline.submit(make_request(name, max_tokens=12))
+    while len(pipeline.tokens(RequestId("ccc"))) < 3:
+        pipeline.turn()
+    while pipeline.machines[1].running:
+        pipeline.turn()
+    pipeline.machines[1].slots.close(1, RequestId("bb"))
+    pipeline.run()
+
+    assert any(len(f.sequences) == 3 for f in pipeline.sent)
+    assert last_delta(pipeline, "bb") == (FinishReason.ERROR, "shard_lost")
+    for name in ("a", "ccc"):
+        assert pipeline.tokens(RequestId(name)) == make_pipeline().generate(make_request(name, max_tokens=12))
+
+
+def test_every_request_gets_signs_of_life_while_it_waits(make_pipeline: Pipelines, make_request: Requests) -> None:
+    pipeline = make_pipeline(slots=1)
+    for name in ("a", "bb"):
+        pipeline.submit(make_request(name))
+    pipeline.turn()
+    pipeline.turn()
+    for now_s in (1.0, 2.0, 2.5, 4.0):
+        advance(pipeline.machines[0], Tick(now_s=now_s))[1]
+    _, effects = advance(pipeline.machines[0], Tick(now_s=6.0))
+
+    assert [e.delta for e in effects] == [OutputDelta(request=RequestId("bb")), OutputDelta(request=RequestId("a"))]
+
+
+def test_a_credit_that_does_not_come_back_makes_the_next_stage_suspect_once(
+    make_pipeline: Pipelines, make_request: Requests
+) -> None:
+    pipeline = make_pipeline((3,))
+    pipeline.submit(make_request("a"))
+    while not pipeline.sent:
+        pipeline.turn()
+    state = pipeline.machines[0]
+
+    suspected = [
+        now_s
+        for now_s in (5.0, 9.0, 11.0, 12.0)
+        for e in advance(state, Tick(now_s=now_s))[1]
+        if isinstance(e, Suspect)
+    ]
+
+    assert suspected == [11.0]
+
+
+def test_a_plain_model_runs_through_the_stages(make_pipeline: Pipelines) -> None:
+    """Three stages, each adds one to what it is given; `mask` is needed only by the last."""
+    pipeline = LocalPipeline([LocalStage(plain(i), AddOne()) for i in range(3)])
+    submit = SubmitInfer(request=RequestId("i"), deployment=DeploymentId("m"), reply_to="gateway")
+    tensors = {"x": np.zeros((2, 3), np.float32), "mask": np.ones(2, np.float32)}
+
+    pipeline.give(0, InferArrived(submit=submit, tensors=tensors))
+    pipeline.run()
+
+    result = pipeline.results[RequestId("i")]
+    assert result.reply_to == "gateway"
+    assert result.done.error_code == ""
+    assert result.tensors["x"].tolist() == [[3.0] * 3] * 2
+    assert pipeline.machines[0].first.flights == {}
+
+
+def test_a_plain_model_that_fails_says_so_to_its_caller() -> None:
+    pipeline = LocalPipeline([LocalStage(plain(i), AddOne()) for i in range(3)])
+    submit = SubmitInfer(request=RequestId("i"), deployment=DeploymentId("m"))
+
+    pipeline.give(0, InferArrived(submit=submit, tensors={"mask": np.ones(2, np.float32)}))
+    pipeline.run()
+
+    assert pipeline.results[RequestId("i")].done.error_code == "invalid_request"
+
+
+def plain(index: int) -> StageSettings:
+    return StageSettings(plan_epoch=1, index=index, stages=3, sends=("x", "mask") if index < 2 else ())
+
+
+class AddOne:
+    """A plain model's session."""
+
+    def step(self, sequences: object, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        if "x" not in tensors:
+            raise InvalidRequestError("x is missing")
+        return {"x": tensors["x"] + 1}
+
+    def release(self, slot: int) -> None:
+        raise AssertionError(slot)
+
+    def close(self) -> None:
+        pass
+
+
 def test_a_stage_whose_engine_fails_ends_the_answer_with_an_error_and_serves_the_next(
     make_pipeline: Pipelines, make_request: Requests
 ) -> None:
@@ -361,8 +460,6 @@ def test_abandoning_fails_every_request_running_and_waiting(make_pipeline: Pipel
 
 
 def test_a_decode_frame_is_small_on_the_wire(make_pipeline: Pipelines, make_request: Requests) -> None:
-    from shoal.runtime.frames import encode
-
     pipeline = make_pipeline((3,))
     pipeline.generate(make_request("chatcmpl-0123456789abcdef", prompt=100))
 

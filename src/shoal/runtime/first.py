@@ -81,7 +81,7 @@ class FirstStage:
     def submit_infer(self, submit: SubmitInfer, tensors: Tensors) -> list[Effect]:
         """Queue an inference."""
         limit = self.settings.scheduler.queue_limit
-        if len(self.infers) >= limit:
+        if len(self.infers) >= max(1, limit):
             step = InferStep(request=submit.request, reply_to=submit.reply_to)
             return [
                 _infer_failed(step, OverloadedError.code, f"{limit} inferences wait already: try again in a moment")

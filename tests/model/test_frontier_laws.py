@@ -149,7 +149,7 @@ def test_every_cut_of_an_image_recogniser_changes_no_bit(ocr_folder: Path, size:
     model = onnx.load(ocr_folder / size / "rec/rec.onnx")
     feeds: Arrays = {"x": noise((1, 3, 48, 64), 1)}
 
-    assert_every_cut(model, feeds, at_least=10, step=1 if size == "tiny" else 4)
+    assert_every_cut(model, feeds, at_least=10, step=4 if size == "tiny" else 9)
 
 
 @pytest.mark.parametrize("size", ["tiny", "small"])
@@ -157,7 +157,7 @@ def test_every_cut_of_an_image_detector_changes_no_bit(ocr_folder: Path, size: s
     model = onnx.load(ocr_folder / size / "det/det.onnx")
     feeds: Arrays = {"x": noise((1, 3, 64, 96), 2)}
 
-    assert_every_cut(model, feeds, at_least=10, step=1 if size == "tiny" else 6)
+    assert_every_cut(model, feeds, at_least=10, step=7 if size == "tiny" else 20)
 
 
 def test_every_cut_of_an_int8_encoder_changes_no_bit(minilm_int8: Path) -> None:
@@ -165,7 +165,7 @@ def test_every_cut_of_an_int8_encoder_changes_no_bit(minilm_int8: Path) -> None:
     ids = np.array([[101, 7592, 2088, 102, 0, 0], [101, 2023, 2003, 1037, 3231, 102]])
     feeds: Arrays = {"input_ids": ids, "attention_mask": np.sign(ids), "token_type_ids": np.zeros_like(ids)}
 
-    assert_every_cut(model, feeds, at_least=12, step=3)
+    assert_every_cut(model, feeds, at_least=12, step=5)
 
 
 def assert_every_cut(model: onnx.ModelProto, feeds: Arrays, *, at_least: int, step: int) -> None:
@@ -201,3 +201,35 @@ def optimised(model: onnx.ModelProto) -> Callable[[Arrays], Arrays]:
     session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     names = [o.name for o in session.get_outputs()]
     return lambda feeds: dict(zip(names, session.run(names, feeds), strict=True))
+
+
+@pytest.mark.parametrize("positive", [True, False])
+def test_a_branch_that_reads_from_outside_runs_in_any_shard(positive: bool) -> None:
+    info = helper.make_tensor_value_info
+    out = [info("r", TensorProto.FLOAT, None)]
+    then = helper.make_graph([helper.make_node("MatMul", ["a", "w1"], ["r"])], "then", [], out)
+    other = helper.make_graph([helper.make_node("Add", ["x", "a"], ["r"])], "else", [], out)
+    nodes = [
+        helper.make_node("MatMul", ["x", "w0"], ["a"]),
+        helper.make_node("MatMul", ["a", "w1"], ["b"]),
+        helper.make_node("ReduceSum", ["x"], ["s"], keepdims=0),
+        helper.make_node("Greater", ["s", "zero"], ["c"]),
+        helper.make_node("If", ["c"], ["d"], then_branch=then, else_branch=other),
+        helper.make_node("Add", ["b", "d"], ["e"]),
+        helper.make_node("MatMul", ["e", "w2"], ["y"]),
+    ]
+    weights = [numpy_helper.from_array(noise((WIDTH, WIDTH), i), f"w{i}") for i in range(3)]
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [info("x", TensorProto.FLOAT, [1, "T", WIDTH])],
+        [info("y", TensorProto.FLOAT, [1, "T", WIDTH])],
+        [*weights, numpy_helper.from_array(np.float32(0), "zero")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    feeds: Arrays = {"x": np.abs(noise((1, 3, WIDTH), 1)) * np.float32(1 if positive else -1)}
+    chain = blocks(model)
+
+    assert len(chain) >= 2
+    assert_tiles(model, chain)
+    assert_same(run_chain(model, chain, list(range(1, len(chain))), feeds, {}), run(model, feeds))

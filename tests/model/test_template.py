@@ -8,10 +8,9 @@ import pytest
 
 from shoal.errors import CorruptFileError, InvalidRequestError
 from shoal.model.codec import ModelCodec
-from shoal.model.gguf_file import read_gguf
 from shoal.model.gguf_tokenizer import tokenizer_files
 from shoal.model.template import ChatTemplate
-from shoal.model.tokenizer import Tokenizer
+from shoal.model.tokenizer import Tokenizer, tokenizer_files_from_gguf
 
 GOLDEN = Path(__file__).resolve().parent.parent / "golden" / "text"
 DAY_S = 1_750_000_000.0  # 15 June 2025
@@ -54,7 +53,7 @@ def test_a_template_renders_as_in_transformers(case: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("name", list(golden("conversations")))
 def test_a_conversation_with_smollm2_is_that_of_transformers(smollm2_gguf: Path, name: str) -> None:
-    codec = ModelCodec.from_files(tokenizer_files(read_gguf(smollm2_gguf).metadata), unix_s=lambda: DAY_S)
+    codec = ModelCodec.from_files(tokenizer_files_from_gguf(smollm2_gguf), unix_s=lambda: DAY_S)
     messages = golden("conversations")[name]
 
     ids = codec.encode_chat(messages, ())

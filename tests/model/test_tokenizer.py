@@ -9,9 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shoal.errors import CorruptFileError, UnsupportedModelError
-from shoal.model.gguf_file import read_gguf
 from shoal.model.gguf_tokenizer import tokenizer_files
-from shoal.model.tokenizer import Tokenizer
+from shoal.model.tokenizer import Tokenizer, tokenizer_files_from_gguf
 
 GOLDEN = Path(__file__).resolve().parent.parent / "golden" / "text"
 
@@ -54,7 +53,7 @@ def sentence_piece(kind: str, **changes: object) -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def smollm2(smollm2_gguf: Path) -> Tokenizer:
-    return Tokenizer.from_files(tokenizer_files(read_gguf(smollm2_gguf).metadata))
+    return Tokenizer.from_files(tokenizer_files_from_gguf(smollm2_gguf))
 
 
 @pytest.fixture(scope="module")

@@ -131,7 +131,9 @@ def _width(graph: Graph, value: str) -> float:
 
 def _work(graph: Graph, model: onnx.ModelProto) -> list[float]:
     """Share of the model's work and weights before each position; light operators count nothing."""
-    weights = {name: graph.initializers[name] for name, dims in graph.weight_dims.items() if len(dims) >= 2}
+    weights = {
+        v: held for v, held in graph.initializers.items() if v in graph.types and len(graph.types[v].shape or ()) >= 2
+    }
     flops, held = [0], [0]
     below: dict[str, int] = dict(weights)
     for node in graph.nodes:

@@ -93,7 +93,7 @@ def shard(model: onnx.ModelProto, chain: Sequence[Block], start: int, stop: int)
     """
     if not 0 <= start < stop <= len(chain):
         raise InvalidRequestError(f"blocks [{start}, {stop}) are not a range of the model's {len(chain)} blocks")
-    graph = read_graph(model)
+    graph = read_graph(model, sizes=False)
     if chain[-1].node_stop != len(graph.nodes):
         raise InvalidRequestError(
             f"the chain ends at node {chain[-1].node_stop}, the graph has {len(graph.nodes)} nodes",
@@ -178,14 +178,6 @@ def _block(graph: Graph, model: onnx.ModelProto, index: int, begin: Cut, end: Cu
 
 
 def _boundary(graph: Graph, name: str) -> Boundary:
-    if name in graph.initializers:
-        return Boundary(
-            name=name,
-            dtype="float32",
-            shape=graph.weight_dims[name],
-            bytes_per_token=0,
-            bytes_fixed=graph.initializers[name],
-        )
     known = graph.types[name]
     return Boundary(
         name=name,
@@ -207,15 +199,10 @@ def _kind(graph: Graph, model: onnx.ModelProto, chosen: Iterable[int], begin: Cu
     """Digest of the structure: values are numbered as they appear, weights count with type and shape only."""
     numbers: dict[str, int] = {}
     digest = hashlib.blake2b(digest_size=8)
-    elem_types = {t.name: t.data_type for t in model.graph.initializer}
 
     def describe(name: str) -> str:
         known = graph.types.get(name)
-        size = (
-            (known.dtype, known.dims, known.bytes_per_token)
-            if known
-            else (elem_types.get(name), graph.weight_dims.get(name))
-        )
+        size = (known.dtype, known.dims, known.bytes_per_token) if known else None
         return f"{numbers.setdefault(name, len(numbers))}{size}"
 
     digest.update(repr([describe(v) for v in begin.crossing]).encode())

@@ -12,8 +12,9 @@ from typing import Any
 from shoal.errors import CorruptFileError, UnsupportedModelError
 from shoal.model.gguf_config import special_tokens
 from shoal.model.gguf_file import Value
-from shoal.model.tokenizer import CONFIG_FILE, TOKENIZER_FILE
 
+TOKENIZER_FILE = "tokenizer.json"
+CONFIG_FILE = "tokenizer_config.json"
 TEMPLATE_FILE = "chat_template.jinja"
 _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 2, 3, 4, 5, 6
 _SPACE = "\u2581"

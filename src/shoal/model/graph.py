@@ -22,7 +22,7 @@ import onnx
 from shoal.errors import CorruptFileError
 from shoal.model import spec
 from shoal.model.flops import node_flops
-from shoal.model.shapes import TOKENS, ValueType, has_cache, is_sequence, tensor_bytes, value_types
+from shoal.model.shapes import TOKENS, ValueType, has_cache, is_sequence, tensor_bytes, value_types, weight_type
 
 STEP_INPUTS = frozenset(
     {spec.ATTENTION_MASK, spec.POSITION_IDS, spec.SEQLENS_K, spec.TOTAL_SEQUENCE_LENGTH, spec.LOGIT_ROWS}
@@ -52,6 +52,7 @@ _RANDOM = frozenset(
     {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Multinomial", "Bernoulli", "Dropout"}
 )
 _EXTENTS = frozenset({"Shape", "Size"})
+_INTEGERS = frozenset({onnx.TensorProto.INT32, onnx.TensorProto.INT64, onnx.TensorProto.BOOL})
 _STRUCTURED = frozenset({onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS})
 
 
@@ -75,7 +76,8 @@ class Graph:
     """Nodes in a stable topological order, with what is known about their values.
 
     `carried[i]` are the values that node i needs from outside, seen through constant and free nodes: results of spine
-    nodes and graph inputs that are not per-step.  `initializers` maps weights to their bytes, `types` knows all else.
+    nodes and graph inputs that are not per-step.
+    `initializers` maps weights to their bytes, `types` knows weights and all other values.
     """
 
     nodes: tuple[Node, ...]
@@ -83,7 +85,6 @@ class Graph:
     producer: Mapping[str, int]
     types: Mapping[str, ValueType]
     initializers: Mapping[str, int]
-    weight_dims: Mapping[str, tuple[int, ...]]
     data_inputs: tuple[str, ...]
     step_inputs: tuple[str, ...]
     outputs: tuple[str, ...]
@@ -115,13 +116,14 @@ class Graph:
         return missing
 
 
-def read_graph(model: onnx.ModelProto, binding: Mapping[str, int] | None = None) -> Graph:
+def read_graph(model: onnx.ModelProto, binding: Mapping[str, int] | None = None, *, sizes: bool = True) -> Graph:
     """Read *model*; *binding* gives sizes to dynamic axes by name.
 
+    Without *sizes* (quick; the order is the same) only weights have types and no node has `flops`.
     Raises CorruptFileError when a node reads a value that nothing makes.
     """
     graph = model.graph
-    types = value_types(model, binding)
+    types = (value_types(model, binding) if sizes else {}) | {t.name: weight_type(t) for t in graph.initializer}
     initializers = {t.name: tensor_bytes(t.data_type, t.dims) for t in graph.initializer}
     initializers |= {s.values.name: _sparse_bytes(s) for s in graph.sparse_initializer}
     dims = {t.name: tuple(t.dims) for t in graph.initializer}
@@ -129,7 +131,7 @@ def read_graph(model: onnx.ModelProto, binding: Mapping[str, int] | None = None)
     step = tuple(i for i in inputs if has_cache(model) and (i in STEP_INPUTS or i.startswith(spec.PAST_PREFIX)))
     data = tuple(i for i in inputs if i not in step)
     order = _live(graph, _topological(graph, {*inputs, *initializers, ""}))
-    sources = _classify(graph, order, types, initializers, data, step)
+    sources = _classify(graph, order, initializers, data, step)
     placed = _placed(graph, order, sources.repeated)
     rows = TOKENS if is_sequence(model) else 1
     nodes = tuple(
@@ -148,7 +150,6 @@ def read_graph(model: onnx.ModelProto, binding: Mapping[str, int] | None = None)
         producer={o: at for at, n in enumerate(nodes) for o in n.outputs},
         types=types,
         initializers=initializers,
-        weight_dims=dims,
         data_inputs=data,
         step_inputs=step,
         outputs=tuple(o.name for o in graph.output if not o.name.startswith(spec.PRESENT_PREFIX)),
@@ -169,13 +170,12 @@ class _Sources:
 def _classify(
     graph: onnx.GraphProto,
     order: list[int],
-    types: Mapping[str, ValueType],
     initializers: Mapping[str, int],
     data: tuple[str, ...],
     step: tuple[str, ...],
 ) -> _Sources:
     sources = _Sources({v: frozenset() for v in (*initializers, *step)} | {v: frozenset({v}) for v in data}, set())
-    small = {v for v in data if v != spec.INPUT_IDS and _is_small(types.get(v))}
+    small = {v.name for v in graph.input if v.name in data and v.name != spec.INPUT_IDS and _is_small(v)}
     constant_bytes = {**initializers}
     results = {o.name for o in graph.output}
     for i in order:
@@ -197,11 +197,10 @@ def _classify(
     return sources
 
 
-def _is_small(known: ValueType | None) -> bool:
+def _is_small(declared: onnx.ValueInfoProto) -> bool:
     """Ids and masks: integers or booleans of at most two axes."""
-    if known is None or known.shape is None:
-        return False
-    return len(known.shape) <= 2 and known.dtype in ("int32", "int64", "bool")
+    kind = declared.type.tensor_type
+    return kind.HasField("shape") and len(kind.shape.dim) <= 2 and kind.elem_type in _INTEGERS
 
 
 def _is_fixed(node: onnx.NodeProto, results: set[str]) -> bool:

@@ -93,6 +93,15 @@ def value_types(model: onnx.ModelProto, binding: Mapping[str, int] | None = None
     return {name: _merged(name, symbolic.get(name), one.get(name), two.get(name)) for name in {**symbolic, **one}}
 
 
+def weight_type(tensor: onnx.TensorProto) -> ValueType:
+    """Type of an initializer."""
+    dims = tuple(tensor.dims)
+    size_bytes = tensor_bytes(tensor.data_type, dims)
+    return ValueType(
+        dtype=dtype_name(tensor.data_type), shape=dims, dims=dims, bytes_per_token=0, bytes_fixed=size_bytes
+    )
+
+
 def is_sequence(model: onnx.ModelProto) -> bool:
     """Whether the model reads token ids."""
     return any(i.name == spec.INPUT_IDS for i in model.graph.input)

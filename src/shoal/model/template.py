@@ -17,9 +17,9 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from shoal.errors import CorruptFileError, InvalidRequestError
-from shoal.model.tokenizer import CONFIG_FILE, Tokenizer, json_object
+from shoal.model.gguf_tokenizer import CONFIG_FILE, TEMPLATE_FILE
+from shoal.model.tokenizer import Tokenizer, json_object
 
-TEMPLATE_FILE = "chat_template.jinja"
 LEGACY_TEMPLATE_FILE = "chat_template.json"
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"

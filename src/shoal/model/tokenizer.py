@@ -16,14 +16,15 @@ import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum, auto
+from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer as Engine
 
 from shoal.errors import CorruptFileError, UnsupportedModelError
+from shoal.model.gguf_file import read_gguf
+from shoal.model.gguf_tokenizer import CONFIG_FILE, TOKENIZER_FILE, tokenizer_files
 
-TOKENIZER_FILE = "tokenizer.json"
-CONFIG_FILE = "tokenizer_config.json"
 SPECIAL_TOKENS_FILE = "special_tokens_map.json"
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 _SPACE = "\u2581"
@@ -151,6 +152,11 @@ class Tokenizer:
     def holds_special(self, text: str) -> bool:
         """Whether parsing would find a special token in *text*."""
         return any(token in text for token in self.special)
+
+
+def tokenizer_files_from_gguf(path: Path) -> dict[str, bytes]:
+    """The files that `Tokenizer` and `ChatTemplate` read, out of a GGUF file; raises as `read_gguf` and `tokenizer_files` do."""
+    return tokenizer_files(read_gguf(path).metadata)
 
 
 def json_object(files: Mapping[str, bytes], name: str) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 import typer
@@ -63,8 +63,9 @@ def _row(store: Store, name: str) -> ModelRow:
 
 def _table(rows: list[ModelRow]) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("NAME", "KIND", "ARCHITECTURE", "SIZE", "WEIGHTS", "CONTEXT", "LICENCE", "SOURCE"):
-        table.add_column(column, justify="right" if column in {"SIZE", "CONTEXT"} else "left", overflow="fold")
+    for column in ("NAME", "KIND", "ARCH", "SIZE", "WEIGHTS", "CONTEXT", "LICENCE", "SOURCE"):
+        justify: Literal["left", "right"] = "right" if column in {"SIZE", "CONTEXT"} else "left"
+        table.add_column(column, justify=justify, no_wrap=column != "SOURCE", overflow="fold")
     for row in rows:
         size = human_bytes(row.size_bytes)
         if row.here_bytes < row.size_bytes:

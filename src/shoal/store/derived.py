@@ -64,7 +64,7 @@ class DerivedCache:
 
     def _keep(self, key: DerivedKey, made: Mapping[str, Array]) -> None:
         entries = tuple(self._keep_array(name, array) for name, array in made.items())
-        write_whole(self._path(key), msgspec.json.encode(entries), tmp=self._tmp)
+        write_whole(self._path(key), msgspec.json.encode(entries), tmp=self._tmp, sync=False)
 
     def _keep_array(self, name: str, array: Array) -> TensorEntry:
         raw = to_raw(array, str(array.dtype), array.shape)

@@ -12,7 +12,7 @@ import msgspec
 from shoal.errors import CorruptFileError, InvalidRequestError, UnknownModelError, UnsupportedVersionError
 from shoal.ids import Digest
 from shoal.store.chunk import digest_of, parse_digest
-from shoal.store.disk import sync_folder, write_whole
+from shoal.store.disk import sync_all, sync_folder, write_whole
 from shoal.store.manifest import MANIFEST_VERSION, Manifest
 from shoal.store.tier import Tier
 
@@ -108,7 +108,8 @@ class Library:
         data = encode_manifest(manifest)
         digest = digest_of(data)
         self._chunks.put(digest, data)
-        write_whole(self._path(name), data, tmp=self._tmp)
+        sync_all()
+        write_whole(self._path(name), data, tmp=self._tmp, sync=True)
         return digest
 
     def adopt(self, manifest: Manifest) -> str:

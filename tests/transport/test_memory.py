@@ -106,15 +106,17 @@ def test_loss_takes_its_share_and_only_in_its_direction(
     assert drain(at_a, b"last").count(b"y") + drain(at_a, b"last").count(b"y") == 400
 
 
-def test_what_is_on_its_way_to_a_closed_bus_is_dropped(
-    fabric: MemoryFabric, nodes: tuple[MemoryBus, MemoryBus, MemoryBus]
+@pytest.mark.parametrize("what", ["subscription", "bus"])
+def test_what_is_on_its_way_when_a_subscription_or_its_bus_closes_is_dropped(
+    fabric: MemoryFabric, nodes: tuple[MemoryBus, MemoryBus, MemoryBus], what: str
 ) -> None:
     a, b, _ = nodes
-    inbox = listen(b)
+    inbox: SimpleQueue[Sample] = SimpleQueue()
+    subscription = b.subscribe("k", inbox.put)
     fabric.weather("a", "b", Weather(delay_s=0.02))
 
     a.put("k", b"x")
-    b.close()
+    {"subscription": subscription, "bus": b}[what].close()
 
     with pytest.raises(Empty):
         inbox.get(timeout=0.05)

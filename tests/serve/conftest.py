@@ -1,7 +1,7 @@
 """A gateway with a byte-level codec and scripted answers: the same application as in production, without models."""
 
 import itertools
-from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from functools import partial
@@ -100,6 +100,7 @@ class Script:
     reply: str = "Hello, world"
     chunk: int = 1
     pace_s: float = 0.0
+    tick: Callable[[], None] = lambda: None
     failure: Exception | None = None
     fails_after: int = 0
     last_words: tuple[OutputDelta, ...] | None = None
@@ -126,6 +127,7 @@ class Script:
                     self.most_running = max(self.running, self.most_running)
                     held += tuple(with_logprobs(t, request.sampling.logprobs) for t in delta.tokens)
                     if len(held) >= self.chunk or delta.finish:
+                        self.tick()
                         yield msgspec.structs.replace(delta, tokens=held)
                         held = ()
                     if (

@@ -9,6 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
+import anyio
 import httpx
 import pytest
 from anyio.from_thread import start_blocking_portal
@@ -119,17 +120,30 @@ def test_garbage_instead_of_http_does_not_disturb_others(url: str) -> None:
 
 
 def test_stopping_waits_for_a_running_answer_and_frees_the_port(gateway: "Gateway") -> None:
+    gateway.script.reply = "x" * 400
     listener = bind("127.0.0.1", 0)
     port = listener.getsockname()[1]
-    gateway.script.reply = "x" * 400
-    with start_blocking_portal() as portal:
-        running, url = portal.start_task(partial(serve, gateway.app(), listener, grace_s=10.0))
-        with httpx.stream("POST", f"{url}/v1/completions", json=STREAM) as answer:
-            lines = answer.iter_lines()
-            next(lines)
-            running.cancel()
-            assert [line for line in lines if line][-1] == "data: [DONE]"
+    lines: list[str] = []
 
+    async def read(url: str, begun: anyio.Event) -> None:
+        async with httpx.AsyncClient() as client, client.stream("POST", f"{url}/v1/completions", json=STREAM) as answer:
+            async for line in answer.aiter_lines():
+                lines.append(line)
+                begun.set()
+
+    async def begin_and_stop() -> None:
+        async with anyio.create_task_group() as outer:
+            async with anyio.create_task_group() as serving:
+                url = await serving.start(partial(serve, gateway.app(), listener, grace_s=10.0))
+                begun = anyio.Event()
+                outer.start_soon(read, url, begun)
+                await begun.wait()
+                serving.cancel_scope.cancel()
+            assert gateway.script.running == 0
+
+    anyio.run(begin_and_stop)
+
+    assert [line for line in lines if line][-1] == "data: [DONE]"
     with contextlib.closing(bind("127.0.0.1", port)):
         pass
 

@@ -196,6 +196,16 @@ def test_times_and_outcomes_are_measured(gateway: "Gateway") -> None:
     assert gateway.fleet.outcomes == [("bytes", "stop", 18, 12), ("bytes", "internal_error", 18, 0)]
 
 
+def test_tokens_that_come_together_share_the_time_since_the_ones_before(gateway: "Gateway") -> None:
+    gateway.script.reply, gateway.script.chunk = "12345678", 4
+    gateway.script.tick = lambda: gateway.clock.advance(1.0)
+
+    gateway.client().post(CHAT, json=chat())
+
+    assert gateway.fleet.first == [1.0]
+    assert gateway.fleet.later == [0.0, 0.0, 0.0, 0.25, 0.25, 0.25, 0.25]
+
+
 def test_answers_fit_behind_the_prompt() -> None:
     assert answer_tokens(10, None, 16, "prompt") == 6
     assert answer_tokens(10, 6, 16, "prompt") == 6

@@ -1,7 +1,9 @@
 """The anytime answer where all sets of devices are too many: keep the most promising chains at each cut.
 
 Promise is cost so far plus the relaxation's bound on the rest, so nothing that can still win by more than that bound
-says is preferred. A chain that is found is real; that none is found proves nothing.
+says is preferred. Where memory is tight the cheapest beginnings strand the rest of the model, so half of the places
+at each cut go to the chains that leave the most memory for what remains. A chain that is found is real; that none is
+found proves nothing.
 """
 
 from dataclasses import dataclass
@@ -12,7 +14,7 @@ from shoal.plan.budget import Budget
 from shoal.plan.chain import Relaxed
 from shoal.plan.tables import INF, Chain, Floats, Pass, Tables
 
-WIDTHS = (4, 32)
+WIDTHS = (4, 16)
 """The narrow beam is bounded work and ignores the budget, so that there is an answer at all; the wide one asks."""
 
 
@@ -22,6 +24,8 @@ class _Label:
     cost: float
     mask: int
     chain: Chain
+    spare_bytes: float
+    """Memory of the devices that are left."""
 
 
 def beam(tables: Tables, search: Pass, relaxed: Relaxed, budget: Budget) -> tuple[float, Chain] | None:
@@ -36,10 +40,10 @@ def _run(tables: Tables, search: Pass, to_go: Floats, effort: tuple[int, Budget 
     last = search.start.size - 1
     waiting: list[list[_Label]] = [[] for _ in range(last + 1)]
     best: tuple[float, Chain] | None = None
-    for label in _start(search, to_go):
+    for label in _start(tables, search, to_go):
         waiting[label.chain[0][2]].append(label)
     for cut in range(1, last + 1):
-        for label in sorted(waiting[cut], key=lambda item: item.promise)[:width]:
+        for label in _kept(waiting[cut], width):
             ended = _end(tables, search, label, last)
             best = min((found for found in (best, ended) if found), default=None)
             if cut == last or (budget and budget.spent()):
@@ -51,11 +55,21 @@ def _run(tables: Tables, search: Pass, to_go: Floats, effort: tuple[int, Budget 
     return best
 
 
-def _start(search: Pass, to_go: Floats) -> list[_Label]:
+def _kept(labels: list[_Label], width: int) -> list[_Label]:
+    """At one cut all labels have the same blocks left, so the spare memory alone says who is better off."""
+    by_promise = sorted(labels, key=lambda label: label.promise)
+    by_memory = sorted(by_promise[width:], key=lambda label: -label.spare_bytes)
+    return by_promise[:width] + by_memory[:width]
+
+
+def _start(tables: Tables, search: Pass, to_go: Floats) -> list[_Label]:
     promise = search.start + to_go[:, search.first]
-    stops = np.flatnonzero(np.isfinite(promise))
     mask = 1 << search.first
-    return [_Label(float(promise[s]), float(search.start[s]), mask, ((search.first, 0, int(s)),)) for s in stops]
+    spare = float(tables.free_bytes.sum() - tables.free_bytes[search.first])
+    return [
+        _Label(float(promise[s]), float(search.start[s]), mask, ((search.first, 0, int(s)),), spare)
+        for s in np.flatnonzero(np.isfinite(promise))
+    ]
 
 
 def _grow(tables: Tables, search: Pass, to_go: Floats, label: _Label, width: int) -> list[_Label]:
@@ -67,8 +81,26 @@ def _grow(tables: Tables, search: Pass, to_go: Floats, label: _Label, width: int
     promise = cost + to_go.T
     flat = promise.ravel()
     picks = np.argpartition(flat, min(width, flat.size - 1))[:width]
-    grown = [(float(flat[pick]), *divmod(int(pick), promise.shape[1])) for pick in picks if np.isfinite(flat[pick])]
-    return [_Label(p, float(cost[d, s]), label.mask | 1 << d, (*label.chain, (d, cut, s))) for p, d, s in grown]
+    places = [*picks[np.isfinite(flat[picks])], *_furthest(promise)]
+    return [_label(tables, label, (*divmod(int(pick), promise.shape[1]), cut), promise, cost) for pick in places]
+
+
+def _furthest(promise: Floats) -> list[int]:
+    """Flat places of each device's longest shard: a device that is opened and not filled wastes memory."""
+    reachable = np.isfinite(promise)
+    stops = promise.shape[1] - 1 - np.argmax(reachable[:, ::-1], axis=1)
+    return [d * promise.shape[1] + int(stops[d]) for d in np.flatnonzero(reachable.any(axis=1))]
+
+
+def _label(tables: Tables, label: _Label, step: tuple[int, int, int], promise: Floats, cost: Floats) -> _Label:
+    device, stop, cut = step
+    return _Label(
+        float(promise[device, stop]),
+        float(cost[device, stop]),
+        label.mask | 1 << device,
+        (*label.chain, (device, cut, stop)),
+        label.spare_bytes - float(tables.free_bytes[device]),
+    )
 
 
 def _end(tables: Tables, search: Pass, label: _Label, last: int) -> tuple[float, Chain] | None:

@@ -41,8 +41,11 @@ def _memory(problem: Problem, tables: Tables, missing: Found, budget: Budget) ->
         for device, start, stop in chain
     )
     about = "" if missing.solver == EXACT else "about "
+    verdict = (
+        "the model does not fit" if missing.solver == EXACT else "no placement was found, not proven that none exists"
+    )
     return Infeasible(
-        reason=f"the model does not fit: {about}{size(missing.cost)} of memory are missing; the nearest placement: {stages}",
+        reason=f"{verdict}: {about}{size(missing.cost)} of memory are missing; the nearest placement: {stages}",
         needed_bytes=needed,
         available_bytes=needed - int(missing.cost),
         hint=_nearest(problem, budget)

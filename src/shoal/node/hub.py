@@ -50,6 +50,8 @@ def _hub_error(ref: HfRef, error: Exception) -> ShoalError:
     """The client raises classes of its own and of its HTTP library; their names are what stays over its versions."""
     kinds = {kind.__name__ for kind in type(error).__mro__}
     first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if kinds & {"LocalEntryNotFoundError", "OfflineModeIsEnabled"}:  # kinds of "not found" that mean "no network"
+        return _unreachable(ref, first)
     if kinds & {"GatedRepoError"}:
         return InvalidRequestError(
             f"{ref} asks for your consent to its licence",
@@ -60,6 +62,10 @@ def _hub_error(ref: HfRef, error: Exception) -> ShoalError:
         return UnknownModelError(
             f"{ref} does not exist: {first}", hint="check organisation, name, revision and file", param="reference"
         )
+    return _unreachable(ref, first)
+
+
+def _unreachable(ref: HfRef, said: str) -> UnavailableError:
     return UnavailableError(
-        f"{ref} cannot be downloaded: {first}", hint="check the network and pull again: it goes on where it stopped"
+        f"{ref} cannot be downloaded: {said}", hint="check the network and pull again: it goes on where it stopped"
     )

@@ -47,6 +47,12 @@ def test_any_free_port_is_taken_for_port_zero() -> None:
         assert url_of(one) == f"http://127.0.0.1:{one.getsockname()[1]}"
 
 
+def test_connections_will_not_hold_small_packets_back() -> None:
+    """Asyncio sets TCP_NODELAY on connections whose listener names its protocol, and on no others."""
+    with bind("127.0.0.1", 0) as listener:
+        assert listener.proto == socket.IPPROTO_TCP
+
+
 def test_a_taken_port_is_named_with_a_way_out() -> None:
     with bind("127.0.0.1", 0) as one:
         port = one.getsockname()[1]

@@ -1,6 +1,6 @@
 """The gateway as one ASGI application: routes, door and error shapes; everything it needs arrives as an argument."""
 
-from typing import Any
+from typing import Any, TypeAlias
 
 from litestar import Litestar, Router
 from litestar.config.cors import CORSConfig
@@ -21,7 +21,11 @@ from shoal.serve.ports import Limits, Node
 from shoal.serve.text import text_routes
 
 
-def build_app(node: Node, access: Access, limits: Limits) -> Litestar:
+App: TypeAlias = Litestar
+"""What `run.serve` serves; other rooms name it without naming the framework."""
+
+
+def build_app(node: Node, access: Access, limits: Limits) -> App:
     """The application for one gateway."""
     door = Door(node=node, limits=limits)
 

@@ -26,10 +26,14 @@ def bind(host: str, port: int) -> socket.socket:
     if not 0 <= port <= _MAX_PORT:  # the resolver would take it modulo 65536
         raise SettingsError(f"port {port} is outside [0, {_MAX_PORT}]", param="port")
     try:
-        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
     except OSError as error:
         raise SettingsError(f"cannot listen on {host!r} port {port}: {error}", param="host") from error
-    listener = socket.socket(family, socket.SOCK_STREAM)
+    # asyncio turns Nagle's algorithm off only where the protocol is spelt out; left on, it and the peer's delayed
+    # acknowledgements hold the second packet of every answer (its first token) back for 40 ms.
+    listener = socket.socket(family, kind, protocol)
     try:
         if os.name == "posix":  # elsewhere the option lets two servers share a port
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -31,6 +31,7 @@ CLOSE_TIMEOUT_S = 2.0
 _CHANNEL_SAMPLES = 1 << 16
 _CHANNEL_QUERIES = 1 << 10
 _MAX_PUBLISHERS = 512
+_ZENOH_TIMEOUT = b"Timeout"  # Zenoh's own error reply, under varying encodings; no fault of ours packs to this
 
 
 def open_agent(listen: Sequence[str], connect: Sequence[str] = (), *, discover: bool = False) -> "ZenohBus":
@@ -263,11 +264,11 @@ class ZenohBus:
         for reply in replies:
             if reply.ok is not None:
                 return reply.ok.payload.to_bytes()
-            if reply.err is not None and str(reply.err.encoding) != str(zenoh.Encoding.ZENOH_STRING):
-                raise unpack_error(reply.err.payload.to_bytes())
-            raise NodeUnreachableError(
-                f"no answer to {key} within {timeout_s:g} s", hint="the node may be frozen or cut off"
-            )
+            refusal_bytes = reply.err.payload.to_bytes() if reply.err is not None else _ZENOH_TIMEOUT
+            if refusal_bytes != _ZENOH_TIMEOUT:
+                raise unpack_error(refusal_bytes)
+            hint = "the node may be frozen or cut off"
+            raise NodeUnreachableError(f"no answer to {key} within {timeout_s:g} s", hint=hint)
         raise NodeUnreachableError(f"nobody answers {key}", hint="is that node up, and in this fleet?")
 
     def _keep(self, declared: Declared, handle: Callable[[Any], None]) -> Closable:

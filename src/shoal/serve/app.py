@@ -20,7 +20,6 @@ from shoal.serve.page import SchemaPage
 from shoal.serve.ports import Limits, Node
 from shoal.serve.text import text_routes
 
-
 App: TypeAlias = Litestar
 """What `run.serve` serves; other rooms name it without naming the framework."""
 

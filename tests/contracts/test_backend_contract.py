@@ -69,8 +69,8 @@ def weights(formats: dict[str, Format]) -> dict[str, Array]:
     return arrays
 
 
-def onnx_rig(folder: Path, backend: Backend, *, target: str | None, blocked: bool) -> Rig:
-    """*target* None runs the canonical graph as it is."""
+def onnx_rig(folder: Path, backend: Backend, *, target: str | None, blocked: bool, mapped_every: int = 2) -> Rig:
+    """*target* None runs the canonical graph as it is; one weight of *mapped_every* is mapped from a file."""
     form = Blocked(bits=4, block=32, zero_point=8, affine=False)
     formats: dict[str, Format] = {name: form for name in matrix_shapes(CONFIG) if blocked and "embd" not in name}
     graph = build(CONFIG, formats)
@@ -90,8 +90,7 @@ def onnx_rig(folder: Path, backend: Backend, *, target: str | None, blocked: boo
             part = lowered.graph
             tensors |= {d.name: derive(d.op, [stored[i] for i in d.inputs]) for d in lowered.derived}
         wanted = {t.name for t in part.graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL}
-        # Every other one mapped from a file, the rest in private memory: both ways in.
-        given = {n: mapped(n, tensors[n]) if i % 2 else tensors[n] for i, n in enumerate(sorted(wanted))}
+        given = {n: tensors[n] if i % mapped_every else mapped(n, tensors[n]) for i, n in enumerate(sorted(wanted))}
         return backend.load(Shard(graph=part, tensors=given, slots=SLOTS, context_tokens=CONTEXT, threads=1))
 
     return Rig(load, len(chain), noise=1e-4)
@@ -118,7 +117,7 @@ def rig(request: pytest.FixtureRequest, tmp_path: Path) -> Rig:
             made.noise = 0.3  # activations are rounded to int8: a last-bit difference grows
             return made
         case "canonical":
-            return onnx_rig(tmp_path, OnnxBackend(), target=None, blocked=True)
+            return onnx_rig(tmp_path, OnnxBackend(), target=None, blocked=True, mapped_every=1)
         case "throttled":
             return onnx_rig(tmp_path, Throttled(OnnxBackend(), slowdown=1.5), target="cpu-exact", blocked=False)
         case other:

@@ -16,7 +16,7 @@ from shoal.profile.fleet import BlockTrial
 from shoal.runtime.backend.null import NullBackend, null_shard, trial_cost
 from shoal.runtime.backend.onnx import OnnxBackend, providers
 from shoal.runtime.backend.pages import SlotPages
-from shoal.runtime.backend.roles import CacheTensor
+from shoal.runtime.backend.roles import CacheTensor, roles_of
 from shoal.runtime.backend.throttled import Throttled
 from shoal.runtime.ports import SequenceStep, Shard
 
@@ -150,6 +150,14 @@ def test_an_operator_that_the_engine_lacks_is_named(domain: str) -> None:
 
     with pytest.raises(UnsupportedModelError, match="Teleport"):
         OnnxBackend().load(plain_shard(model))
+
+
+def test_pieces_of_our_own_models_keep_their_cuts_exact_and_foreign_ones_are_optimised() -> None:
+    foreign, ours = plain_model("MatMul"), plain_model("MatMul")
+    ours.producer_name = "shoal"
+
+    assert not roles_of(foreign).exact_cuts
+    assert roles_of(ours).exact_cuts
 
 
 def test_a_cache_without_sizes_is_refused_with_its_name() -> None:

@@ -10,10 +10,12 @@ from hypothesis import strategies as st
 from shoal.errors import InvalidRequestError
 from shoal.ids import DeploymentId, RequestId
 from shoal.runtime.effects import Abandon, BatchArrived, InferArrived, Suspect, Tick, TokensArrived
-from shoal.runtime.frames import BatchFrame, OpenedSequence, SubmitInfer, TokensFrame, encode
+from shoal.runtime.frames import BatchFrame, OpenedSequence, RequestTokens, SubmitInfer, TokensFrame, encode
+from shoal.runtime.last import Sampler
 from shoal.runtime.pipeline import LocalPipeline, LocalStage
 from shoal.runtime.ports import SequenceStep
-from shoal.runtime.request import FinishReason, GenerateRequest, OutputDelta, SamplingParams
+from shoal.runtime.request import FinishReason, GenerateRequest, OutputDelta, SampledToken, SamplingParams
+from shoal.runtime.sampling import sample
 from shoal.runtime.settings import StageSettings
 from shoal.runtime.stage import advance
 
@@ -40,6 +42,23 @@ def test_a_sharded_pipeline_answers_token_for_token_like_one_stage(
     assert len(whole) == 40
     assert len(set(whole)) > 5
     assert sharded == whole
+
+
+@pytest.mark.parametrize("sampling", [SamplingParams(), SEEDED], ids=["greedy", "seeded"])
+def test_a_pipeline_answers_like_a_plain_loop_over_engine_and_sampler(
+    make_pipeline: Pipelines, make_request: Requests, sampling: SamplingParams
+) -> None:
+    request = make_request("a", prompt=10, max_tokens=20, sampling=sampling)
+    engine = make_pipeline().stages[0].session
+    output: list[int] = []
+    for position in range(10, 30):
+        start = 0 if position == 10 else position - 1
+        ids = [*request.prompt, *output][start:position]
+        step = SequenceStep(request=request.request, slot=0, start=start, count=len(ids), logits=1)
+        logits = engine.step([step], {"input_ids": np.array([ids])})["logits"][0]
+        output.append(sample(logits, sampling, prompt=request.prompt, output=output, position=position).token)
+
+    assert make_pipeline((2,)).generate(request) == output
 
 
 @settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -336,6 +355,52 @@ def test_a_lost_frame_fails_its_request_as_shard_lost_and_no_other(
     assert [m.slots.held for m in pipeline.machines] == [{}, {}]
 
 
+def test_a_chunk_lost_from_the_middle_of_a_prompt_is_noticed(make_pipeline: Pipelines, make_request: Requests) -> None:
+    pipeline = make_pipeline((3,), chunk=4)
+    pipeline.submit(make_request("a", prompt=12, max_tokens=3))
+
+    lossy(pipeline, lost=2)
+
+    assert last_delta(pipeline, "a") == (FinishReason.ERROR, "shard_lost")
+    assert [m.slots.held for m in pipeline.machines] == [{}, {}]
+
+
+def test_a_request_whose_last_frame_was_lost_fails_in_the_end(make_pipeline: Pipelines, make_request: Requests) -> None:
+    pipeline = make_pipeline((3,))
+    pipeline.submit(make_request("a"))
+    lossy(pipeline, lost=1)
+    for now_s in (5000.0, 5100.0, 5121.0):
+        pipeline.give(0, Tick(now_s=now_s))
+    pipeline.run()
+
+    assert last_delta(pipeline, "a") == (FinishReason.ERROR, "shard_lost")
+
+
+def test_a_token_for_another_position_than_the_next_ends_the_answer_as_malformed(
+    make_pipeline: Pipelines, make_request: Requests
+) -> None:
+    pipeline = make_pipeline((3,))
+    pipeline.submit(make_request("a"))
+    while not pipeline.sent:
+        pipeline.turn()
+    wrong = RequestTokens(request=RequestId("a"), tokens=(SampledToken(token=1, position=9),))
+
+    pipeline.give(0, TokensArrived(frame=TokensFrame(plan_epoch=3, step=0, tokens=(wrong,))), after_s=-1.0)
+    pipeline.run()
+
+    assert last_delta(pipeline, "a") == (FinishReason.ERROR, "malformed_frame")
+
+
+def test_sampling_a_position_again_forgets_what_came_after_it() -> None:
+    sampler = Sampler((1, 2), SamplingParams(frequency_penalty=2.0))
+    logits = np.array([3.0, 2.0, 1.5], np.float32)
+    first = [sampler.take(logits, p).token for p in (2, 3, 4)]
+
+    again = [sampler.take(logits, p).token for p in (2, 3, 4)]
+
+    assert first == again == [0, 1, 2]
+
+
 def test_neighbours_in_the_frame_of_a_lost_sequence_go_on(make_pipeline: Pipelines, make_request: Requests) -> None:
     """All sequences share each frame; the second stage has forgotten the first of three."""
     pipeline = make_pipeline((3,), slots=3, in_flight=1)
@@ -361,9 +426,9 @@ def test_every_request_gets_signs_of_life_while_it_waits(make_pipeline: Pipeline
         pipeline.submit(make_request(name))
     pipeline.turn()
     pipeline.turn()
-    for now_s in (1.0, 2.0, 2.5, 4.0):
-        advance(pipeline.machines[0], Tick(now_s=now_s))[1]
-    _, effects = advance(pipeline.machines[0], Tick(now_s=6.0))
+    for now_s in (5000.0, 5001.0):
+        assert advance(pipeline.machines[0], Tick(now_s=now_s))[1] == ()
+    _, effects = advance(pipeline.machines[0], Tick(now_s=5002.0))
 
     assert [e.delta for e in effects] == [OutputDelta(request=RequestId("bb")), OutputDelta(request=RequestId("a"))]
 
@@ -384,7 +449,7 @@ def test_a_credit_that_does_not_come_back_makes_the_next_stage_suspect_once(
         if isinstance(e, Suspect)
     ]
 
-    assert suspected == [11.0]
+    assert suspected == [5011.0]
 
 
 def test_a_plain_model_runs_through_the_stages(make_pipeline: Pipelines) -> None:

@@ -9,7 +9,14 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from shoal.errors import ContextLengthError, InvalidRequestError, OverloadedError, ShardLostError, ShoalError
+from shoal.errors import (
+    ContextLengthError,
+    InvalidRequestError,
+    MalformedFrameError,
+    OverloadedError,
+    ShardLostError,
+    ShoalError,
+)
 from shoal.ids import RequestId
 from shoal.model.spec import INPUT_IDS
 from shoal.runtime.effects import Effect, Emit, EmitResult, Tensors
@@ -36,9 +43,10 @@ from shoal.runtime.slots import SlotTable
 
 @dataclass(slots=True)
 class Flight:
-    """A frame in the pipeline: whom it serves."""
+    """A frame in the pipeline: whom it serves, and since when."""
 
     requests: tuple[RequestId, ...]
+    sent_s: float
     prefill: bool = False
     infer: InferStep | None = None
 
@@ -54,6 +62,7 @@ class FirstStage:
     live: dict[RequestId, LiveSequence] = field(default_factory=dict)
     flights: dict[int, Flight] = field(default_factory=dict)
     closing: list[ClosedSequence] = field(default_factory=list)
+    now_s: float = 0.0
     next_step: int = 0
     last_was_prefill: bool = False
 
@@ -123,6 +132,12 @@ class FirstStage:
         everyone = waiting + running + infers
         return [Emit(reply_to=reply_to, delta=OutputDelta(request=request)) for reply_to, request in everyone]
 
+    def lose_overdue(self, now_s: float) -> list[Effect]:
+        """Fail what has been in the pipeline for longer than `lost_s`: its frame, or the answer to it, will never come."""
+        self.now_s = now_s
+        overdue = [step for step, f in self.flights.items() if now_s - f.sent_s > self.settings.lost_s]
+        return [effect for step in overdue for effect in self._lose(self.flights.pop(step))]
+
     def take_tokens(self, frame: TokensFrame) -> list[Effect]:
         """Apply what became of a step.  Frames come in order, so that a skipped step means a lost frame."""
         if frame.step not in self.flights:
@@ -162,13 +177,13 @@ class FirstStage:
         submit, tensors = self.infers.popleft()
         infer = InferStep(request=submit.request, reply_to=submit.reply_to)
         step = self._take_step()
-        self.flights[step] = Flight((), infer=infer)
+        self.flights[step] = Flight((), self.now_s, infer=infer)
         return BatchFrame(plan_epoch=self.settings.plan_epoch, step=step, infer=infer), tensors
 
     def _rows_frame(self, batch: tuple[SequenceStep, ...]) -> tuple[BatchFrame, Tensors]:
         step = self._take_step()
         self.last_was_prefill = is_prefill(batch, self.live.values())
-        self.flights[step] = Flight(tuple(s.request for s in batch), prefill=self.last_was_prefill)
+        self.flights[step] = Flight(tuple(s.request for s in batch), self.now_s, prefill=self.last_was_prefill)
         ids: list[int] = []
         opened: list[OpenedSequence] = []
         for rows in batch:
@@ -203,7 +218,8 @@ class FirstStage:
         finish = None
         for token in entry.tokens:
             if token.position != sequence.known:
-                continue
+                text = f"the last stage answered position {token.position} where {sequence.known} is next"
+                return self._fail(Failure(request=entry.request, code=MalformedFrameError.code, text=text))
             finish = sequence.accept(token.token, self.settings.context_tokens)
             if finish is not FinishReason.STOP:
                 kept.append(token)

@@ -11,6 +11,7 @@ class StageSettings(msgspec.Struct, frozen=True, kw_only=True):
     `slots` and `context_tokens` size the cache; both are 0 for a model that only infers.  `sends` names the tensors that the next
     stage needs (empty: exactly the shard's outputs); those that the shard does not make are passed on from its input.
     Every `heartbeat_s` each request gets a sign of life (an empty delta), so that gateways can tell slow from gone.
+    A frame whose answer has not come after `lost_s` (far longer than any step takes) is lost, and its requests fail.
     `credits` frames at most are on their way to the next stage; one not returned for `overdue_s` makes it suspect.
     """
 
@@ -25,6 +26,7 @@ class StageSettings(msgspec.Struct, frozen=True, kw_only=True):
     credits: int = 4
     overdue_s: float = 10.0
     heartbeat_s: float = 2.0
+    lost_s: float = 120.0
     scheduler: SchedulerSettings = SchedulerSettings()
 
     @property

@@ -72,6 +72,7 @@ class StageState:
     running: Work | None = None
     unacked: deque[tuple[int, float]] = field(default_factory=deque)
     last_step: int = -1
+    began_s: float | None = None
     now_s: float = 0.0
     beaten_s: float = 0.0
     suspected: bool = False
@@ -166,8 +167,12 @@ def _credit(state: StageState, frame: CreditFrame) -> list[Effect]:
 
 
 def _tick(state: StageState, now_s: float) -> list[Effect]:
-    state.now_s = now_s
-    return _beat(state) + _watch(state)
+    # A clock's zero is arbitrary: the machine's own time begins with its first tick.
+    if state.began_s is None:
+        state.began_s = now_s
+    state.now_s = now_s - state.began_s
+    lost = state.first.lose_overdue(state.now_s) if state.first else []
+    return lost + _beat(state) + _watch(state)
 
 
 def _beat(state: StageState) -> list[Effect]:

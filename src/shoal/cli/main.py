@@ -14,9 +14,18 @@ from typer.core import TyperCommand, TyperGroup
 from shoal.errors import InvalidRequestError, ShoalError, UnavailableError, UntrustedError
 
 COMMANDS: dict[str, str] = {
+    "demo": "Three unequal nodes on this machine answer through one pipeline.",
+    "serve": "Deploy a model: measure, plan, load, answer.",
+    "chat": "Talk with a deployed model.",
     "up": "Start this machine's node with a gateway; the first node coordinates its fleet.",
     "join": "Add this machine to a fleet.",
+    "leave": "Drain a node and let it go.",
+    "nodes": "List the machines of the fleet.",
+    "profile": "Measure devices and links for a model, or show what was measured.",
     "plan": "Show where a model would go, before anything is loaded.",
+    "ps": "List what is served, and by whom.",
+    "stop": "Stop serving a deployment.",
+    "logs": "Show what happened in the fleet.",
     "pull": "Bring a model to this machine, by catalogue name or reference.",
     "models": "List the models of this machine, and what can be pulled.",
     "rm": "Forget a model; `gc` then frees its space.",

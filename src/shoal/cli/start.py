@@ -4,7 +4,7 @@ import re
 import signal
 import socket
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any
 
 import anyio
@@ -35,8 +35,8 @@ _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 _UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 
 
-def run(flags: Mapping[str, Any], *, expose: bool) -> None:
-    """Start a node with *flags* and stay until SIGINT or SIGTERM; raises ShoalError as `run_node` does."""
+def run(flags: Mapping[str, Any], *, expose: bool, then: Callable[[Running], None] = lambda _: None) -> None:
+    """Start a node with *flags* and stay until SIGINT or SIGTERM; *then* is called once it runs.  Raises ShoalError as `run_node` does."""
     options = options_from(flags)
     warning = check_exposed(options.listen, expose=expose)
     if warning:
@@ -47,6 +47,7 @@ def run(flags: Mapping[str, Any], *, expose: bool) -> None:
         where = f"; API at {running.url}/v1" if running.url else ""
         typer.echo(f"node {running.name} ({running.node}) listens at {', '.join(running.locators)}{where}")
         sys.stdout.flush()
+        then(running)
 
     async def until_signal() -> None:
         async with anyio.create_task_group() as group:

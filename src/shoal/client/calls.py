@@ -23,7 +23,7 @@ from shoal.plan.problem import Answer, Infeasible, Objective, Pin, Plan, Request
 from shoal.profile.fleet import FleetProfile
 
 T = TypeVar("T")
-DEFAULT_URL = "http://127.0.0.1:8000"
+DEFAULT_URL = "http://127.0.0.1:8400"
 
 
 class PlanOptions(TypedDict, total=False):

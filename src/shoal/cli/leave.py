@@ -1,0 +1,28 @@
+"""shoal leave: let a machine drain and go."""
+
+from typing import Annotated
+
+import typer
+
+from shoal.cli.connect import URL_HELP, connect, local_node
+from shoal.errors import InvalidRequestError, NodeUnreachableError
+
+
+def leave(
+    node: Annotated[str, typer.Argument(help="Name or id of the node; by default the one on this machine.")] = "",
+    *,
+    url: Annotated[str, typer.Option(help=URL_HELP)] = "",
+) -> None:
+    """Drain a node and let it go: running answers end, its shards move, then it stops."""
+    running = local_node()
+    with connect(url) as shoal:
+        wanted = node or (running.node if running is not None else "")
+        if not wanted:
+            raise NodeUnreachableError("no node runs on this machine", hint="name one: `shoal nodes` lists them")
+        found = [n for n in shoal.nodes() if wanted in {n.name, n.id} or (len(wanted) >= 4 and n.id.startswith(wanted))]
+        if len(found) != 1:
+            raise InvalidRequestError(
+                f"{len(found)} nodes are called {wanted!r}", hint="`shoal nodes` lists names and ids", param="node"
+            )
+        shoal.leave(found[0].id)
+    typer.echo(f"node {found[0].name} drains and leaves")

@@ -1,0 +1,53 @@
+"""shoal ps: what is served, and by whom."""
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated
+
+import msgspec
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from shoal.cli.connect import URL_HELP, connect
+from shoal.fleet.views import DeploymentState, DeploymentView
+from shoal.ids import NodeId
+
+_COLOURS = {DeploymentState.READY: "green", DeploymentState.FAILED: "red"}
+
+
+def ps(
+    *,
+    url: Annotated[str, typer.Option(help=URL_HELP)] = "",
+    json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
+) -> None:
+    """List what is served, and by whom."""
+    with connect(url) as shoal:
+        found = shoal.deployments()
+        names = {node.id: node.name for node in shoal.nodes()} if found and not json else {}
+    if json:
+        typer.echo(msgspec.json.format(msgspec.json.encode(found)).decode())
+    elif not found:
+        typer.echo("nothing is deployed; `shoal serve MODEL` deploys a model")
+    else:
+        Console().print(render_deployments(found, names))
+
+
+def render_deployments(found: Sequence[DeploymentView], names: Mapping[NodeId, str]) -> Table:
+    """One row per deployment: its state, its stages and the predicted speed."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("deployment", "model", "state", "stages", "predicted", "last token"):
+        table.add_column(column)
+    for view in found:
+        colour = _COLOURS.get(view.state, "yellow")
+        plan = view.plan
+        stages = [f"{names.get(s.node, s.node[:8])} [{s.start}, {s.stop})" for s in plan.stages] if plan else []
+        age_s = view.last_token_age_s
+        table.add_row(
+            view.name,
+            view.model,
+            f"[{colour}]{view.state}[/]" + (f": {view.detail}" if view.detail else ""),
+            " -> ".join(stages) or "-",
+            f"{plan.estimate.time_per_output_token_s * 1000:.1f} ms/token" if plan else "-",
+            f"{age_s:.0f} s ago" if age_s is not None else "-",
+        )
+    return table

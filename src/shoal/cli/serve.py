@@ -1,0 +1,93 @@
+"""shoal serve: measure, plan, deploy a model; starts a node first when none runs here."""
+
+import os
+import signal
+import threading
+from collections.abc import Callable
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from shoal.cli.connect import URL_HELP, api_key, find_url, local_node
+from shoal.cli.deploy import (
+    Context,
+    Goal,
+    Pins,
+    Slots,
+    Stages,
+    curl_line,
+    deploy_and_wait,
+    have_model,
+    options,
+    show_plan,
+)
+from shoal.cli.start import run
+from shoal.client import Shoal
+from shoal.errors import ShoalError
+from shoal.node.assemble import Running
+from shoal.node.options import DEFAULT_HTTP_PORT, DEFAULT_LISTEN
+from shoal.node.settings import read_settings
+from shoal.plan.problem import Objective, RequestShape
+
+
+def serve(
+    model: Annotated[str, typer.Argument(help="A model of this machine (`shoal models`), or a reference to pull.")],
+    *,
+    name: Annotated[str, typer.Option(help="What clients call it; by default the model's name.")] = "",
+    context: Context = 2048,
+    slots: Slots = 2,
+    stages: Stages = 0,
+    pin: Pins = None,
+    objective: Goal = Objective.LATENCY,
+    url: Annotated[str, typer.Option(help=URL_HELP)] = "",
+) -> None:
+    """Measure, plan and deploy a model; shows the plan and its prediction before anything is loaded."""
+    console = Console()
+    shape = RequestShape(context_tokens=context, slots=slots)
+    remote = bool(url or os.environ.get("SHOAL_URL"))
+    wanted = model if remote else have_model(model, read_settings(), Console(stderr=True))
+
+    def deploy(shoal: Shoal, where: str) -> None:
+        asked = options(shape, objective, stages, pin or (), shoal.nodes())
+        show_plan(shoal, wanted, asked, console)
+        view = deploy_and_wait(shoal, wanted, name, asked, console)
+        console.print(f"API at {where}/v1; try:")
+        console.print(curl_line(where, view.name), soft_wrap=True, highlight=False)
+
+    if remote or local_node() is not None:
+        where = find_url(url)
+        with Shoal(where, api_key=api_key()) as shoal:
+            deploy(shoal, where)
+    else:
+        _serve_here(deploy)
+
+
+def _serve_here(deploy: Callable[[Shoal, str], None]) -> None:
+    """Run a node in the foreground and deploy on it."""
+    failed: list[ShoalError] = []
+
+    def work(running: Running) -> None:
+        try:
+            with Shoal(running.url, api_key=api_key()) as shoal:
+                deploy(shoal, running.url)
+        except ShoalError as error:
+            failed.append(error)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    flags = {
+        "http": ("127.0.0.1", DEFAULT_HTTP_PORT),
+        "api_keys": "",
+        "listen": DEFAULT_LISTEN,
+        "name": "",
+        "memory": "",
+        "threads": 0,
+        "slowdown": 1.0,
+        "links": None,
+        "discover": False,
+        "coordinates": True,
+        "eager": True,
+    }
+    run(flags, expose=False, then=lambda running: threading.Thread(target=work, args=(running,), daemon=True).start())
+    if failed:
+        raise failed[0]

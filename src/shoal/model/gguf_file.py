@@ -25,6 +25,8 @@ VERSIONS = (2, 3)
 DEFAULT_ALIGNMENT = 32
 MAX_DIMENSIONS = 4
 MAX_NESTING = 4
+MAX_ITEMS = 2**24
+"""Of a list in the metadata: a hundred times the largest vocabulary, and what a list of Python objects may cost."""
 _STRING, _ARRAY = 8, 9
 _SCALARS: Mapping[int, str] = {
     0: "B",
@@ -74,7 +76,7 @@ def read_gguf(path: Path) -> GgufFile:
 
 def parse_gguf(data: Bytes) -> GgufFile:
     """Read the frame of a whole file in memory; `raw` of its tensors are views of *data*."""
-    cursor = _Cursor(memoryview(data))
+    cursor = _Cursor(data.data)
     if cursor.take(4) != MAGIC:
         raise CorruptFileError(
             "not a GGUF file: it does not begin with GGUF", hint="check the path, or download it again"
@@ -86,10 +88,10 @@ def parse_gguf(data: Bytes) -> GgufFile:
         )
     tensor_count, key_count = int(cursor.scalar("Q")), int(cursor.scalar("Q"))
     metadata = {}
-    for _ in range(cursor.counted(key_count, least_bytes=13)):
+    for _ in range(key_count):
         key = cursor.string()
         metadata[key] = cursor.value(int(cursor.scalar("I")))
-    headers = [_tensor_header(cursor) for _ in range(cursor.counted(tensor_count, least_bytes=24))]
+    headers = [_tensor_header(cursor) for _ in range(tensor_count)]
     start = _align(cursor.at, metadata.get("general.alignment", DEFAULT_ALIGNMENT))
     tensors = {name: _tensor(data, start, name, shape, kind, offset) for name, shape, kind, offset in headers}
     if len(tensors) != len(headers):
@@ -115,19 +117,12 @@ class _Cursor:
         self.at = end
         return taken
 
-    def counted(self, count: int, *, least_bytes: int) -> int:
-        """Return *count* if so many items of at least *least_bytes* fit in the rest of the file."""
-        left = len(self.data) - self.at
-        if count * least_bytes > left:
-            raise CorruptFileError(f"{count} items do not fit in the {left} bytes that are left", hint=_DOWNLOAD_AGAIN)
-        return count
-
     def scalar(self, code: str) -> bool | float:
         unpacked: tuple[bool | float] = struct.unpack("<" + code, self.take(struct.calcsize(code)))
         return unpacked[0]
 
     def string(self) -> str:
-        raw = self.take(self.counted(int(self.scalar("Q")), least_bytes=1))
+        raw = self.take(int(self.scalar("Q")))
         try:
             return raw.decode()
         except UnicodeDecodeError as error:
@@ -144,11 +139,12 @@ class _Cursor:
 
     def array(self, depth: int) -> list[Value]:
         kind, count = int(self.scalar("I")), int(self.scalar("Q"))
+        if count > MAX_ITEMS:
+            raise CorruptFileError(f"a list of {count} items before byte {self.at}", hint=_DOWNLOAD_AGAIN)
         if kind in _SCALARS:
             code = _SCALARS[kind]
-            self.counted(count, least_bytes=struct.calcsize(code))
             return list(struct.unpack(f"<{count}{code}", self.take(count * struct.calcsize(code))))
-        return [self.value(kind, depth + 1) for _ in range(self.counted(count, least_bytes=8))]
+        return [self.value(kind, depth + 1) for _ in range(count)]
 
 
 def _align(at: int, alignment: Value) -> int:

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import gguf
+import msgspec
 import numpy as np
 import onnx
 import onnxruntime as ort
@@ -12,10 +13,13 @@ import pytest
 from gguf.constants import GGML_QUANT_SIZES
 from gguf.constants import GGMLQuantizationType as Type
 
+from shoal.model.affine import FLOAT_DTYPES, Blocks, Dense, Format, dequantise, part_shape
 from shoal.model.derive import derive
 from shoal.model.gguf import import_gguf
 from shoal.model.lower import Lowered, lower
+from shoal.model.rope import Rope, YarnScaling, inverse_frequencies
 from shoal.model.spec import PAST_PREFIX, PRESENT_PREFIX, ImportedModel, ModelKind, ModelSpec
+from shoal.model.transformer import Activation, TransformerConfig, build, matrix_shapes, vector_sizes
 
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, LAYERS, VOCABULARY, CONTEXT = 256, 4, 2, 64, 2, 96, 128
 WINDOW = 8
@@ -261,3 +265,82 @@ def model_of() -> Callable[..., ImportedModel]:
     """An imported model out of a graph and its arrays."""
     spec = ModelSpec(name="tiny", kind=ModelKind.CAUSAL_LM, architecture="llama")
     return lambda graph, tensors: ImportedModel(spec=spec, graph=graph, tensors=tensors)
+
+
+VARIANTS: dict[str, dict[str, object]] = {
+    "plain": {},
+    "tied": {"tied_embedding": True},
+    "biased": {"attention_bias": True},
+    "normed": {"qk_norm": True, "post_norms": True, "activation": Activation.GELU_TANH, "embedding_scale": 8.0},
+    "windowed": {"window": 4, "sliding_layers": (0,), "local_rope": Rope(base=100.0, dims=16)},
+    "capped": {"logit_softcap": 30.0, "attention_softcap": 2.0, "attention_scale": 0.7},
+    "yarn": {"rope": Rope(base=1e4, dims=16, scaling=YarnScaling(factor=4.0, original_context_tokens=8))},
+}
+
+
+@pytest.fixture(scope="session")
+def small_config() -> Callable[..., TransformerConfig]:
+    """A description of two layers of 64, with changes."""
+    base = TransformerConfig(
+        architecture="llama",
+        layers=2,
+        hidden=64,
+        ffn=96,
+        heads=4,
+        kv_heads=2,
+        head_dim=16,
+        vocabulary=50,
+        context_tokens=32,
+        norm_epsilon=1e-5,
+        rope=Rope(base=10_000.0, dims=16),
+    )
+    return lambda **changes: msgspec.structs.replace(base, **changes)
+
+
+@pytest.fixture(params=VARIANTS)
+def variant(request: pytest.FixtureRequest, small_config: Callable[..., TransformerConfig]) -> TransformerConfig:
+    """Each architecture's peculiarities."""
+    return small_config(**VARIANTS[request.param])
+
+
+@pytest.fixture(scope="session")
+def random_model(numbers: Callable[..., Array], model_of: Callable[..., ImportedModel]) -> Callable[..., ImportedModel]:
+    """A model of a description, its matrices random numbers stored in one format."""
+
+    def make(config: TransformerConfig, form: Format | None = None) -> ImportedModel:
+        form = form or Dense()
+        matrices = matrix_shapes(config)
+        arrays: dict[str, Array] = {n: numbers(i, (s,)) for i, (n, s) in enumerate(vector_sizes(config).items())}
+        arrays |= {name: inverse_frequencies(rope) for name, rope in config.rotations.items()}
+        for seed, (name, shape) in enumerate(matrices.items()):
+            arrays |= _stored(numbers, 1000 + seed, name, shape, form)
+        return model_of(build(config, dict.fromkeys(matrices, form)), {n: lambda a=a: a for n, a in arrays.items()})
+
+    return make
+
+
+def _stored(
+    numbers: Callable[..., Array], seed: int, name: str, shape: tuple[int, int], form: Format
+) -> dict[str, Array]:
+    if isinstance(form, Dense):
+        return {name: (numbers(seed, shape) / np.float32(np.sqrt(shape[1]))).astype(FLOAT_DTYPES[form.dtype])}
+    parts = {suffix: part_shape(suffix, form, shape) for suffix in form.suffixes}
+    bits = (np.abs(numbers(seed, parts.pop(".q")[1])) * 1e6).astype(np.uint32).astype(np.uint8)
+    scales = {s: numbers(seed + i, size).astype(dtype) for i, (s, (dtype, size)) in enumerate(parts.items())}
+    return {name + ".q": bits} | {name + s: a * a.dtype.type(2.0**-form.bits) for s, a in scales.items()}
+
+
+@pytest.fixture(scope="session")
+def in_fp32(model_of: Callable[..., ImportedModel]) -> Callable[..., ImportedModel]:
+    """The same model with its matrices dequantised."""
+
+    def make(model: ImportedModel, config: TransformerConfig, form: Format) -> ImportedModel:
+        arrays = {name: array() for name, array in model.tensors.items()}
+        for name in matrix_shapes(config):
+            if isinstance(form, Dense):
+                arrays[name] = arrays[name].astype(np.float32)
+            else:
+                arrays[name] = dequantise(Blocks(*(arrays[name + suffix] for suffix in form.suffixes)), form)
+        return model_of(build(config, {}), {n: lambda a=a: a for n, a in arrays.items()})
+
+    return make

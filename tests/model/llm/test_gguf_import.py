@@ -6,6 +6,7 @@ from pathlib import Path
 
 import gguf
 import numpy as np
+import onnx
 import pytest
 from gguf.constants import GGMLQuantizationType as Type
 from hypothesis import HealthCheck, given, settings
@@ -80,6 +81,26 @@ def test_gemma_has_local_layers_with_their_own_rotation(tiny: Tiny) -> None:
 
     assert windows == [8, 2**31 - 1]
     assert model.tensors["rope_local.inv_freq"]()[-1] > model.tensors["rope.inv_freq"]()[-1]
+
+
+def test_gemma_scales_its_embedding(tiny: Tiny) -> None:
+    constants = {
+        t.name: onnx.numpy_helper.to_array(t)
+        for t in tiny("gemma3").graph.graph.initializer
+        if t.raw_data or t.float_data
+    }
+
+    assert constants["embedding_scale"] == 16.0
+
+
+def test_a_list_longer_than_any_vocabulary_is_not_read(write_gguf: Write) -> None:
+    data = bytearray(write_gguf().read_bytes())
+    at = data.index(b"tokenizer.ggml.tokens") + len(b"tokenizer.ggml.tokens") + 8
+    assert struct.unpack_from("<Q", data, at)[0] == 96
+    struct.pack_into("<Q", data, at, 2**25)
+
+    with pytest.raises(CorruptFileError, match="33554432 items"):
+        parse_gguf(np.frombuffer(bytes(data), np.uint8))
 
 
 def test_an_end_of_turn_ends_an_answer_too() -> None:

@@ -11,17 +11,25 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from shoal.errors import UnsupportedModelError
+from shoal.model.affine import Dense, Format
 from shoal.model.derive import derive
 from shoal.model.frontier import blocks, shard
 from shoal.model.functions import DOMAIN
 from shoal.model.gguf import import_gguf
 from shoal.model.lower import Lowered, lower
+from shoal.model.quantize import INT4, INT8
 from shoal.model.spec import ImportedModel
+from shoal.model.transformer import TransformerConfig
 
 Tiny = Callable[..., ImportedModel]
 Logits = Callable[..., np.ndarray]
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma3")
-MIXED = {"blk.0.attn_v.weight": Type.Q6_K, "blk.1.ffn_up.weight": Type.F16, "token_embd.weight": Type.Q8_0}
+MIXED = {
+    "blk.0.attn_v.weight": Type.Q6_K,
+    "blk.0.attn_k.weight": Type.Q8_0,
+    "blk.1.ffn_up.weight": Type.F16,
+    "token_embd.weight": Type.Q8_0,
+}
 
 
 def operators(lowered: Lowered) -> list[str]:
@@ -53,6 +61,22 @@ def test_steps_past_the_sliding_window_give_the_logits_of_one_prefill(
 
     reference = run_model(model, token_ids)
     np.testing.assert_allclose(stepped, reference, atol=1e-3 * reference.std())
+
+
+@pytest.mark.parametrize("form", [Dense(), INT4, INT8], ids=["fp32", "int4", "int8"])
+def test_every_variant_survives(
+    form: Format,
+    variant: TransformerConfig,
+    random_model: Callable[..., ImportedModel],
+    run_model: Logits,
+    run_lowered: Logits,
+) -> None:
+    model = random_model(variant, form)
+    ids = np.arange(20) * 7 % variant.vocabulary
+
+    reference = run_model(model, ids)
+
+    np.testing.assert_allclose(run_lowered(model, ids, (12, 1, 7)), reference, atol=1e-3 * reference.std())
 
 
 @pytest.mark.parametrize("kind", [Type.Q4_1, Type.Q8_0, Type.Q6_K], ids=lambda k: k.name)

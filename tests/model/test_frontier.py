@@ -217,3 +217,21 @@ def test_a_graph_without_weights_is_one_block() -> None:
 
     assert len(chain) == 1
     assert chain[0].tensors == ()
+
+
+def test_a_product_keeps_its_activation() -> None:
+    """Nothing crosses between a product and what is computed element by element from it."""
+    nodes = []
+    weights = []
+    x = "x"
+    for i in range(4):
+        weights.append(numpy_helper.from_array(noise((8, 8), i).astype(np.float32), f"w{i}"))
+        nodes += [helper.make_node("MatMul", [x, f"w{i}"], [f"a{i}"]), helper.make_node("Relu", [f"a{i}"], [f"r{i}"])]
+        x = f"r{i}"
+    info = helper.make_tensor_value_info
+    ends = [info("x", TensorProto.FLOAT, [1, 8])], [info("r3", TensorProto.FLOAT, [1, 8])]
+    model = helper.make_model(
+        helper.make_graph(nodes, "g", *ends, weights), opset_imports=[helper.make_opsetid("", 17)]
+    )
+
+    assert [b.outputs[0].name for b in blocks(model)] == ["r0", "r1", "r2", "r3"]

@@ -46,7 +46,9 @@ def run_chain(
     given_outputs: Arrays = {}
     carried = feeds
     for start, stop in zip([0, *cuts], [*cuts, len(chain)], strict=True):
-        outputs = run(shard(model, chain, start, stop), {**carried, **steps})
+        part = shard(model, chain, start, stop)
+        onnx.checker.check_model(part)
+        outputs = run(part, {**carried, **steps})
         carried = {b.name: outputs[b.name] for b in chain[stop - 1].outputs}
         given_outputs |= {k: v for k, v in outputs.items() if k.startswith("present.")}
     return {**carried, **given_outputs}
@@ -111,16 +113,17 @@ def dags(draw: st.DrawFn) -> onnx.ModelProto:
     mask = dag.add("Unsqueeze", [dag.add("Cast", ["mask"], to=TensorProto.FLOAT), "last"])
     dag.weights.append(numpy_helper.from_array(np.array([-1]), "last"))
     matrices: list[str] = []
-    for _ in range(draw(st.integers(3, 14))):
+    for _ in range(draw(st.integers(5, 16))):
         operand = draw(st.sampled_from(dag.values[-3:]))
-        match draw(st.sampled_from(["product", "product", "tied", "dequantised", "sum", "mask", "relu"])):
+        match draw(st.sampled_from(["product", "product", "tied", "dequantised", "sum", "mask", "mask", "relu"])):
             case "product":
                 matrices.append(dag.weight(WIDTH, WIDTH))
                 value = dag.add("MatMul", [operand, matrices[-1]])
             case "tied" if matrices:
                 value = dag.add("MatMul", [operand, draw(st.sampled_from(matrices))])
             case "dequantised":
-                value = dag.add("MatMul", [operand, dag.add("Mul", [dag.weight(WIDTH, WIDTH), dag.weight(1)])])
+                matrices.append(dag.add("Mul", [dag.add("Neg", [dag.weight(WIDTH, WIDTH)]), dag.weight(1)]))
+                value = dag.add("MatMul", [operand, matrices[-1]])
             case "sum":
                 value = dag.add("Add", [operand, draw(st.sampled_from(dag.values))])
             case "mask":
@@ -138,10 +141,27 @@ def test_any_cuts_of_any_graph_change_no_bit(model: onnx.ModelProto, data: st.Da
     chain = blocks(model)
     feeds: Arrays = {"x": noise((1, 5, WIDTH), 0), "mask": np.array([[1, 1, 0, 1, 0]])}
     inner = range(1, len(chain))
-    cuts = sorted(data.draw(st.sets(st.sampled_from(inner)))) if inner else []
+    cuts = sorted(data.draw(st.sets(st.sampled_from(inner), min_size=1))) if inner else []
 
     assert_tiles(model, chain)
     assert_same(run_chain(model, chain, cuts, feeds, {}), run(model, feeds))
+
+
+def test_masks_and_dequantised_weights_are_made_again_in_every_shard() -> None:
+    dag = Dag(7)
+    mask = dag.add("Unsqueeze", [dag.add("Cast", ["mask"], to=TensorProto.FLOAT), "last"])
+    dag.weights.append(numpy_helper.from_array(np.array([-1]), "last"))
+    tied = dag.add("Mul", [dag.add("Neg", [dag.weight(WIDTH, WIDTH)]), dag.weight(1)])
+    value = "x"
+    for _ in range(4):
+        value = dag.add("Mul", [dag.add("MatMul", [value, tied]), mask])
+    model = dag.model([value])
+    feeds: Arrays = {"x": noise((1, 5, WIDTH), 0), "mask": np.array([[1, 1, 0, 1, 0]])}
+    chain = blocks(model)
+
+    assert [[i.name for i in b.inputs][1:] for b in chain] == [["mask"]] * 4
+    assert [len(b.tensors) for b in chain] == [3] * 4
+    assert_same(run_chain(model, chain, [1, 2, 3], feeds, {}), run(model, feeds))
 
 
 @pytest.mark.parametrize("size", ["tiny", "small"])
@@ -166,6 +186,8 @@ def test_every_cut_of_an_int8_encoder_changes_no_bit(minilm_int8: Path) -> None:
     feeds: Arrays = {"input_ids": ids, "attention_mask": np.sign(ids), "token_type_ids": np.zeros_like(ids)}
 
     assert_every_cut(model, feeds, at_least=12, step=5)
+    streams = [[o.name for o in b.outputs if o.dtype == "float32"] for b in blocks(model)[1:-1]]
+    assert streams == [["layer_norm"], *([f"layer_norm_{n}"] for n in range(1, 12))]
 
 
 def assert_every_cut(model: onnx.ModelProto, feeds: Arrays, *, at_least: int, step: int) -> None:

@@ -192,7 +192,8 @@ def test_bytes_per_token_are_the_slope() -> None:
     assert (known.bytes_per_token, known.bytes_fixed, known.dims) == (16, 0, (1, TOKENS, 4))
 
 
-def test_shape_arithmetic_that_exporters_write_is_followed() -> None:
+@pytest.mark.parametrize("opset", [11, 17])
+def test_shape_arithmetic_that_exporters_write_is_followed(opset: int) -> None:
     model = model_of("""
         g (float[n, c, h, w] x) => (float[n, m, k] y)
         <int64[1] zero = {0}, int64[1] one = {1}, int64[1] rest = {-1}> {
@@ -201,6 +202,8 @@ def test_shape_arithmetic_that_exporters_write_is_followed() -> None:
           t = Concat <axis = 0> (n, rest, one)
           y = Reshape (x, t)
         }""")
+
+    model.opset_import[0].version = opset
 
     known = value_types(model, {"c": 2, "h": 3, "w": 4})["y"]
 

@@ -79,6 +79,7 @@ def test_ids_of_smollm2_are_those_of_transformers(smollm2: Tokenizer) -> None:
 def test_ids_of_minilm_are_those_of_transformers(minilm: Tokenizer) -> None:
     """Its file asks for padding to 128 and truncation, which is not the tokenizer's business."""
     assert [minilm.encode(t, add_special=True, parse_special=True) for t in CORPUS] == golden("minilm")["ids"]
+    assert len(minilm.encode("tide " * 300, add_special=True)) == 302
     assert minilm.decode(minilm.encode("An unbelievable harbour", add_special=True)) == "an unbelievable harbour"
 
 
@@ -87,6 +88,13 @@ def test_each_family_splits_text_its_own_way(pre: str) -> None:
     tokenizer = byte_level(pre)
 
     assert [tokenizer.encode(t, add_special=True) for t in CORPUS] == golden("byte_level")["ids"][pre]
+
+
+@pytest.mark.parametrize(("pre", "ids"), [("llama-bpe", [3]), ("gpt-2", [0, 1, 2])])
+def test_some_families_take_a_known_word_without_merging(pre: str, ids: list[int]) -> None:
+    changes = {"tokenizer.ggml.tokens": ["a", "b", "c", "abc"], "tokenizer.ggml.merges": []}
+
+    assert byte_level(pre, **changes).encode("abc", add_special=False) == ids
 
 
 @pytest.mark.parametrize("kind", ["prefix", "bare"])

@@ -36,7 +36,10 @@ _UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 
 
 def run(flags: Mapping[str, Any], *, expose: bool, then: Callable[[Running], None] = lambda _: None) -> None:
-    """Start a node with *flags* and stay until SIGINT or SIGTERM; *then* is called once it runs.  Raises ShoalError as `run_node` does."""
+    """Start a node with *flags* and stay until SIGINT or SIGTERM; *then* is called once it runs.
+
+    Raises ShoalError as `run_node` does.
+    """
     options = options_from(flags)
     warning = check_exposed(options.listen, expose=expose)
     if warning:

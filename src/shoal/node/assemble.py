@@ -13,7 +13,6 @@ import anyio
 import anyio.from_thread
 import anyio.to_thread
 import msgspec
-from litestar import Litestar
 from prometheus_client import CollectorRegistry
 from structlog.typing import FilteringBoundLogger
 
@@ -48,7 +47,7 @@ from shoal.observe.metrics import Metrics
 from shoal.profile.device import device_facts, fingerprint
 from shoal.runtime.backend.onnx import providers
 from shoal.serve.access import access_for, read_keys
-from shoal.serve.app import build_app
+from shoal.serve.app import App, build_app
 from shoal.serve.ports import Limits, Node
 from shoal.serve.run import bind, serve, url_of
 from shoal.store.home import Store, missing_bytes, open_store
@@ -200,7 +199,13 @@ class _Assembly:
                         models = Models(me, store, desk, clock, time.time, lambda: secrets.token_hex(8), log)
                         group.start_soon(models.run)
                         api = FleetApi(
-                            me, caller, store, lambda: models.view, _join(facts, options), models.last_token_age_s
+                            me,
+                            caller,
+                            store,
+                            lambda: models.view,
+                            _join(facts, options),
+                            models.last_token_age_s,
+                            models.answers,
                         )
                         node = Node(
                             deployments=models,
@@ -227,7 +232,7 @@ class _Assembly:
             fabric.close()
             journal.close()
 
-    def _app(self, node: Node) -> Litestar:
+    def _app(self, node: Node) -> App:
         options = self.options
         assert options.http is not None
         keys = read_keys(Path(options.api_keys)) if options.api_keys else frozenset()

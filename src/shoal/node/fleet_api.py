@@ -64,6 +64,8 @@ class FleetApi:
     view: Callable[[], CoordinatorView | None]
     join: JoinView
     last_token_age_s: Callable[[DeploymentId], float | None]
+    answers: Callable[[DeploymentId], bool]
+    """Whether this node's gateway has opened the deployment's pipeline."""
 
     async def nodes(self) -> Sequence[NodeView]:
         """Every node that is known."""
@@ -162,10 +164,13 @@ class FleetApi:
     def _shown(self, status: DeploymentStatus) -> DeploymentView:
         deployment = status.deployment
         name = deployment.spec.deployment
+        state = STATES[status.phase]
+        if state is DeploymentState.READY and deployment.spec.source == self.me and not self.answers(name):
+            state = DeploymentState.LOADING  # the pipeline is up, its tokenizer is still being read
         return DeploymentView(
             name=name,
             model=deployment.spec.model,
-            state=STATES[status.phase],
+            state=state,
             detail=status.reason,
             plan=deployment.answer if isinstance(deployment.answer, Plan) else None,
             plan_epoch=deployment.plan_epoch,

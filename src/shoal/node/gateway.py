@@ -105,6 +105,10 @@ class Models:
         why = f" ({status.reason})" if status.reason else ""
         raise UnavailableError(f"{name} is {status.phase.value}{why}", hint="try again in a moment", retry_after_s=2.0)
 
+    def answers(self, name: DeploymentId) -> bool:
+        """Whether requests for *name* are taken now."""
+        return name in self._open
+
     def last_token_age_s(self, name: DeploymentId) -> float | None:
         """Seconds since a token of *name* came through every stage; None before the first."""
         opened = self._open.get(name)

@@ -444,7 +444,7 @@ def test_a_credit_that_does_not_come_back_makes_the_next_stage_suspect_once(
 
     suspected = [
         now_s
-        for now_s in (5.0, 9.0, 11.0, 12.0)
+        for now_s in (5000.0, 5009.0, 5011.0, 5012.0)
         for e in advance(state, Tick(now_s=now_s))[1]
         if isinstance(e, Suspect)
     ]

@@ -82,7 +82,7 @@ def _refuse_odd_names(graph: onnx.GraphProto, path: Path) -> None:
             raise CorruptFileError(f"{path}: {name!r} is no name", hint=_FETCH_AGAIN)
 
 
-def _names(graph: onnx.GraphProto) -> Iterator[str]:
+def _names(graph: onnx.GraphProto) -> Iterator[object]:
     for value in (*graph.input, *graph.output, *graph.value_info):
         yield value.name
     for node in graph.node:

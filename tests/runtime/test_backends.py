@@ -160,6 +160,67 @@ def test_pieces_of_our_own_models_keep_their_cuts_exact_and_foreign_ones_are_opt
     assert roles_of(ours).exact_cuts
 
 
+def genai_shard(context: int = 32) -> Shard:
+    """One attention layer by the convention of onnxruntime-genai: a mask whose sum and length say how full the shared cache is."""
+    heads, dim, width = 2, 16, 32
+    node, info = helper.make_node, helper.make_tensor_value_info
+    nodes = [
+        node("Gather", ["table", "input_ids"], ["qkv"], axis=0),
+        node("ReduceSum", ["attention_mask", "axis"], ["filled"], keepdims=0),
+        node("Sub", ["filled", "one"], ["last"]),
+        node("Cast", ["last"], ["lengths"], to=TensorProto.INT32),
+        node("Shape", ["attention_mask"], ["mask_shape"]),
+        node("Gather", ["mask_shape", "at"], ["total_long"], axis=0),
+        node("Cast", ["total_long"], ["total"], to=TensorProto.INT32),
+        node(
+            "GroupQueryAttention",
+            ["qkv", "", "", "past_key_values.0.key", "past_key_values.0.value", "lengths", "total"],
+            ["y", "present.0.key", "present.0.value"],
+            domain="com.microsoft",
+            num_heads=heads,
+            kv_num_heads=heads,
+        ),
+        node("MatMul", ["y", "head"], ["logits"]),
+    ]
+    cache = [f"0.{part}" for part in ("key", "value")]
+    inputs = [
+        info(name, TensorProto.INT64, ["B", size]) for name, size in (("input_ids", "T"), ("attention_mask", "all"))
+    ]
+    inputs += [info(f"past_key_values.{c}", TensorProto.FLOAT, ["B", heads, "past", dim]) for c in cache]
+    outputs = [info("logits", TensorProto.FLOAT, ["B", "T", 8])]
+    outputs += [info(f"present.{c}", TensorProto.FLOAT, ["B", heads, "total", dim]) for c in cache]
+    weights = [
+        onnx.numpy_helper.from_array(
+            np.sin(np.arange(50 * 3 * width, dtype=np.float32)).reshape(50, 3 * width), "table"
+        ),
+        onnx.numpy_helper.from_array(np.cos(np.arange(width * 8, dtype=np.float32)).reshape(width, 8), "head"),
+        onnx.numpy_helper.from_array(np.array([1]), "axis"),
+        onnx.numpy_helper.from_array(np.array([1]), "one"),
+        onnx.numpy_helper.from_array(np.array(1), "at"),
+    ]
+    graph = helper.make_graph(nodes, "genai", inputs, outputs, weights)
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
+    return Shard(graph=model, tensors={}, slots=2, context_tokens=context, threads=1)
+
+
+def test_a_genai_graph_is_taken_as_it_is_and_shares_its_cache() -> None:
+    ids = np.array([[(5 * i + 1) % 50 for i in range(20)]])
+    whole = OnnxBackend().load(genai_shard()).step([rows(20)], {"input_ids": ids})["logits"]
+    session = OnnxBackend().load(genai_shard())
+
+    session.step([rows(12)], {"input_ids": ids[:, :12]})
+    for at in range(12, 20):
+        stepped = session.step([rows(1, start=at)], {"input_ids": ids[:, at : at + 1]})["logits"]
+
+    pages = session._slots[0].pages
+    assert whole.shape == (1, 8)
+    assert stepped == pytest.approx(whole, abs=1e-5)
+    assert pages is not None
+    assert pages.arrays["past_key_values.0.key"][0, 0, 19].any()
+    assert not pages.arrays["past_key_values.0.key"][0, 0, 20].any()
+
+
 def test_a_cache_without_sizes_is_refused_with_its_name() -> None:
     model = plain_model("MatMul")
     model.graph.input.append(

@@ -9,7 +9,17 @@ from hypothesis import strategies as st
 
 from shoal.errors import InvalidRequestError
 from shoal.ids import DeploymentId, RequestId
-from shoal.runtime.effects import Abandon, BatchArrived, InferArrived, Suspect, Tick, TokensArrived
+from shoal.runtime.effects import (
+    Abandon,
+    BatchArrived,
+    InferArrived,
+    RunStep,
+    SendTokens,
+    StepDone,
+    Suspect,
+    Tick,
+    TokensArrived,
+)
 from shoal.runtime.frames import BatchFrame, OpenedSequence, RequestTokens, SubmitInfer, TokensFrame, encode
 from shoal.runtime.last import Sampler
 from shoal.runtime.pipeline import LocalPipeline, LocalStage
@@ -17,7 +27,7 @@ from shoal.runtime.ports import SequenceStep
 from shoal.runtime.request import FinishReason, GenerateRequest, OutputDelta, SampledToken, SamplingParams
 from shoal.runtime.sampling import sample
 from shoal.runtime.settings import StageSettings
-from shoal.runtime.stage import advance
+from shoal.runtime.stage import advance, start
 
 Pipelines = Callable[..., LocalPipeline]
 Requests = Callable[..., GenerateRequest]
@@ -399,6 +409,25 @@ def test_sampling_a_position_again_forgets_what_came_after_it() -> None:
     again = [sampler.take(logits, p).token for p in (2, 3, 4)]
 
     assert first == again == [0, 1, 2]
+
+
+def test_rows_after_a_gap_are_not_run(make_pipeline: Pipelines) -> None:
+    settings = make_pipeline((3,)).stages[1].settings
+    state, name = start(settings), RequestId("a")
+
+    def frame(step: int, begin: int, *, opened: bool = False) -> BatchArrived:
+        rows = SequenceStep(request=name, slot=0, start=begin, count=4, logits=0)
+        new = (OpenedSequence(request=name, slot=0, prompt=(1,) * 12),) if opened else ()
+        hidden = {"hidden": np.zeros((1, 4, 4), np.float32)}
+        return BatchArrived(frame=BatchFrame(plan_epoch=3, step=step, sequences=(rows,), opened=new), tensors=hidden)
+
+    advance(state, frame(0, 0, opened=True))
+    advance(state, StepDone(outputs={}))
+    _, effects = advance(state, frame(2, 8))
+
+    answers = [e.frame for e in effects if isinstance(e, SendTokens)]
+    assert [f.code for f in answers[0].failed] == ["shard_lost"]
+    assert not any(isinstance(e, RunStep) for e in effects)
 
 
 def test_neighbours_in_the_frame_of_a_lost_sequence_go_on(make_pipeline: Pipelines, make_request: Requests) -> None:

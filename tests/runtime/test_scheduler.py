@@ -60,7 +60,7 @@ def test_a_batch_is_one_chunk_or_only_decode_rows(
 ) -> None:
     batch = next_batch(live, pressure, settings)
 
-    assert not is_prefill(batch, live) or len(batch) == 1
+    assert not is_prefill(batch, {s.request.request: s for s in live}) or len(batch) == 1
 
 
 @given(sequences(), chosen)

@@ -182,7 +182,7 @@ class FirstStage:
 
     def _rows_frame(self, batch: tuple[SequenceStep, ...]) -> tuple[BatchFrame, Tensors]:
         step = self._take_step()
-        self.last_was_prefill = is_prefill(batch, self.live.values())
+        self.last_was_prefill = is_prefill(batch, self.live)
         self.flights[step] = Flight(tuple(s.request for s in batch), self.now_s, prefill=self.last_was_prefill)
         ids: list[int] = []
         opened: list[OpenedSequence] = []

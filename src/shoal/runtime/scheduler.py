@@ -11,10 +11,11 @@ Policy of this release (another policy is another function, never a flag):
   one frame they all go together.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import msgspec
 
+from shoal.ids import RequestId
 from shoal.runtime.ports import SequenceStep
 from shoal.runtime.sequence import LiveSequence
 
@@ -56,10 +57,9 @@ def next_batch(
     return tuple(_rows(s, s.known - s.scheduled) for s in ready[:width])
 
 
-def is_prefill(batch: Sequence[SequenceStep], live: Iterable[LiveSequence]) -> bool:
+def is_prefill(batch: Sequence[SequenceStep], live: Mapping[RequestId, LiveSequence]) -> bool:
     """Whether a batch made by `next_batch` carries a chunk of a prompt (asked before its rows are counted as scheduled)."""
-    prefilling = {s.request.request for s in live if s.in_prefill}
-    return any(step.request in prefilling for step in batch)
+    return any(live[step.request].in_prefill for step in batch)
 
 
 def _chunk(sequence: LiveSequence, chunk_rows: int) -> SequenceStep:

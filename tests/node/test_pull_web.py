@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from shoal.errors import DigestMismatchError, StorageFullError, UnavailableError, UnknownModelError
+from shoal.errors import DigestMismatchError, StorageFullError, UnavailableError, UnknownModelError, UntrustedError
 from shoal.model.catalog import HttpsRef
-from shoal.node.download import download, forget, partial_path
+from shoal.node.download import check_redirect, download, forget, partial_path
 from shoal.node.progress import Quiet
 
 DATA = bytes(range(256)) * 4000
@@ -176,6 +176,15 @@ def test_what_cannot_fit_on_the_disk_is_not_begun(shelf: Shelf, tmp_path: Path) 
 
     with pytest.raises(StorageFullError, match="1000000000000000000 bytes to come"):
         download(HttpsRef(url=shelf.url), tmp_path, Quiet())
+
+
+def test_an_encrypted_address_may_not_lead_to_an_unencrypted_one_unchecked() -> None:
+    url, plain = "https://example.org/m.gguf", "http://example.org/m.gguf"
+
+    with pytest.raises(UntrustedError, match="not encrypted"):
+        check_redirect(HttpsRef(url=url), plain)
+    check_redirect(HttpsRef(url=url), "https://mirror.example.org/m.gguf")
+    check_redirect(HttpsRef(url=url, sha256="0" * 64), plain)
 
 
 def test_forgetting_leaves_nothing(shelf: Shelf, tmp_path: Path) -> None:

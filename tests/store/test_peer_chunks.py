@@ -1,6 +1,7 @@
 """Fetching chunks from other nodes over the in-memory fabric."""
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -189,6 +190,7 @@ def test_at_most_two_pieces_are_under_way_and_none_before_its_time(room: Room) -
                 under_way += 1
                 most = max(most, under_way)
             try:
+                time.sleep(0.02)  # long enough for every question that is allowed to be under way
                 return room.bus.query(key, payload, timeout_s=timeout_s)
             finally:
                 with lock:

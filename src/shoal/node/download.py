@@ -15,7 +15,7 @@ from urllib.parse import unquote, urlsplit
 import httpx
 import msgspec
 
-from shoal.errors import DigestMismatchError, StorageFullError, UnavailableError, UnknownModelError
+from shoal.errors import DigestMismatchError, StorageFullError, UnavailableError, UnknownModelError, UntrustedError
 from shoal.model.catalog import HttpsRef
 from shoal.node.progress import Progress
 from shoal.store.chunk import digest_of
@@ -56,6 +56,7 @@ def _continue(client: httpx.Client, ref: HttpsRef, part: Path, progress: Progres
         if response.status_code == httpx.codes.REQUESTED_RANGE_NOT_SATISFIABLE and have_bytes:
             return  # all of it is here: the check decides
         response.raise_for_status()
+        check_redirect(ref, str(response.url))
         resumed = response.status_code == httpx.codes.PARTIAL_CONTENT
         _validator_path(part).write_bytes(msgspec.json.encode(_Validator(etag=response.headers.get("ETag", ""))))
         rest_bytes = int(response.headers["Content-Length"]) if "Content-Length" in response.headers else None
@@ -69,6 +70,15 @@ def _continue(client: httpx.Client, ref: HttpsRef, part: Path, progress: Progres
                 progress.advance(len(data))
     if rest_bytes is not None and part.stat().st_size != start_bytes + rest_bytes:
         raise httpx.RemoteProtocolError(f"{part.stat().st_size} of {start_bytes + rest_bytes} bytes came")
+
+
+def check_redirect(ref: HttpsRef, arrived_at: str) -> None:
+    """Raise UntrustedError when an encrypted address led to an unencrypted one, unless the bytes' hash is known."""
+    if not ref.sha256 and ref.url.startswith("https:") and not arrived_at.startswith("https:"):
+        raise UntrustedError(
+            f"{ref.url} leads to {arrived_at}, which is not encrypted",
+            hint="add #sha256=HEX so that the bytes can be checked",
+        )
 
 
 def _resumption(ref: HttpsRef, part: Path) -> tuple[int, dict[str, str]]:

@@ -27,6 +27,7 @@ from shoal.node.progress import Progress
 
 COPY_BYTES = 1024 * 1024
 _PIP_TIMEOUT_S = 3600
+_FULL = ("No space left on device", "Disk quota exceeded", "File too large")
 _NO_NETWORK = (
     "Retrying (",
     "NewConnectionError",
@@ -92,10 +93,13 @@ def _answers(command: Sequence[str]) -> bool:
 def _pip_error(package: str, version: str, output: str) -> ShoalError:
     """What pip's words mean; its last complaint is passed on."""
     complaints = [line.strip() for line in output.splitlines() if line.startswith("ERROR:")]
-    said = complaints[-1].removeprefix("ERROR:").strip() if complaints else "no reason given"
-    if "No space left" in output or "Disk quota exceeded" in output:
+    said = complaints[-1].removeprefix("ERROR:").strip() if complaints else ""
+    if said in {"", "Exception:"}:  # pip fell over: what it fell over is in its last line
+        said = ([line.strip() for line in output.splitlines() if line.strip()] or ["no reason given"])[-1]
+    if any(word in output for word in _FULL):
         return StorageFullError(
-            f"pip could not store {package}=={version}: {said}", hint="free space, or set SHOAL_HOME to a larger disk"
+            f"pip ran out of room for {package}=={version}",
+            hint="free space (`shoal rm NAME`, `shoal gc`), or set SHOAL_HOME to a folder on a larger disk",
         )
     if any(word in output for word in _NO_NETWORK):
         return UnavailableError(
@@ -179,6 +183,8 @@ def chosen_files(wheel: Path, path: str) -> tuple[str, tuple[PinnedFile, ...]]:
     if not inside:
         name = PurePosixPath(path).name
         return name, (PinnedFile(path=path, sha256="", name=name), *_companions(wheel, path))
+    if any(".." in PurePosixPath(name).parts for name in inside):
+        raise CorruptFileError(f"{wheel.name} has paths that lead outside of {path}", hint="do not use this package")
     return "", tuple(PinnedFile(path=name, sha256="", name=name.removeprefix(path + "/")) for name in inside)
 
 

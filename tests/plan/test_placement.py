@@ -107,6 +107,19 @@ def test_the_source_may_run_both_ends_so_that_answers_are_seen_there_alone(chain
     assert homes(plan) == "0110"
 
 
+def test_both_stages_of_the_source_share_its_memory(chain: Chain) -> None:
+    """The source is the quick one and would take a third block if its two stages were weighed apart."""
+    plan = planned(solve(chain([1] * 4, [0.001, 0.010], [2, 9], {(0, 1): 0.001}, pin_last=True)))
+
+    assert homes(plan) == "0110"
+
+
+def test_a_last_block_that_stays_on_the_source_ends_there_wherever_the_first_one_runs(chain: Chain) -> None:
+    plan = planned(solve(chain([1] * 4, [0.010, 0.001], [9, 9], {(0, 1): 0.001}, pin_first=False, pin_last=True)))
+
+    assert homes(plan) == "1110"
+
+
 def test_pins_and_stage_counts_by_hand_are_kept(chain: Chain) -> None:
     links = {(0, 1): 0.001, (0, 2): 0.001, (1, 2): 0.001}
 

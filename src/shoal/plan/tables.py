@@ -41,7 +41,6 @@ class Tables:
     """Devices that may run block 0."""
     closing: int | None
     """The source, when it may run both the first and the last stage."""
-    lasts: frozenset[int]
     run_s: Floats
     """[M, N+1, N+1] seconds that a request keeps a shard busy; infinite for empty and forbidden ranges."""
     need_bytes: Floats
@@ -88,7 +87,6 @@ def build_tables(problem: Problem) -> Tables:
         nodes=nodes,
         firsts=tuple(range(len(nodes))) if first is None else (nodes.index(first),),
         closing=nodes.index(first) if first is not None and first == last == problem.source else None,
-        lasts=frozenset(range(len(nodes))) if last is None else frozenset({nodes.index(last)}),
         run_s=np.stack([_run_s(problem, device, owners) for device in devices]),
         need_bytes=np.stack([_need_bytes(problem, device) for device in devices]),
         free_bytes=np.array([free_bytes(device) for device in devices], dtype=np.float64),
@@ -143,13 +141,12 @@ def _passes(
     tables: Tables, run: Floats, hop: Floats, ends: tuple[Floats, Floats], close: Callable[[int, int], Floats]
 ) -> Iterator[Pass]:
     entry, back = ends
-    outside = np.array([0.0 if device in tables.lasts else INF for device in range(len(tables.nodes))])
     for first in tables.firsts:
         start = entry[first] + run[first, 0]
         if first != tables.closing:
-            yield Pass(first=first, start=start, run=run, hop=hop, end=back[first] + outside, close=None)
+            yield Pass(first=first, start=start, run=run, hop=hop, end=back[first], close=None)
             continue
-        yield Pass(first=first, start=_only(start, -1), run=run, hop=hop, end=back[first] + outside, close=None)
+        yield Pass(first=first, start=_only(start, -1), run=run, hop=hop, end=back[first], close=None)
         for stop in range(1, start.size - 1):
             if np.isfinite(start[stop]):
                 never = np.full(len(tables.nodes), INF)

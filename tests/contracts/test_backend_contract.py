@@ -10,7 +10,7 @@ import onnx
 import pytest
 
 from shoal.errors import InvalidRequestError, ShoalError
-from shoal.ids import RequestId
+from shoal.ids import DeploymentId, RequestId
 from shoal.model.affine import Blocked, Format
 from shoal.model.derive import derive
 from shoal.model.frontier import blocks, shard
@@ -20,8 +20,11 @@ from shoal.model.transformer import TransformerConfig, build, matrix_shapes, vec
 from shoal.runtime.backend.null import NullBackend, null_shard
 from shoal.runtime.backend.onnx import OnnxBackend, OnnxSession
 from shoal.runtime.backend.throttled import Throttled
+from shoal.runtime.pipeline import LocalPipeline, LocalStage
 from shoal.runtime.ports import Backend, SequenceStep, Session, Shard
-from shoal.runtime.request import Array
+from shoal.runtime.request import Array, GenerateRequest, SamplingParams
+from shoal.runtime.scheduler import SchedulerSettings
+from shoal.runtime.settings import StageSettings
 
 CONTEXT = 64
 SLOTS = 2
@@ -249,6 +252,40 @@ def test_shards_compute_what_the_whole_computes_bit_for_bit(rig: Rig) -> None:
                 tensors = session.step([step], tensors)
             assert tensors.keys() == wanted.keys()
             assert all(np.array_equal(tensors[name], wanted[name]) for name in wanted)
+
+
+@pytest.mark.parametrize(
+    "sampling", [SamplingParams(), SamplingParams(temperature=1.0, top_p=0.9, seed=5)], ids=["greedy", "seeded"]
+)
+def test_a_pipeline_of_shards_answers_token_for_token_like_the_whole(rig: Rig, sampling: SamplingParams) -> None:
+    def answers(edges: list[int]) -> list[list[int]]:
+        stages = []
+        for index, (start, stop) in enumerate(pairwise(edges)):
+            settings = StageSettings(
+                plan_epoch=1,
+                index=index,
+                stages=len(edges) - 1,
+                slots=SLOTS,
+                context_tokens=CONTEXT,
+                scheduler=SchedulerSettings(chunk_rows=6),
+            )
+            stages.append(LocalStage(settings, rig.load(start, stop)))
+        pipeline = LocalPipeline(stages)
+        requests = [
+            GenerateRequest(
+                request=RequestId(name), deployment=DeploymentId("m"), prompt=prompt, max_tokens=9, sampling=sampling
+            )
+            for name, prompt in (("a", tuple(IDS[0, :15].tolist())), ("b", tuple(IDS[0, 3:7].tolist())), ("c", (1,)))
+        ]
+        for request in requests:
+            pipeline.submit(request)
+        pipeline.run()
+        return [pipeline.tokens(request.request) for request in requests]
+
+    whole = answers([0, rig.parts])
+
+    assert [len(tokens) for tokens in whole] == [9, 9, 9]
+    assert answers([0, 1, rig.parts]) == answers([0, rig.parts // 2, rig.parts - 1, rig.parts]) == whole
 
 
 def test_a_closed_session_refuses_to_work_and_closes_again(rig: Rig) -> None:

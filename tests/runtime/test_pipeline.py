@@ -404,11 +404,11 @@ def test_a_token_for_another_position_than_the_next_ends_the_answer_as_malformed
 def test_sampling_a_position_again_forgets_what_came_after_it() -> None:
     sampler = Sampler((1, 2), SamplingParams(frequency_penalty=2.0))
     logits = np.array([3.0, 2.0, 1.5], np.float32)
-    first = [sampler.take(logits, p).token for p in (2, 3, 4)]
+    first = [sampler.take(logits, p).token for p in (2, 3)]
 
-    again = [sampler.take(logits, p).token for p in (2, 3, 4)]
+    again = [sampler.take(logits, p).token for p in (2, 3)]
 
-    assert first == again == [0, 1, 2]
+    assert first == again == [0, 1]
 
 
 def test_rows_after_a_gap_are_not_run(make_pipeline: Pipelines) -> None:

@@ -14,6 +14,7 @@ from shoal.client import Shoal
 from shoal.client.calls import PlanOptions
 from shoal.errors import DeadlineExceededError, InfeasibleError, SettingsError, UnavailableError
 from shoal.fleet.views import DeploymentState, DeploymentView, NodeView
+from shoal.model.spec import ModelKind
 from shoal.node.importing import import_files
 from shoal.node.pull import PullRequest
 from shoal.node.pull import pull as pull_model
@@ -90,7 +91,10 @@ def deploy_and_wait(shoal: Shoal, model: str, name: str, wanted: PlanOptions, co
     raise DeadlineExceededError(f"{made.name} did not come up within {_LOADING_LIMIT_S:.0f} s", hint="see `shoal logs`")
 
 
-def curl_line(url: str, model: str) -> str:
-    """A request to copy."""
+def curl_line(url: str, model: str, kind: str = ModelKind.CAUSAL_LM) -> str:
+    """A request to copy, fit for the kind of model."""
+    if kind == ModelKind.ENCODER:
+        asked = f'{{"model": "{model}", "input": "Hello"}}'
+        return f"curl {url}/v1/embeddings -H 'Content-Type: application/json' -d '{asked}'"
     body = f'{{"model": "{model}", "messages": [{{"role": "user", "content": "Hello"}}]}}'
     return f"curl {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'"

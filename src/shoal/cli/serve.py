@@ -53,7 +53,7 @@ def serve(
         show_plan(shoal, wanted, asked, console)
         view = deploy_and_wait(shoal, wanted, name, asked, console)
         console.print(f"API at {where}/v1; try:")
-        console.print(curl_line(where, view.name), soft_wrap=True, highlight=False)
+        console.print(curl_line(where, view.name, view.kind), soft_wrap=True, highlight=False)
 
     if remote or local_node() is not None:
         where = find_url(url)

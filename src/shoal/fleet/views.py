@@ -57,6 +57,8 @@ class DeploymentView(msgspec.Struct, frozen=True, kw_only=True):
     name: DeploymentId
     model: str
     state: DeploymentState
+    kind: str = ""
+    """What one may ask of it, in the words of `ModelKind`; empty where this gateway does not have the model."""
     detail: str = ""
     plan: Plan | None = None
     plan_epoch: int = 0

@@ -58,7 +58,9 @@ class Emitter:
         """The finished model; inputs, initializers and functions that nothing uses are left out."""
         used = {name for node in self.graph.node for name in node.input}
         self.graph.initializer.extend(t for t in self.source.initializer if t.name in used)
-        self.graph.input.extend(i for i in self.source.input if i.name in used)
+        # An input that is passed on untouched (a mask on its way to later blocks) is read by no node.
+        passed = {o.name for o in self.source.output}
+        self.graph.input.extend(i for i in self.source.input if i.name in used or i.name in passed)
         self.graph.output.extend(self.source.output)
         self.graph.value_info.extend(v for v in self.source.value_info if v.name in self.emitted)
         calls = {node.op_type for node in self.graph.node if node.domain == DOMAIN}

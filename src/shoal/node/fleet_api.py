@@ -153,6 +153,10 @@ class FleetApi:
             exclude=wanted.exclude,
         )
 
+    def _kind(self, model: str) -> str:
+        manifest = self.store.library.find(model)
+        return manifest.spec.kind.value if manifest is not None else ""
+
     def _only_model(self) -> str:
         names = self.store.library.names()
         if len(names) != 1:
@@ -170,6 +174,7 @@ class FleetApi:
         return DeploymentView(
             name=name,
             model=deployment.spec.model,
+            kind=self._kind(deployment.spec.model),
             state=state,
             detail=status.reason,
             plan=deployment.answer if isinstance(deployment.answer, Plan) else None,

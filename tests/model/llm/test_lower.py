@@ -9,6 +9,7 @@ import pytest
 from gguf.constants import GGMLQuantizationType as Type
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from onnx import TensorProto, helper
 
 from shoal.errors import UnsupportedModelError
 from shoal.model.affine import Dense, Format
@@ -241,3 +242,18 @@ def test_smollm2_is_close_to_transformers(
     assert (p * np.log(p / q)).sum(-1).mean() < most
     if target == "cpu-exact":
         np.testing.assert_allclose(chosen, recorded["top_logits"], atol=2e-3)
+
+
+def test_an_input_that_only_travels_through_a_shard_stays_an_input() -> None:
+    graph = helper.make_graph(
+        [helper.make_node("Silu", ["x"], ["y"], domain="shoal")],
+        "shard",
+        [helper.make_tensor_value_info(n, TensorProto.FLOAT, ("batch", 4)) for n in ("x", "mask", "unused")],
+        [helper.make_tensor_value_info(n, TensorProto.FLOAT, ("batch", 4)) for n in ("y", "mask")],
+    )
+
+    lowered = lower(
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23), helper.make_opsetid("shoal", 1)])
+    )
+
+    assert [i.name for i in lowered.graph.graph.input] == ["x", "mask"]

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import anyio
 import anyio.to_thread
@@ -17,8 +17,9 @@ from shoal.fleet.view import CoordinatorView
 from shoal.ids import Digest, NodeId
 from shoal.node.calls import CallDesk, Handler
 from shoal.node.coordinator import Coordinator
+from shoal.node.desk import handler
 from shoal.node.mailbox import Mailbox
-from shoal.node.messages import REPORT, VIEW
+from shoal.node.messages import REPORT, VIEW, Leave, Nothing
 from shoal.node.shards import ShardKeeper
 from shoal.node.voice import Bell
 from shoal.node.worker_spec import WorkerReport
@@ -26,6 +27,8 @@ from shoal.transport.bus import Bus, Closable, Lane, Sample
 from shoal.transport.keys import ControlTopic, EventTopic, HeartbeatTopic, WorkerTopic, key_of, pattern_of
 
 HEARTBEAT_S = 0.2
+LEAVE_S = 30.0
+"""A leaving node goes after that, drained or not."""
 _ORDER_TIMEOUT_S = 1.0
 
 Heard = NodeReport | CoordinatorView | WorkerReport
@@ -47,7 +50,7 @@ class Agent:
     complete_manifests: Callable[[], tuple[Digest, ...]]
     on_view: Callable[[CoordinatorView], None]
     log: FilteringBoundLogger
-    leaving: bool = False
+    leaving: anyio.Event = field(default_factory=anyio.Event)
     _sequence: int = 0
     _manifests: tuple[Digest, ...] = ()
     _dropped: int = 0
@@ -64,14 +67,15 @@ class Agent:
             memory_free_bytes=psutil.virtual_memory().available,
             shards=self.keeper.reports(),
             manifests=self._manifests,
-            leaving=self.leaving,
+            leaving=self.leaving.is_set(),
         )
 
     async def run(self) -> None:
-        """Work until cancelled."""
+        """Work until cancelled, or until this node has left the fleet."""
         heard: Mailbox[Heard] = Mailbox()
         listening = self._listen(heard)
-        desk = CallDesk(self.bus, self.fleet, self.me, dict(self.handlers))
+        handlers = {**self.handlers, "leave": handler(Leave, self._leave)}
+        desk = CallDesk(self.bus, self.fleet, self.me, handlers)
         try:
             async with anyio.create_task_group() as group:
                 group.start_soon(self.keeper.run)
@@ -79,12 +83,26 @@ class Agent:
                 group.start_soon(self._beat)
                 group.start_soon(self._look_at_store)
                 group.start_soon(self._hear, heard)
+                group.start_soon(self._go_when_drained, group.cancel_scope)
                 if self.coordinator is not None:
                     group.start_soon(self.coordinator.run)
         finally:
             for subscription in listening:
                 subscription.close()
             heard.discard()
+
+    async def _leave(self, _: Leave) -> Nothing:
+        self.leaving.set()
+        self.bell.ring()
+        return Nothing()
+
+    async def _go_when_drained(self, scope: anyio.CancelScope) -> None:
+        await self.leaving.wait()
+        with anyio.move_on_after(LEAVE_S):
+            await anyio.sleep(1.0)  # some heartbeats: the coordinator must hear it before we are gone
+            while self.keeper.reports():  # noqa: ASYNC110 - the keeper's state, looked at rarely
+                await anyio.sleep(0.1)
+        scope.cancel()
 
     def _listen(self, heard: Mailbox[Heard]) -> list[Closable]:
         def into(kind: type[Heard]) -> Callable[[Sample], None]:

@@ -17,25 +17,23 @@ from prometheus_client import CollectorRegistry
 from structlog.typing import FilteringBoundLogger
 
 from shoal import __version__
-from shoal.clock import SystemClock
+from shoal.clock import Clock, SystemClock
 from shoal.errors import SettingsError
 from shoal.fleet.order import Hold
 from shoal.fleet.report import NodeFacts
-from shoal.fleet.view import CoordinatorView
 from shoal.fleet.views import JoinView
 from shoal.ids import Digest, NodeId
 from shoal.node.agent import Agent
 from shoal.node.artifacts import fetch_artifact, fetch_shard
 from shoal.node.calls import Caller, Handler
 from shoal.node.coordinator import Coordinator
-from shoal.node.desk import CoordinatorDesk, handler
+from shoal.node.desk import CoordinatorDesk
 from shoal.node.events import EventRing
 from shoal.node.fleet_api import FleetApi
 from shoal.node.gateway import Models
 from shoal.node.journal import Journal
 from shoal.node.launch import launch
 from shoal.node.measuring import Measurer
-from shoal.node.messages import Leave, Nothing
 from shoal.node.options import NodeOptions
 from shoal.node.pipeline import AnswerDesk
 from shoal.node.planning import FleetPlanner
@@ -46,20 +44,18 @@ from shoal.node.worker_spec import WorkerSpec
 from shoal.observe.metrics import Metrics
 from shoal.profile.device import device_facts, fingerprint
 from shoal.runtime.backend.onnx import providers
-from shoal.serve.access import access_for, read_keys
-from shoal.serve.app import App, build_app
+from shoal.serve.access import Access, access_for, read_keys
+from shoal.serve.app import build_app
 from shoal.serve.ports import Limits, Node
 from shoal.serve.run import bind, serve, url_of
 from shoal.store.home import Store, missing_bytes, open_store
 from shoal.store.lock import try_locked
 from shoal.store.peer import Fetcher, Pace, serve_chunks
-from shoal.transport.bus import Bus
+from shoal.transport.bus import Bus, Closable
 from shoal.transport.keys import ChunkTopic, ControlTopic, ProbeTopic, key_of
 from shoal.transport.shaped import Link, ShapedBus, Way
-from shoal.transport.zenoh import open_agent
+from shoal.transport.zenoh import ZenohBus, open_agent
 from shoal.trust.identity import load_or_create, node_id
-
-LEAVE_S = 30.0
 
 
 class Running(msgspec.Struct, frozen=True, kw_only=True):
@@ -89,196 +85,235 @@ async def run_node(options: NodeOptions, log: FilteringBoundLogger, started: Cal
                 f"a node is already running with home {home}",
                 hint="stop it with `shoal leave`, or choose another SHOAL_HOME",
             )
-        http = _listener(options)
+        access, http = _door(options)
         try:
-            await _Assembly(options, log).run(http, started)
+            parts = _open_parts(options, log, url_of(http) if http is not None else "")
+            try:
+                await _run(parts, _Gateway(access, http) if http is not None else None, started)
+            finally:
+                parts.close()
         finally:
             running_file(home).unlink(missing_ok=True)
             if http is not None:
                 http.close()
 
 
-def _listener(options: NodeOptions) -> socket.socket | None:
+def _door(options: NodeOptions) -> tuple[Access, socket.socket | None]:
+    """The gateway's rules and its socket; one that would stand open is refused before anything is bound."""
     if options.http is None:
-        return None
+        return Access(), None
     keys = read_keys(Path(options.api_keys)) if options.api_keys else frozenset()
-    access_for(options.http[0], keys)  # a gateway that would stand open is refused before anything is bound
-    return bind(*options.http)
+    return access_for(options.http[0], keys), bind(*options.http)
 
 
-@dataclass(slots=True)
-class _Assembly:
+@dataclass(frozen=True, slots=True)
+class _Gateway:
+    access: Access
+    http: socket.socket
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Parts:
+    """What a node has before any of its loops runs."""
+
     options: NodeOptions
     log: FilteringBoundLogger
+    clock: Clock
+    me: NodeId
+    store: Store
+    journal: Journal
+    fabric: ZenohBus
+    bus: Bus
+    facts: NodeFacts
+    caller: Caller
+    fetcher: Fetcher
+    ring: EventRing
 
-    async def run(self, http: socket.socket | None, started: Callable[[Running], None]) -> None:
-        options, log, clock = self.options, self.log, SystemClock()
-        home = Path(options.home)
-        store = open_store(home, quota_bytes=options.quota_bytes)
-        me = node_id(load_or_create(home / "node.key").public_key())
-        journal = Journal(home / "journal.db")
-        fabric = open_agent((options.listen,), options.connect, discover=options.discover)
-        bus = shaped_agent(fabric, options, me)
-        caller = Caller(bus, options.fleet, lambda: secrets.token_hex(8))
-        facts = self._facts(fabric.locators, url_of(http) if http is not None else "")
-        fetcher = Fetcher(bus, options.fleet, store, pace=Pace())
-        ring = EventRing(log, time.time)
-        planner = FleetPlanner(caller, clock, log)
-        models: Models | None = None
-        stop = anyio.CancelScope()
+    def close(self) -> None:
+        self.bus.close()
+        self.fabric.close()
+        self.journal.close()
 
-        def on_view(view: CoordinatorView) -> None:
-            if models is not None:
-                models.hear(view)
 
-        voice, bell = Voice(bus, options.fleet, me, on_view), Bell()
-        keeper = ShardKeeper(
-            journal,
-            partial(fetch_hold, fetcher, store),
-            partial(self._launch, me, facts, fabric.locators[0]),
-            voice.tell_worker,
-            bell.ring,
-        )
-        coordinator = (
-            Coordinator(
-                me=me,
-                journal=journal,
-                clock=clock,
-                planner=planner,
-                send_order=voice.send_order,
-                broadcast=voice.broadcast,
-                note=ring.note,
-                eager=options.eager,
-            )
-            if options.coordinates
-            else None
-        )
-        measurer = Measurer(
-            me=me,
-            fleet=options.fleet,
-            bus=bus,
-            store=store,
-            fetcher=fetcher,
-            clock=clock,
-            threads=options.threads or facts.cores,
-            facts=lambda: facts,
-        )
+def _open_parts(options: NodeOptions, log: FilteringBoundLogger, url: str) -> _Parts:
+    home = Path(options.home)
+    me = node_id(load_or_create(home / "node.key").public_key())
+    store = open_store(home, quota_bytes=options.quota_bytes)
+    journal = Journal(home / "journal.db")
+    fabric = open_agent((options.listen,), options.connect, discover=options.discover)
+    bus = shaped_agent(fabric, options, me)
+    return _Parts(
+        options=options,
+        log=log,
+        clock=SystemClock(),
+        me=me,
+        store=store,
+        journal=journal,
+        fabric=fabric,
+        bus=bus,
+        facts=node_facts(options, fabric.locators, url),
+        caller=Caller(bus, options.fleet, new_id),
+        fetcher=Fetcher(bus, options.fleet, store, pace=Pace()),
+        ring=EventRing(log, time.time),
+    )
 
-        async def leave(_: Leave) -> Nothing:
-            agent.leaving = True
-            bell.ring()
-            group.start_soon(_go_when_drained, agent, stop)
-            return Nothing()
 
-        handlers: dict[str, Handler] = {"profile": measurer.profile, "links": measurer.links, "blocks": measurer.blocks}
-        handlers["leave"] = handler(Leave, leave)
-        if coordinator is not None:
-            handlers |= CoordinatorDesk(coordinator, planner, ring).handlers()
-        agent = Agent(
-            me=me,
-            fleet=options.fleet,
-            incarnation=journal.next_number("incarnation"),
-            facts=lambda: facts,
-            bus=bus,
-            keeper=keeper,
-            coordinator=coordinator,
-            bell=bell,
-            handlers=handlers,
-            complete_manifests=partial(complete_manifests, store),
-            on_view=on_view,
-            log=log,
-        )
-        serving = [answer_echoes(fabric, options.fleet, me), serve_chunks(fabric, options.fleet, me, store.chunks)]
-        try:
-            async with anyio.create_task_group() as group:
-                with stop:
-                    if http is not None:
-                        desk = AnswerDesk(bus, options.fleet, me, clock, log)
-                        desk.open()
-                        serving.append(desk)
-                        models = Models(me, store, desk, clock, time.time, lambda: secrets.token_hex(8), log)
-                        group.start_soon(models.run)
-                        api = FleetApi(
-                            me,
-                            caller,
-                            store,
-                            lambda: models.view,
-                            _join(facts, options),
-                            models.last_token_age_s,
-                            models.answers,
-                        )
-                        node = Node(
-                            deployments=models,
-                            health=models,
-                            machines=api,
-                            placement=api,
-                            events=api,
-                            metrics=Metrics(CollectorRegistry()),
-                            clock=clock,
-                            unix_s=time.time,
-                            draw=lambda: secrets.randbits(63),
-                        )
-                        await group.start(partial(serve, self._app(node), http))
-                    group.start_soon(agent.run)
-                    running = Running(node=me, name=options.name, url=facts.gateway, locators=fabric.locators)
-                    running_file(home).write_bytes(msgspec.json.encode(running))
-                    started(running)
-                    await anyio.sleep_forever()
-                group.cancel_scope.cancel()
-        finally:
-            for open_thing in serving:
-                open_thing.close()
-            bus.close()
-            fabric.close()
-            journal.close()
+async def _run(parts: _Parts, gateway: _Gateway | None, started: Callable[[Running], None]) -> None:
+    options, fleet, me = parts.options, parts.options.fleet, parts.me
+    desk = AnswerDesk(parts.bus, fleet, me, parts.clock, parts.log)
+    models = Models(me, parts.store, desk, parts.clock, time.time, new_id, parts.log)
+    voice, bell = Voice(parts.bus, fleet, me, models.hear), Bell()
+    agent = _agent(parts, voice, bell, models)
+    serving: list[Closable] = [
+        answer_echoes(parts.fabric, fleet, me),
+        serve_chunks(parts.fabric, fleet, me, parts.store.chunks),
+        desk,
+    ]
+    try:
+        async with anyio.create_task_group() as group:
+            if gateway is not None:
+                desk.open()
+                group.start_soon(models.run)
+                app = build_app(_served(parts, models), gateway.access, Limits())
+                await group.start(partial(serve, app, gateway.http))
+            running = Running(node=me, name=options.name, url=parts.facts.gateway, locators=parts.fabric.locators)
+            running_file(Path(options.home)).write_bytes(msgspec.json.encode(running))
+            started(running)
+            await agent.run()
+            group.cancel_scope.cancel()
+    finally:
+        for open_thing in serving:
+            open_thing.close()
 
-    def _app(self, node: Node) -> App:
-        options = self.options
-        assert options.http is not None
-        keys = read_keys(Path(options.api_keys)) if options.api_keys else frozenset()
-        return build_app(node, access_for(options.http[0], keys), Limits())
 
-    def _facts(self, locators: tuple[str, ...], gateway: str) -> NodeFacts:
-        options = self.options
-        machine = device_facts(f"onnxruntime {version('onnxruntime')}")
-        threads = options.threads or machine.cores
-        emulated = (f"slowdown {options.slowdown}",) if options.slowdown != 1 else ()
-        return NodeFacts(
-            name=options.name,
-            version=__version__,
-            locators=locators,
-            cores=machine.cores,
-            memory_total_bytes=machine.memory_total_bytes,
-            memory_budget_bytes=options.memory_bytes or machine.suggested_budget_bytes,
-            providers=providers(),
-            fingerprint=fingerprint(machine, threads, emulated),
-            gateway=gateway,
-            coordinates=options.coordinates,
-            slowdown=options.slowdown,
-        )
+def _agent(parts: _Parts, voice: Voice, bell: Bell, models: Models) -> Agent:
+    options, facts = parts.options, parts.facts
+    keeper = ShardKeeper(
+        parts.journal,
+        partial(fetch_hold, parts.fetcher, parts.store),
+        partial(launch_hold, options, parts.me, parts.fabric.locators[0]),
+        voice.tell_worker,
+        bell.ring,
+    )
+    measurer = Measurer(
+        me=parts.me,
+        fleet=options.fleet,
+        bus=parts.bus,
+        store=parts.store,
+        fetcher=parts.fetcher,
+        clock=parts.clock,
+        threads=engine_threads(options, facts.cores),
+        facts=lambda: facts,
+    )
+    handlers: dict[str, Handler] = {"profile": measurer.profile, "links": measurer.links, "blocks": measurer.blocks}
+    planner = FleetPlanner(parts.caller, parts.clock, parts.log)
+    coordinator = _coordinator(parts, voice, planner) if options.coordinates else None
+    if coordinator is not None:
+        handlers |= CoordinatorDesk(coordinator, planner, parts.ring).handlers()
+    return Agent(
+        me=parts.me,
+        fleet=options.fleet,
+        incarnation=parts.journal.next_number("incarnation"),
+        facts=lambda: facts,
+        bus=parts.bus,
+        keeper=keeper,
+        coordinator=coordinator,
+        bell=bell,
+        handlers=handlers,
+        complete_manifests=partial(complete_manifests, parts.store),
+        on_view=models.hear,
+        log=parts.log,
+    )
 
-    async def _launch(self, me: NodeId, facts: NodeFacts, agent_locator: str, hold: Hold) -> WorkerHandle:
-        options = self.options
-        host = options.listen.removeprefix("tcp/").rpartition(":")[0]
-        spec = WorkerSpec(
-            fleet=options.fleet,
-            node=me,
-            home=options.home,
-            agent_locator=agent_locator,
-            data_listen=f"tcp/{host}:0",
-            shard=hold.shard,
-            stages=hold.stages,
-            manifest=hold.manifest,
-            start=hold.start,
-            stop=hold.stop,
-            slots=hold.slots,
-            context_tokens=hold.context_tokens,
-            in_flight=hold.in_flight,
-            threads=options.threads or facts.cores,
-            slowdown=options.slowdown,
-            links=options.links,
-        )
-        return await launch(spec)
+
+def _coordinator(parts: _Parts, voice: Voice, planner: FleetPlanner) -> Coordinator:
+    return Coordinator(
+        me=parts.me,
+        journal=parts.journal,
+        clock=parts.clock,
+        planner=planner,
+        send_order=voice.send_order,
+        broadcast=voice.broadcast,
+        note=parts.ring.note,
+        eager=parts.options.eager,
+    )
+
+
+def _served(parts: _Parts, models: Models) -> Node:
+    """What the gateway asks of this node."""
+    api = FleetApi(
+        me=parts.me,
+        caller=parts.caller,
+        store=parts.store,
+        view=lambda: models.view,
+        join=_join(parts.facts, parts.options),
+        last_token_age_s=models.last_token_age_s,
+        answers=models.answers,
+    )
+    return Node(
+        deployments=models,
+        health=models,
+        machines=api,
+        placement=api,
+        events=api,
+        metrics=Metrics(CollectorRegistry()),
+        clock=parts.clock,
+        unix_s=time.time,
+        draw=lambda: secrets.randbits(63),
+    )
+
+
+def new_id() -> str:
+    """Sixteen random hexadecimal characters."""
+    return secrets.token_hex(8)
+
+
+def engine_threads(options: NodeOptions, cores: int) -> int:
+    """Threads of an engine session on this node."""
+    return options.threads or cores
+
+
+def node_facts(options: NodeOptions, locators: tuple[str, ...], gateway: str) -> NodeFacts:
+    """What this node tells about itself; an emulated slowdown counts as another kind of machine."""
+    machine = device_facts(f"onnxruntime {version('onnxruntime')}")
+    emulated = (f"slowdown {options.slowdown}",) if options.slowdown != 1 else ()
+    return NodeFacts(
+        name=options.name,
+        version=__version__,
+        locators=locators,
+        cores=machine.cores,
+        memory_total_bytes=machine.memory_total_bytes,
+        memory_budget_bytes=options.memory_bytes or machine.suggested_budget_bytes,
+        providers=providers(),
+        fingerprint=fingerprint(machine, engine_threads(options, machine.cores), emulated),
+        gateway=gateway,
+        coordinates=options.coordinates,
+        slowdown=options.slowdown,
+    )
+
+
+async def launch_hold(options: NodeOptions, me: NodeId, agent_locator: str, hold: Hold) -> WorkerHandle:
+    """Start the worker of a shard."""
+    host = options.listen.removeprefix("tcp/").rpartition(":")[0]
+    spec = WorkerSpec(
+        fleet=options.fleet,
+        node=me,
+        home=options.home,
+        agent_locator=agent_locator,
+        data_listen=f"tcp/{host}:0",
+        shard=hold.shard,
+        stages=hold.stages,
+        manifest=hold.manifest,
+        start=hold.start,
+        stop=hold.stop,
+        slots=hold.slots,
+        context_tokens=hold.context_tokens,
+        in_flight=hold.in_flight,
+        threads=engine_threads(options, device_facts("").cores),
+        slowdown=options.slowdown,
+        links=options.links,
+    )
+    return await launch(spec)
 
 
 async def fetch_hold(fetcher: Fetcher, store: Store, hold: Hold, arrived: Callable[[int], None]) -> None:
@@ -314,14 +349,6 @@ def shaped_agent(bus: Bus, options: NodeOptions, me: NodeId) -> Bus:
         ):
             links[key] = link
     return ShapedBus(bus, links, SystemClock())
-
-
-async def _go_when_drained(agent: Agent, stop: anyio.CancelScope) -> None:
-    with anyio.move_on_after(LEAVE_S):
-        await anyio.sleep(1.0)  # a heartbeat or two: the coordinator must hear before we are gone
-        while agent.keeper.reports():  # noqa: ASYNC110 - another task's state, looked at rarely
-            await anyio.sleep(0.1)
-    stop.cancel()
 
 
 def _join(facts: NodeFacts, options: NodeOptions) -> JoinView:

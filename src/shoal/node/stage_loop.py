@@ -163,7 +163,7 @@ class StageLoop:
         try:
             outputs = self.session.step(effect.sequences, effect.tensors)
         except ShoalError as error:
-            return StepFailed(code=error.code, text=error.message)
+            return StepFailed(code=error.code, text=str(error))
         finally:
             self.busy_s += time.perf_counter() - began_s
             self.steps += 1

@@ -33,17 +33,17 @@ def nodes(
 def render_nodes(found: Sequence[NodeView]) -> RenderableType:
     """Machines, and under them the links that were measured."""
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("node", "id", "state", "roles", "cores", "load", "memory", "address"):
+    for column in ("node", "state", "roles", "cores", "load", "memory", "engine", "address"):
         table.add_column(column, justify="right" if column in {"cores", "load", "memory"} else "left")
     for node in found:
         table.add_row(
             node.name,
-            node.id[:6],
             f"[{_COLOURS[node.standing]}]{node.standing}[/]",
             " ".join(node.roles),
             str(node.cores),
             f"{node.load:.2f}" if node.load is not None else "-",
             f"{human_bytes(node.memory_promised_bytes)} of {human_bytes(node.memory_budget_bytes)}",
+            " ".join(p.removesuffix("ExecutionProvider") for p in node.providers),
             node.address.removeprefix("tcp/"),
         )
     names = {node.id: node.name for node in found}

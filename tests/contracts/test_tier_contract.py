@@ -66,7 +66,7 @@ def machine(make: Callable[[Path], Tier]) -> type[RuleBasedStateMachine]:
 
 @pytest.mark.parametrize("make", TIERS.values(), ids=TIERS.keys())
 def test_any_history_of_puts_and_drops_leaves_what_a_dict_would_hold(make: Callable[[Path], Tier]) -> None:
-    limits = settings(max_examples=30, stateful_step_count=15, deadline=None, suppress_health_check=list(HealthCheck))
+    limits = settings(max_examples=30, stateful_step_count=15, suppress_health_check=list(HealthCheck))
     run_state_machine_as_test(machine(make), settings=limits)
 
 

@@ -145,7 +145,7 @@ def test_work_of_a_block_is_two_per_weight_and_the_attention(decoder: onnx.Model
     assert products <= feed_forward.flops_per_token <= products + 10 * CONFIG.ffn
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(cuts=st.sets(st.integers(1, 2 * LAYERS + 1)), tokens=st.integers(1, 5), past=st.integers(0, 7))
 def test_shards_one_after_another_equal_the_decoder(
     decoder: onnx.ModelProto, cuts: set[int], tokens: int, past: int

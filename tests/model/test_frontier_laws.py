@@ -135,7 +135,7 @@ def dags(draw: st.DrawFn) -> onnx.ModelProto:
     return dag.model(list(dict.fromkeys([early, dag.values[-1]])))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(dags(), st.data())
 def test_any_cuts_of_any_graph_change_no_bit(model: onnx.ModelProto, data: st.DataObject) -> None:
     chain = blocks(model)

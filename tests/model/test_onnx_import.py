@@ -355,7 +355,7 @@ def test_a_node_that_reads_what_nothing_gives_is_corrupt(tmp_path: Path) -> None
 
 
 @given(cut=st.integers(0, 16_500))
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_truncated_file_never_becomes_a_model(cut: int, tmp_path: Path) -> None:
     whole = product().SerializeToString()
     path = tmp_path / "cut.onnx"
@@ -366,7 +366,7 @@ def test_a_truncated_file_never_becomes_a_model(cut: int, tmp_path: Path) -> Non
 
 
 @given(at=st.integers(0, 400), byte=st.integers(0, 255))
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_flipped_byte_is_an_error_of_ours_or_harmless(at: int, byte: int, tmp_path: Path) -> None:
     data = bytearray(product(external("w.bin")).SerializeToString())
     data[at % len(data)] = byte

@@ -157,7 +157,7 @@ def test_the_configuration_overrules_the_file_about_bos() -> None:
     assert tokenizer.encode("rain", add_special=True)[0] != 1
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(data=st.data())
 def test_streamed_text_is_the_whole_text_and_never_half_a_character(tiny: Tokenizer, data: st.DataObject) -> None:
     tokens = data.draw(st.lists(st.integers(0, tiny.vocabulary + 2), max_size=40))
@@ -171,7 +171,7 @@ def test_streamed_text_is_the_whole_text_and_never_half_a_character(tiny: Tokeni
     assert whole in (raw, raw.removeprefix(" "))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(text=st.text(max_size=30))
 def test_a_valid_stream_never_shows_a_replacement_character(tiny: Tokenizer, text: str) -> None:
     text = text.replace("\ufffd", "")

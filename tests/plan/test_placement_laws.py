@@ -25,7 +25,7 @@ from shoal.plan.problem import (
 )
 from shoal.plan.tables import build_tables, time_passes
 
-LAWS = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+LAWS = settings(max_examples=150, suppress_health_check=[HealthCheck.too_slow])
 
 small = st.integers(0, 6)
 times = st.integers(0, 40).map(lambda value: value / 1000)

@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import pytest
-from hypothesis import settings
 
 from shoal.ids import DeploymentId, RequestId
 from shoal.runtime.backend.null import NullBackend, null_shard
@@ -12,9 +11,6 @@ from shoal.runtime.pipeline import LocalPipeline, LocalStage
 from shoal.runtime.request import GenerateRequest, SamplingParams
 from shoal.runtime.scheduler import SchedulerSettings
 from shoal.runtime.settings import StageSettings
-
-settings.register_profile("shoal", deadline=None)  # no test asserts on time
-settings.load_profile("shoal")
 
 LAYERS = 6
 VOCABULARY = 64

@@ -184,7 +184,7 @@ def test_a_text_file_and_an_empty_one_are_not_models(tmp_path: Path) -> None:
             import_bytes(content, tmp_path)
 
 
-FUZZ = settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+FUZZ = settings(max_examples=120, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def header_bytes(data: bytes) -> int:

@@ -137,7 +137,7 @@ def test_a_piece_is_lowered_to_the_piece_of_the_whole(architecture: str, tiny: T
     assert {p.name for p in pieces} == {whole.name}
 
 
-@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_shards_give_the_bits_of_the_whole(
     data: st.DataObject,

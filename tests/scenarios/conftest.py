@@ -251,14 +251,15 @@ class Fleet:
         context_tokens: int = TINY_CONTEXT,
         slots: int = 2,
         free: bool = False,
-    ) -> DeploymentView:
-        """Serve *model* as *name*, one stage on each of *places* (*free*: no more than that, moving is allowed)."""
+        wait: bool = True,
+    ) -> DeploymentView | None:
+        """Serve *model* as *name*, one stage on each of *places* (*free*: that many stages, wherever the planner likes)."""
         shape = RequestShape(tokens_in=16, tokens_out=32, context_tokens=context_tokens, slots=slots)
         pins = () if free else tuple(Pin(block=i, node=m.id) for i, m in enumerate(places[:1]))
         pins += () if free or len(places) < 2 else (Pin(block=self.stock.blocks(model) - 1, node=places[-1].id),)
         with self.asking(at) as shoal:
             shoal.deploy(model, name=name, shape=shape, stages=len(places), pins=pins)
-        return self.wait_ready(name, at=at)
+        return self.wait_ready(name, at=at) if wait else None
 
     def wait_ready(self, name: str, *, after_epoch: int = 0, at: Machine | None = None) -> DeploymentView:
         def ready() -> DeploymentView | None:
@@ -346,8 +347,8 @@ def _link(source: str, target: str) -> None:
         os.link(source, target)
 
 
-def make_tiny(folder: Path, layers: int = 6) -> Path:
-    """A random llama with a byte-level tokenizer, as a Hugging Face folder: small, but it answers at length and in text."""
+def tokenizer() -> tuple[dict[str, bytes], int]:
+    """Files of the recorded byte-level tokenizer, with `<s>` and `</s>` before its tokens; and how many tokens it has."""
     recorded = json.loads((GOLDEN_TEXT / "byte_level.json").read_text(encoding="utf-8"))
     tokens = ["<s>", "</s>", *recorded["tokens"]]
     files = tokenizer_files(
@@ -361,11 +362,25 @@ def make_tiny(folder: Path, layers: int = 6) -> Path:
             "tokenizer.ggml.eos_token_id": 1,
         }
     )
+    return files, len(tokens)
+
+
+def make_bert(folder: Path) -> Path:
+    """The recorded tiny encoder with a tokenizer, which it needs to be served (requests may send ids)."""
+    shutil.copytree(GOLDEN_TEXT.parent / "bert", folder)
+    for name, data in tokenizer()[0].items():
+        (folder / name).write_bytes(data)
+    return folder
+
+
+def make_tiny(folder: Path, layers: int = 6) -> Path:
+    """A random llama with a byte-level tokenizer, as a Hugging Face folder: small, but it answers at length and in text."""
+    files, vocabulary = tokenizer()
     hidden, inner, heads, kv_heads = 64, 96, 4, 2
     config = {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": hidden, "intermediate_size": inner,
         "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": kv_heads,
-        "max_position_embeddings": TINY_CONTEXT, "vocab_size": len(tokens), "rms_norm_eps": 1e-6,
+        "max_position_embeddings": TINY_CONTEXT, "vocab_size": vocabulary, "rms_norm_eps": 1e-6,
         "rope_theta": 10000.0, "hidden_act": "silu", "bos_token_id": 0, "eos_token_id": 1,
     }  # fmt: skip
     drawn = 0
@@ -379,8 +394,8 @@ def make_tiny(folder: Path, layers: int = 6) -> Path:
         return (spread * scale * 12**0.5).astype(np.float32).reshape(shape)
 
     tensors = {
-        "model.embed_tokens.weight": weight(len(tokens), hidden, scale=1),
-        "lm_head.weight": weight(len(tokens), hidden, scale=0.5),
+        "model.embed_tokens.weight": weight(vocabulary, hidden, scale=1),
+        "lm_head.weight": weight(vocabulary, hidden, scale=0.5),
         "model.norm.weight": np.ones(hidden, np.float32),
     }
     tensors["lm_head.weight"][:2] = (
@@ -415,7 +430,7 @@ def stock(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReque
     base = tmp_path_factory.mktemp("stock")
     sources = {
         TINY: lambda: make_tiny(base / "tiny-source"),
-        "minilm": lambda: request.getfixturevalue("minilm_folder"),
+        "bert": lambda: make_bert(base / "bert-source"),
         "smollm2": lambda: request.getfixturevalue("smollm2_gguf"),
     }
     return Stock(base, sources)

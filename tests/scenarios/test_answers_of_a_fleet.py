@@ -45,7 +45,9 @@ def site(fleets: Callable[[ExitStack], Any]) -> Iterator[Any]:
         fleet = fleets(stack)
         machines = {m.name: m for m in fleet.site("b", "c")}
         for name, places in DEPLOYED.items():
-            fleet.deploy(name, *(machines[p] for p in places))
+            fleet.deploy(name, *(machines[p] for p in places), wait=False)
+        for name in DEPLOYED:
+            fleet.wait_ready(name)
         yield fleet
 
 
@@ -185,25 +187,24 @@ def test_where_no_plan_fits_the_error_says_what_is_missing_and_what_would_fit(si
     assert "huge" not in names
 
 
-def test_two_models_answer_at_once(site: Fleet) -> None:
-    site.stock.put(site.machines[0].home, "minilm")
-    site.deploy("sentences", site.machines[0], model="minilm", context_tokens=256)
+def test_two_models_answer_at_once_and_an_encoder_may_be_cut_too(site: Fleet) -> None:
+    a, b, _ = site.machines
+    site.stock.put(a.home, "bert")
+    site.deploy("vectors", a, model="bert", context_tokens=64, wait=False)
+    site.deploy("vectors-of-two", a, b, model="bert", context_tokens=64)
+    site.wait_ready("vectors")
     client = site.openai()
 
     with ThreadPoolExecutor(4) as pool:
         chats = [pool.submit(tokens_of, client, "three", "hi", temperature=0) for _ in range(2)]
-        texts = ["a boat in the harbour", "a ship at the quay", "a proof of a theorem"]
-        vectors = pool.submit(client.embeddings.create, model="sentences", input=texts).result().data
+        ids = [[5, 6, 7], [8, 9]]
+        asked = [pool.submit(client.embeddings.create, model=m, input=ids) for m in ("vectors", "vectors-of-two")]
+        one, two = ([v.embedding for v in done.result().data] for done in asked)
         answers = [chat.result() for chat in chats]
 
     assert answers[0] == answers[1]
-    boat, ship, proof = (v.embedding for v in vectors)
-    assert len(boat) == 384
-    assert _dot(boat, ship) > _dot(boat, proof)
-
-
-def _dot(left: list[float], right: list[float]) -> float:
-    return sum(x * y for x, y in zip(left, right, strict=True))
+    assert [len(vector) for vector in one] == [64, 64]
+    assert two == [pytest.approx(vector, rel=1e-4) for vector in one]
 
 
 def test_garbage_on_the_fabric_is_dropped_and_counted_and_nobody_notices(site: Fleet) -> None:

@@ -1,0 +1,166 @@
+"""Workers die, nodes die, freeze and come back: it is seen in time, and the service recovers by itself."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from queue import SimpleQueue
+from threading import Thread
+from typing import Any
+
+import msgspec
+import openai
+import psutil
+import pytest
+
+from shoal.fleet.report import NodeReport
+from shoal.fleet.state import Standing
+from shoal.transport.keys import HeartbeatTopic, key_of
+from shoal.transport.zenoh import open_control
+
+Fleet = Any  # of conftest
+Machine = Any
+SEEN_S = 2 * 1.0
+"""A killed node is seen within 1 s; twice that on a machine that is busy with other tests."""
+LOST_S = 2 * 3.0
+ASKED = {"model": "two", "messages": [{"role": "user", "content": "hi"}], "temperature": 0}
+
+
+@pytest.fixture(scope="module")
+def site(fleets: Callable[[ExitStack], Fleet]) -> Iterator[Fleet]:
+    """Nodes a, b, c; the tiny model in two stages, the first on a."""
+    with ExitStack() as stack:
+        fleet = fleets(stack)
+        first, *_ = fleet.site("b", "c")
+        fleet.deploy("two", first, first, free=True)
+        yield fleet
+
+
+def text_of(fleet: Fleet) -> str:
+    return fleet.openai().chat.completions.create(**ASKED, max_tokens=40).choices[0].message.content
+
+
+@contextmanager
+def long_answer(fleet: Fleet) -> Iterator["SimpleQueue[object]"]:
+    """A stream that is under way; how it ends comes out of the queue."""
+    ended: SimpleQueue[object] = SimpleQueue()
+    stream = fleet.openai().chat.completions.create(**ASKED, max_tokens=4000, stream=True)
+    next(iter(stream))
+
+    def read() -> None:
+        try:
+            ended.put([chunk.choices[0].finish_reason for chunk in stream][-1])
+        except openai.APIError as error:
+            ended.put(error)
+
+    reader = Thread(target=read)
+    reader.start()
+    yield ended
+    reader.join(60)
+
+
+def second_of(fleet: Fleet) -> Machine:
+    """Where the last stage runs."""
+    node = fleet.deployment("two").plan.stages[-1].node
+    return next(m for m in fleet.machines if m.id == node)
+
+
+def event_after(fleet: Fleet, kind: str, node: str, since_s: float) -> float | None:
+    """Seconds from *since_s* to the first event of that kind about the node."""
+    times = [e.unix_s - since_s for e in fleet.events() if (e.kind, e.node) == (kind, node) and e.unix_s >= since_s]
+    return min(times, default=None)
+
+
+@contextmanager
+def heartbeats(of: Machine, at: Machine) -> Iterator["SimpleQueue[NodeReport]"]:
+    """What node *of* says about itself, as heard at the agent of *at*."""
+    heard: SimpleQueue[NodeReport] = SimpleQueue()
+    bus = open_control(f"tcp/{at.address}")
+    try:
+        key = key_of(HeartbeatTopic(fleet="shoal", node=of.id))
+        bus.subscribe(key, lambda sample: heard.put(msgspec.msgpack.decode(sample.payload, type=NodeReport)))
+        yield heard
+    finally:
+        bus.close()
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_when_a_worker_is_killed_the_stream_ends_with_an_error_and_the_service_recovers(
+    site: Fleet, stage: int
+) -> None:
+    before, epoch = text_of(site), site.deployment("two").plan_epoch
+    machine = site.machines[0] if stage == 0 else second_of(site)
+
+    with long_answer(site) as ended:
+        machine.workers()[-1].kill()
+        end = ended.get(timeout=20)
+
+    assert isinstance(end, openai.APIError)
+    assert end.code == "shard_lost"
+    site.wait_ready("two", after_epoch=epoch)
+    assert text_of(site) == before
+
+
+def test_a_killed_node_is_seen_in_time_and_its_stage_moves(site: Fleet) -> None:
+    before, epoch = text_of(site), site.deployment("two").plan_epoch
+    lost = second_of(site)
+    orphans = lost.workers()
+
+    with long_answer(site) as ended:
+        killed_s = time.time()
+        lost.kill()
+        end = ended.get(timeout=20)
+
+    assert isinstance(end, openai.APIError)
+    seen_s = site.wait(lambda: event_after(site, "node.suspect", lost.id, killed_s), "the node is suspect")
+    lost_s = site.wait(lambda: event_after(site, "node.lost", lost.id, killed_s), "the node is lost")
+    assert seen_s <= SEEN_S
+    assert lost_s <= LOST_S
+    view = site.wait_ready("two", after_epoch=epoch)
+    assert lost.id not in {s.node for s in view.plan.stages}
+    assert text_of(site) == before
+    assert not psutil.wait_procs(orphans, timeout=6)[1], "workers do not outlive their agent"
+
+
+def test_a_node_that_was_killed_comes_back_as_itself(site: Fleet) -> None:
+    dead = next(m for m in site.machines[1:] if m is not second_of(site))
+    with heartbeats(of=dead, at=site.machines[0]) as heard:
+        if dead.process.poll() is None:
+            before = heard.get(timeout=5)
+            dead.kill()
+        else:
+            before = None
+        identity = dead.id
+
+        dead.start()
+        dead.wait_up()
+        site.wait_alive(dead.name)
+        first = heard.get(timeout=5)
+
+        assert dead.id == first.node == identity
+        assert first.incarnation > (before.incarnation if before else 1)
+
+
+def test_a_frozen_node_is_seen_in_time_and_is_itself_again_afterwards(site: Fleet) -> None:
+    before, epoch = text_of(site), site.deployment("two").plan_epoch
+    frozen = second_of(site)
+    workers = frozen.workers()
+
+    frozen_s = time.time()
+    for process in (frozen.process.pid, *(w.pid for w in workers)):
+        psutil.Process(process).suspend()
+    try:
+        seen_s = site.wait(lambda: event_after(site, "node.suspect", frozen.id, frozen_s), "the node is suspect")
+        lost_s = site.wait(lambda: event_after(site, "node.lost", frozen.id, frozen_s), "the node is lost")
+        view = site.wait_ready("two", after_epoch=epoch)
+    finally:
+        for process in (frozen.process.pid, *(w.pid for w in workers)):
+            psutil.Process(process).resume()
+
+    assert seen_s <= SEEN_S
+    assert lost_s <= LOST_S
+    assert frozen.id not in {s.node for s in view.plan.stages}
+    site.wait_alive(frozen.name)
+    assert site.nodes()[frozen.name].id == frozen.id
+    assert site.nodes()[frozen.name].standing is Standing.ALIVE
+    site.wait(lambda: not frozen.workers(), "the shard of the old plan is given up")
+    assert text_of(site) == before

@@ -9,7 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shoal.errors import CorruptFileError, UnsupportedModelError
+from shoal.model.codec import ModelCodec
 from shoal.model.gguf_tokenizer import tokenizer_files
+from shoal.model.template import ChatTemplate
 from shoal.model.tokenizer import Tokenizer, tokenizer_files_from_gguf
 
 GOLDEN = Path(__file__).resolve().parent.parent / "golden" / "text"
@@ -206,6 +208,16 @@ def test_a_continuation_keeps_its_space() -> None:
 
     assert tokenizer.detokenizer().push(token) == "the"
     assert tokenizer.detokenizer(continues=True).push(token) == " the"
+
+
+def test_the_codec_passes_on_whether_a_text_continues() -> None:
+    tokenizer = sentence_piece("prefix")
+    template = ChatTemplate.from_files({}, tokenizer)
+    codec = ModelCodec(tokenizer=tokenizer, template=template, unix_s=lambda: 0.0)
+    (token,) = tokenizer.encode("the", add_special=False)
+
+    assert codec.detokenizer().push(token) == "the"
+    assert codec.detokenizer(continues=True).push(token) == " the"
 
 
 @pytest.mark.parametrize(

@@ -53,8 +53,11 @@ CONTEXT = 512
 
 
 class ByteDetokenizer:
-    def __init__(self) -> None:
+    """Takes a text that starts anew to begin with a space that nobody wrote, as SentencePiece vocabularies do."""
+
+    def __init__(self, *, continues: bool) -> None:
         self.pending = b""
+        self.strip_space = not continues
 
     def push(self, token: int) -> str:
         self.pending += bytes([token])
@@ -65,6 +68,8 @@ class ByteDetokenizer:
                 return ""
             text = self.pending.decode(errors="replace")
         self.pending = b""
+        if self.strip_space:
+            self.strip_space, text = False, text.removeprefix(" ")
         return text
 
     def flush(self) -> str:
@@ -84,8 +89,8 @@ class ByteCodec:
         lines = [f"{m['role']}:{m['content']}" for m in messages] + (["tools"] if tools else [])
         return self.encode("\n".join(lines) + "\nassistant:")
 
-    def detokenizer(self) -> ByteDetokenizer:
-        return ByteDetokenizer()
+    def detokenizer(self, *, continues: bool = False) -> ByteDetokenizer:
+        return ByteDetokenizer(continues=continues)
 
     def token_bytes(self, token: int) -> bytes:
         return bytes([token])

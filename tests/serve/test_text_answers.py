@@ -44,6 +44,22 @@ def test_a_chat_is_rendered_by_the_template_and_sampled_as_openai_does_by_defaul
     assert request.stop_token_ids == (256,)
 
 
+def test_a_completion_keeps_the_space_that_joins_it_to_its_prompt(
+    client: TestClient[Litestar], gateway: "Gateway"
+) -> None:
+    gateway.script.reply = " there"
+
+    assert client.post(TEXT, json=text()).json()["choices"][0]["text"] == " there"
+
+
+def test_a_chat_answer_begins_without_the_space_of_the_vocabulary(
+    client: TestClient[Litestar], gateway: "Gateway"
+) -> None:
+    gateway.script.reply = " there"
+
+    assert client.post(CHAT, json=chat()).json()["choices"][0]["message"]["content"] == "there"
+
+
 def test_every_sampling_field_reaches_the_executor(client: TestClient[Litestar], gateway: "Gateway") -> None:
     sampling = {
         "temperature": 0.5, "top_p": 0.9, "top_k": 40, "min_p": 0.05, "presence_penalty": 0.5, "frequency_penalty": -0.5,

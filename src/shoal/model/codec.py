@@ -32,9 +32,9 @@ class ModelCodec:
         text = self.template.render(messages, now_s=self.unix_s(), tools=tools)
         return tuple(self.tokenizer.encode(text, add_special=False, parse_special=True))
 
-    def detokenizer(self) -> Detokenizer:
-        """A fresh one, for one answer."""
-        return self.tokenizer.detokenizer()
+    def detokenizer(self, *, continues: bool = False) -> Detokenizer:
+        """A fresh one, for one answer; `continues` keeps a leading space, for text that is appended to its prompt."""
+        return self.tokenizer.detokenizer(continues=continues)
 
     def token_bytes(self, token: int) -> bytes:
         """What a token stands for by itself."""

@@ -91,7 +91,9 @@ class _Reader:
     finish: FinishReason = FinishReason.CANCELLED
 
     async def read(self, request: GenerateRequest) -> None:
-        assembler = Assembler(detokenizer=self.job.codec.detokenizer(), stops=self.job.stops)
+        assembler = Assembler(
+            detokenizer=self.job.codec.detokenizer(continues=self.job.continues), stops=self.job.stops
+        )
         async with closed_after(self.job.model.executor.generate(request)) as deltas:
             async for delta in deltas:
                 self._measure(delta)

@@ -1,7 +1,7 @@
 """From a parsed OpenAI request to requests of token ids: pure, once the prompt is encoded."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import msgspec
 
@@ -20,7 +20,10 @@ _MASK63, _MASK64 = 2**63 - 1, 2**64 - 1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """All that one HTTP request asks of a model; the position of a request in `requests` is its choice's index."""
+    """All that one HTTP request asks of a model; the position of a request in `requests` is its choice's index.
+
+    `continues` says that an answer carries on its prompt's text, so that a space between the two belongs to it.
+    """
 
     id: str
     created: int
@@ -31,6 +34,7 @@ class Job:
     stops: tuple[str, ...] = ()
     stream: bool = False
     include_usage: bool = False
+    continues: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,7 +91,8 @@ def completion_job(
 ) -> Job:
     """The job of a completion request with its encoded *prompts*; raises InvalidRequestError."""
     sampling = sampling_of(body, stamp.seed, body.logprobs)
-    return _job(body, model, prompts, sampling, (body.max_tokens or COMPLETION_MAX_TOKENS, "prompt"), stamp)
+    job = _job(body, model, prompts, sampling, (body.max_tokens or COMPLETION_MAX_TOKENS, "prompt"), stamp)
+    return replace(job, continues=True)
 
 
 def check_choices(prompts: int, n: int, limits: Limits) -> None:

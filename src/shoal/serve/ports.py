@@ -47,8 +47,8 @@ class TextCodec(Protocol):
         """Ids of the rendered conversation with its generation prompt; raises InvalidRequestError when the template refuses."""
         ...
 
-    def detokenizer(self) -> Detokenizer:
-        """A fresh one, for one answer."""
+    def detokenizer(self, *, continues: bool = False) -> Detokenizer:
+        """A fresh one, for one answer; `continues` says that the text is appended to the prompt's, leading space included."""
         ...
 
     def token_bytes(self, token: int) -> bytes:

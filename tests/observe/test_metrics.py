@@ -4,8 +4,9 @@ import pytest
 from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 
-from shoal.ids import DeploymentId, NodeId
-from shoal.observe.metrics import Direction, Metrics
+from shoal.ids import DeploymentId
+from shoal.observe.figures import Figures, StageFigures, register
+from shoal.observe.metrics import Metrics
 
 MODEL = DeploymentId("smollm2")
 
@@ -36,33 +37,32 @@ def test_a_request_leaves_its_times_tokens_and_outcome(metrics: Metrics) -> None
     assert seen["shoal_requests_total", MODEL, "stop"] == 1
 
 
-def test_the_fleet_and_its_stages_are_seen(metrics: Metrics) -> None:
-    metrics.node_up(NodeId("a"), alive=True)
-    metrics.node_up(NodeId("b"), alive=False)
-    metrics.stage_step(MODEL, 1, 0.004)
-    metrics.fabric_bytes(Direction.SENT, 2304)
+def test_the_fleet_and_its_stages_are_read_at_each_scrape() -> None:
+    registry = CollectorRegistry()
+    now = Figures()
+    register(registry, lambda: now)
+    metrics = Metrics(registry)
+    assert not [name for name in samples(metrics) if name[0] == "shoal_node_up"]
+
+    stage = StageFigures(deployment=MODEL, stage=0, steps=7, busy_s=0.5, running=2, waiting=3)
+    later = StageFigures(deployment=MODEL, stage=1, steps=6, busy_s=0.25)
+    now = Figures(
+        nodes={"a": True, "b": False},
+        predicted_s={MODEL: 0.05},
+        stages=(stage, later),
+        bytes_sent=10,
+        bytes_received=20,
+    )
 
     seen = samples(metrics)
-
     assert (seen["shoal_node_up", "a"], seen["shoal_node_up", "b"]) == (1, 0)
-    assert seen["shoal_stage_step_seconds_count", MODEL, "1"] == 1
-    assert seen["shoal_fabric_bytes_total", "sent"] == 2304
-
-
-def test_a_deployment_that_is_gone_shows_no_queue_but_keeps_its_counts(metrics: Metrics) -> None:
-    metrics.queue_depth(MODEL, 3)
-    metrics.running(MODEL, 2)
-    metrics.predicted(MODEL, 0.05)
-    metrics.answered(MODEL, "shard_lost", 5, 0)
-
-    metrics.forget_deployment(MODEL)
-
-    assert {name[0] for name in samples(metrics) if MODEL in name} == {
-        "shoal_requests_total",
-        "shoal_requests_created",
-        "shoal_tokens_total",
-        "shoal_tokens_created",
-    }
+    assert seen["shoal_predicted_time_per_output_token_seconds", MODEL] == 0.05
+    assert (seen["shoal_stage_steps_total", MODEL, "0"], seen["shoal_stage_busy_seconds_total", MODEL, "1"]) == (
+        7,
+        0.25,
+    )
+    assert (seen["shoal_requests_running", MODEL], seen["shoal_queue_depth", MODEL]) == (2, 3)
+    assert (seen["shoal_fabric_bytes_total", "sent"], seen["shoal_fabric_bytes_total", "received"]) == (10, 20)
 
 
 def test_two_nodes_in_one_process_do_not_share_counters(metrics: Metrics) -> None:

@@ -62,7 +62,7 @@ def broken(deployment: Deployment, reports: Mapping[NodeId, NodeReport]) -> str:
         if shard is not None and shard.state is ShardState.FAILED:
             return f"stage {index} on {stage.node} failed: {shard.error}"
     shards = [_shard_of(deployment, plan, i, reports) for i in range(len(plan.stages))]
-    if shards[0] is None or not shards[0].live_requests:
+    if shards[0] is None or not shards[0].live_requests + shards[0].waiting_requests:
         for stage in plan.stages:
             if reports[stage.node].leaving:
                 return f"node {stage.node} is leaving"

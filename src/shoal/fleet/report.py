@@ -45,7 +45,9 @@ class ShardReport(msgspec.Struct, frozen=True, kw_only=True):
     busy_s: float = 0.0
     """Seconds that the engine has worked since it was loaded."""
     live_requests: int = 0
-    """Requests that are being answered or wait (first stages only)."""
+    """Requests that are being answered (first stages only)."""
+    waiting_requests: int = 0
+    """Requests that wait for a slot (first stages only)."""
 
 
 class NodeFacts(msgspec.Struct, frozen=True, kw_only=True):

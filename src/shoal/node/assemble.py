@@ -30,6 +30,7 @@ from shoal.node.coordinator import Coordinator
 from shoal.node.desk import CoordinatorDesk
 from shoal.node.events import EventRing
 from shoal.node.fleet_api import FleetApi
+from shoal.node.fleet_figures import figures
 from shoal.node.gateway import Models
 from shoal.node.journal import Journal
 from shoal.node.launch import launch
@@ -41,6 +42,7 @@ from shoal.node.probe import answer_echoes
 from shoal.node.shards import ShardKeeper, WorkerHandle
 from shoal.node.voice import Bell, Voice
 from shoal.node.worker_spec import WorkerSpec
+from shoal.observe.figures import register
 from shoal.observe.metrics import Metrics
 from shoal.profile.device import device_facts, fingerprint
 from shoal.runtime.backend.onnx import providers
@@ -174,7 +176,7 @@ async def _run(parts: _Parts, gateway: _Gateway | None, started: Callable[[Runni
             if gateway is not None:
                 desk.open()
                 group.start_soon(models.run)
-                app = build_app(_served(parts, models), gateway.access, Limits())
+                app = build_app(_served(parts, models, agent), gateway.access, Limits())
                 await group.start(partial(serve, app, gateway.http))
             running = Running(node=me, name=options.name, url=parts.facts.gateway, locators=parts.fabric.locators)
             running_file(Path(options.home)).write_bytes(msgspec.json.encode(running))
@@ -239,7 +241,7 @@ def _coordinator(parts: _Parts, voice: Voice, planner: FleetPlanner) -> Coordina
     )
 
 
-def _served(parts: _Parts, models: Models) -> Node:
+def _served(parts: _Parts, models: Models, agent: Agent) -> Node:
     """What the gateway asks of this node."""
     api = FleetApi(
         me=parts.me,
@@ -250,13 +252,15 @@ def _served(parts: _Parts, models: Models) -> Node:
         last_token_age_s=models.last_token_age_s,
         answers=models.answers,
     )
+    registry = CollectorRegistry()
+    register(registry, lambda: figures(agent.coordinator, agent.report(), models.view, parts.fabric.stats()))
     return Node(
         deployments=models,
         health=models,
         machines=api,
         placement=api,
         events=api,
-        metrics=Metrics(CollectorRegistry()),
+        metrics=Metrics(registry),
         clock=parts.clock,
         unix_s=time.time,
         draw=lambda: secrets.randbits(63),

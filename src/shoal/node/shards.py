@@ -98,7 +98,16 @@ class ShardKeeper:
             return
         fields = {
             f: getattr(said, f)
-            for f in ("state", "locators", "error_code", "error", "steps", "busy_s", "live_requests")
+            for f in (
+                "state",
+                "locators",
+                "error_code",
+                "error",
+                "steps",
+                "busy_s",
+                "live_requests",
+                "waiting_requests",
+            )
         }
         self._note(kept, **fields)
         if said.state is ShardState.READY and kept.wiring is not None:

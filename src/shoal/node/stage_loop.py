@@ -83,6 +83,7 @@ class StageLoop:
     steps: int = 0
     busy_s: float = 0.0
     live_requests: int = 0
+    waiting_requests: int = 0
     malformed: int = 0
     _outbound: Bus | None = None
     _open: list[Closable] = field(default_factory=list)
@@ -115,7 +116,8 @@ class StageLoop:
                         self._connect(outbound)
                     case _:
                         state = self._advance(state, item)
-                        self.live_requests = len(state.first.live) + len(state.first.waiting) if state.first else 0
+                        if state.first is not None:
+                            self.live_requests, self.waiting_requests = len(state.first.live), len(state.first.waiting)
                         if now_s - ticked_s >= _TICK_S:
                             state = self._advance(state, Tick(now_s=now_s))
                             ticked_s = now_s

@@ -72,6 +72,7 @@ class Reporter:
             steps=loop.steps if loop else 0,
             busy_s=loop.busy_s if loop else 0.0,
             live_requests=loop.live_requests if loop else 0,
+            waiting_requests=loop.waiting_requests if loop else 0,
         )
         self.control.put(worker_key(self.spec, REPORT), msgspec.msgpack.encode(report))
         self._sent_s = self.clock.now_s()

@@ -46,6 +46,7 @@ class WorkerReport(msgspec.Struct, frozen=True, kw_only=True):
     steps: int = 0
     busy_s: float = 0.0
     live_requests: int = 0
+    waiting_requests: int = 0
 
 
 class Wiring(msgspec.Struct, frozen=True, kw_only=True):

@@ -6,9 +6,8 @@ users notice.
 """
 
 from collections.abc import Sequence
-from enum import StrEnum
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
 FIRST_TOKEN_BUCKETS_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0)
@@ -30,14 +29,6 @@ OUTPUT_TOKEN_BUCKETS_S = (
     1.0,
     2.5,
 )
-STEP_BUCKETS_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.02, 0.035, 0.05, 0.1, 0.2, 0.35, 0.5, 1.0, 2.5, 5.0)
-
-
-class Direction(StrEnum):
-    """Which way bytes went over the fabric."""
-
-    SENT = "sent"
-    RECEIVED = "received"
 
 
 class Metrics:
@@ -53,16 +44,6 @@ class Metrics:
         )
         self._requests = self._counter("requests", "Requests that ended", ["deployment", "outcome"])
         self._tokens = self._counter("tokens", "Tokens read and written", ["deployment", "kind"])
-        self._queue_depth = self._gauge("queue_depth", "Requests that wait for a slot", ["deployment"])
-        self._running = self._gauge("requests_running", "Requests that hold a slot", ["deployment"])
-        self._stage_step = self._histogram(
-            "stage_step_seconds", "One step of one stage", ["deployment", "stage"], STEP_BUCKETS_S
-        )
-        self._predicted = self._gauge(
-            "predicted_time_per_output_token_seconds", "What the plan in force says", ["deployment"]
-        )
-        self._fabric_bytes = self._counter("fabric_bytes", "Payload bytes on the fabric", ["direction"])
-        self._node_up = self._gauge("node_up", "1 while a node's heartbeats arrive", ["node"])
 
     def first_token(self, deployment: str, time_s: float) -> None:
         self._first_token.labels(deployment).observe(time_s)
@@ -76,29 +57,6 @@ class Metrics:
         self._tokens.labels(deployment, "prompt").inc(prompt_tokens)
         self._tokens.labels(deployment, "output").inc(output_tokens)
 
-    def queue_depth(self, deployment: str, waiting: int) -> None:
-        self._queue_depth.labels(deployment).set(waiting)
-
-    def running(self, deployment: str, holding_slots: int) -> None:
-        self._running.labels(deployment).set(holding_slots)
-
-    def stage_step(self, deployment: str, stage: int, time_s: float) -> None:
-        self._stage_step.labels(deployment, str(stage)).observe(time_s)
-
-    def predicted(self, deployment: str, time_per_output_token_s: float) -> None:
-        self._predicted.labels(deployment).set(time_per_output_token_s)
-
-    def fabric_bytes(self, direction: Direction, count: int) -> None:
-        self._fabric_bytes.labels(direction.value).inc(count)
-
-    def node_up(self, node: str, *, alive: bool) -> None:
-        self._node_up.labels(node).set(int(alive))
-
-    def forget_deployment(self, deployment: str) -> None:
-        """Drop the gauges of a deployment that is gone; its counters stay, as counters must."""
-        for gauge in (self._queue_depth, self._running, self._predicted):
-            gauge.remove_by_labels({"deployment": deployment})
-
     def render(self) -> bytes:
         """The text exposition format; serve it as `CONTENT_TYPE`."""
         return generate_latest(self._registry)
@@ -108,9 +66,6 @@ class Metrics:
 
     def _counter(self, name: str, text: str, labels: Sequence[str]) -> Counter:
         return Counter(f"shoal_{name}", text, labels, registry=self._registry)
-
-    def _gauge(self, name: str, text: str, labels: Sequence[str]) -> Gauge:
-        return Gauge(f"shoal_{name}", text, labels, registry=self._registry)
 
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST

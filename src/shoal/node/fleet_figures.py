@@ -1,0 +1,50 @@
+"""What this node's `/metrics` shows of the fleet: from the coordinator if it is here, else from this node alone."""
+
+from collections.abc import Iterable
+
+from shoal.fleet.report import NodeReport
+from shoal.fleet.state import Standing
+from shoal.fleet.view import CoordinatorView
+from shoal.node.coordinator import Coordinator
+from shoal.observe.figures import Figures, StageFigures
+from shoal.plan.problem import Plan
+from shoal.transport.stats import BusStats
+
+
+def figures(
+    coordinator: Coordinator | None, own: NodeReport, view: CoordinatorView | None, traffic: BusStats
+) -> Figures:
+    """One moment of the fleet as seen from here."""
+    members = coordinator.nodes() if coordinator is not None else {}
+    nodes = {report.facts.name: stands is Standing.ALIVE for report, stands, _ in members.values()}
+    reports = [report for report, stands, _ in members.values() if stands is not Standing.LOST]
+    return Figures(
+        nodes=nodes or {own.facts.name: True},
+        predicted_s=_predicted(view),
+        stages=tuple(_stages(reports or [own])),
+        bytes_sent=traffic.bytes_sent,
+        bytes_received=traffic.bytes_received,
+    )
+
+
+def _predicted(view: CoordinatorView | None) -> dict[str, float]:
+    plans = [status.deployment for status in view.deployments] if view is not None else []
+    return {d.spec.deployment: d.answer.estimate.time_per_output_token_s for d in plans if isinstance(d.answer, Plan)}
+
+
+def _stages(reports: Iterable[NodeReport]) -> Iterable[StageFigures]:
+    newest: dict[tuple[str, int], StageFigures] = {}
+    epochs: dict[tuple[str, int], int] = {}
+    for shard in (shard for report in reports for shard in report.shards):
+        key = (shard.shard.deployment, shard.shard.stage)
+        if epochs.get(key, -1) < shard.shard.plan_epoch:
+            epochs[key] = shard.shard.plan_epoch
+            newest[key] = StageFigures(
+                deployment=key[0],
+                stage=key[1],
+                steps=shard.steps,
+                busy_s=shard.busy_s,
+                running=shard.live_requests,
+                waiting=shard.waiting_requests,
+            )
+    return newest.values()

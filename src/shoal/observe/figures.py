@@ -1,0 +1,78 @@
+"""What a node knows at the moment of a scrape: nodes, stages, plans and traffic.
+
+These figures have a source of truth of their own (reports, plans, the bus), so they are read when asked for and never copied into
+counters that could fall behind.
+"""
+
+from collections.abc import Callable, Iterator
+
+import msgspec
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector, CollectorRegistry
+
+
+class StageFigures(msgspec.Struct, frozen=True, kw_only=True):
+    """One stage of a deployment, as its worker last reported."""
+
+    deployment: str
+    stage: int
+    steps: int
+    busy_s: float
+    running: int = 0
+    waiting: int = 0
+
+
+class Figures(msgspec.Struct, frozen=True, kw_only=True):
+    """One moment.  `nodes` maps display names to whether their heartbeats arrive; `predicted_s` deployments to seconds per token."""
+
+    nodes: dict[str, bool] = {}
+    predicted_s: dict[str, float] = {}
+    stages: tuple[StageFigures, ...] = ()
+    bytes_sent: int = 0
+    bytes_received: int = 0
+
+
+class FiguresCollector(Collector):
+    """Turns `Figures` into metric families at each scrape."""
+
+    def __init__(self, read: Callable[[], Figures]) -> None:
+        self._read = read
+
+    def collect(self) -> Iterator[Metric]:
+        """The families, without labels where nothing is known."""
+        now = self._read()
+        up = GaugeMetricFamily("shoal_node_up", "1 while a node's heartbeats arrive", labels=["node"])
+        for name, alive in now.nodes.items():
+            up.add_metric([name], int(alive))
+        predicted = GaugeMetricFamily(
+            "shoal_predicted_time_per_output_token_seconds", "What the plan in force says", labels=["deployment"]
+        )
+        for name, time_s in now.predicted_s.items():
+            predicted.add_metric([name], time_s)
+        traffic = CounterMetricFamily(
+            "shoal_fabric_bytes", "Payload bytes of this node's agent on the fabric", labels=["direction"]
+        )
+        traffic.add_metric(["sent"], now.bytes_sent)
+        traffic.add_metric(["received"], now.bytes_received)
+        yield from (up, predicted, traffic, *_stages(now.stages))
+
+
+def _stages(stages: tuple[StageFigures, ...]) -> Iterator[Metric]:
+    steps = CounterMetricFamily("shoal_stage_steps", "Engine steps of a stage", labels=["deployment", "stage"])
+    busy = CounterMetricFamily(
+        "shoal_stage_busy_seconds", "Time that a stage's engine has worked", labels=["deployment", "stage"]
+    )
+    running = GaugeMetricFamily("shoal_requests_running", "Requests that hold a slot", labels=["deployment"])
+    waiting = GaugeMetricFamily("shoal_queue_depth", "Requests that wait for a slot", labels=["deployment"])
+    for stage in stages:
+        steps.add_metric([stage.deployment, str(stage.stage)], stage.steps)
+        busy.add_metric([stage.deployment, str(stage.stage)], stage.busy_s)
+        if stage.stage == 0:
+            running.add_metric([stage.deployment], stage.running)
+            waiting.add_metric([stage.deployment], stage.waiting)
+    yield from (steps, busy, running, waiting)
+
+
+def register(registry: CollectorRegistry, read: Callable[[], Figures]) -> None:
+    """Have *registry* show what *read* gives at each scrape."""
+    registry.register(FiguresCollector(read))

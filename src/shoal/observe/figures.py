@@ -23,7 +23,7 @@ class StageFigures(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Figures(msgspec.Struct, frozen=True, kw_only=True):
-    """One moment.  `nodes` maps display names to whether their heartbeats arrive; `predicted_s` deployments to seconds per token."""
+    """One moment.  `nodes`: display names, and whether heartbeats arrive; `predicted_s`: deployments, and seconds per token."""
 
     nodes: dict[str, bool] = {}
     predicted_s: dict[str, float] = {}

@@ -1,6 +1,6 @@
 """Record how Transformers and SentencePiece turn text into token ids, and how Transformers renders chat templates.
 
-    python tools/golden/text.py --smollm2 FILE.gguf --minilm FOLDER      (extra `reference`, and sentencepiece)
+    python tools/golden/text.py --smollm2 FILE.gguf --minilm FOLDER      (extra `reference`; `make golden` runs it)
 
 Written to tests/golden/text/:
 
@@ -210,8 +210,14 @@ def main() -> None:
         "sentence_piece": {"prefix": record_sentence_piece(prefix=True), "bare": record_sentence_piece(prefix=False)},
         "templates": record_templates(),
     }
-    recorded |= {"smollm2": record_smollm2(options.smollm2)} if options.smollm2 else {}
-    recorded |= {"minilm": record_minilm(options.minilm)} if options.minilm else {}
+    for name, source, record in (
+        ("smollm2", options.smollm2, record_smollm2),
+        ("minilm", options.minilm, record_minilm),
+    ):
+        if source is None or not source.exists():
+            print(f"{name}: skipped, no model given (--{name})")
+        else:
+            recorded[name] = record(source)
     for name, value in recorded.items():
         path = options.out / f"{name}.json"
         path.write_text(json.dumps(value, ensure_ascii=False, separators=(",", ":")) + "\n", encoding="utf-8")

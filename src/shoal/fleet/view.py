@@ -16,6 +16,11 @@ class Lease(msgspec.Struct, frozen=True, kw_only=True):
     holder: NodeId
     fencing_epoch: int
 
+    @property
+    def rank(self) -> tuple[int, NodeId]:
+        """Of two leases the greater counts."""
+        return self.fencing_epoch, self.holder
+
 
 class DeploymentStatus(msgspec.Struct, frozen=True, kw_only=True):
     """A deployment, its plan and where it stands; `reason` says why it is not serving."""
@@ -26,7 +31,10 @@ class DeploymentStatus(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class CoordinatorView(msgspec.Struct, frozen=True, kw_only=True):
-    """One broadcast; a higher (fencing epoch, sequence) is newer."""
+    """One broadcast; a higher (fencing epoch, sequence) is newer.
+
+    Two that were cut off from each other may have taken the same epoch: then the greater name counts, everywhere alike.
+    """
 
     lease: Lease
     sequence: int
@@ -36,8 +44,7 @@ class CoordinatorView(msgspec.Struct, frozen=True, kw_only=True):
         """Whether this view replaces *other*."""
         if other is None:
             return True
-        mine = (self.lease.fencing_epoch, self.sequence)
-        return mine > (other.lease.fencing_epoch, other.sequence)
+        return (self.lease.rank, self.sequence) > (other.lease.rank, other.sequence)
 
     def find(self, name: DeploymentId) -> DeploymentStatus | None:
         """The deployment of that name, or None when there is none."""

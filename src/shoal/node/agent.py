@@ -18,6 +18,8 @@ from shoal.ids import Digest, NodeId
 from shoal.node.calls import CallDesk, Handler
 from shoal.node.coordinator import Coordinator
 from shoal.node.desk import handler
+from shoal.node.journal import Journal
+from shoal.node.last_plan import alone, recall, remember, says_the_same
 from shoal.node.mailbox import Mailbox
 from shoal.node.messages import REPORT, VIEW, Leave, Nothing
 from shoal.node.shards import ShardKeeper
@@ -49,11 +51,16 @@ class Agent:
     handlers: Mapping[str, Handler]
     complete_manifests: Callable[[], tuple[Digest, ...]]
     on_view: Callable[[CoordinatorView], None]
+    stand_in: Callable[[CoordinatorView], None]
+    """Hears what the last plans come to while no coordinator has been heard since the start."""
+    journal: Journal
     log: FilteringBoundLogger
     leaving: anyio.Event = field(default_factory=anyio.Event)
     _sequence: int = 0
     _manifests: tuple[Digest, ...] = ()
     _dropped: int = 0
+    _kept: CoordinatorView | None = None
+    _led: bool = False
 
     def report(self) -> NodeReport:
         """What the next heartbeat says."""
@@ -84,6 +91,7 @@ class Agent:
                 group.start_soon(self._look_at_store)
                 group.start_soon(self._hear, heard)
                 group.start_soon(self._go_when_drained, group.cancel_scope)
+                group.start_soon(self._stand_in)
                 if self.coordinator is not None:
                     group.start_soon(self.coordinator.run)
         finally:
@@ -153,8 +161,29 @@ class Agent:
                     if self.coordinator is not None:
                         self.coordinator.hear_view(item)
                     self.on_view(item)
+                    await self._follow(item)
                 case WorkerReport():
                     self.keeper.worker_said(item)
+
+    async def _follow(self, view: CoordinatorView) -> None:
+        """Obey the newest lease, and keep what it says for the day when nobody is there to say it."""
+        self._led = True
+        if view.lease.fencing_epoch > self.keeper.fencing_epoch:
+            await anyio.to_thread.run_sync(self.keeper.obey, view.lease.fencing_epoch)
+        if view.newer_than(self._kept) and not says_the_same(view, self._kept):
+            self._kept = view
+            await anyio.to_thread.run_sync(remember, self.journal, view)
+
+    async def _stand_in(self) -> None:
+        """Serve by the last plans until a coordinator is heard."""
+        self._kept = await anyio.to_thread.run_sync(recall, self.journal)
+        said: CoordinatorView | None = None
+        while self._kept is not None and not self._led:
+            now = alone(self._kept, self.report())
+            if now != said:
+                self.stand_in(now)
+                said = now
+            await anyio.sleep(HEARTBEAT_S)
 
     async def _beat(self) -> None:
         key = key_of(HeartbeatTopic(fleet=self.fleet, node=self.me))

@@ -224,6 +224,8 @@ def _agent(parts: _Parts, voice: Voice, bell: Bell, models: Models) -> Agent:
         handlers=handlers,
         complete_manifests=partial(complete_manifests, parts.store),
         on_view=models.hear,
+        stand_in=models.follow,
+        journal=parts.journal,
         log=parts.log,
     )
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import anyio
+import anyio.abc
 import anyio.to_thread
 import msgspec
 
@@ -36,6 +37,7 @@ from shoal.fleet.state import (
 from shoal.fleet.view import CoordinatorView, DeploymentStatus, Lease
 from shoal.ids import DeploymentId, NodeId
 from shoal.node.journal import Journal
+from shoal.node.last_plan import recall
 from shoal.plan.problem import Answer, Infeasible, Plan
 
 LEASE_S = 3.0
@@ -43,6 +45,10 @@ TICK_S = 0.1
 VIEW_EVERY_S = 0.5
 FORGET_AFTER_S = 600.0
 RETRY_PLAN_S = 2.0
+
+
+class _Peer(msgspec.Struct, frozen=True, kw_only=True):
+    node: NodeId
 
 
 class Planner(Protocol):
@@ -84,6 +90,10 @@ class Coordinator:
     lease: Lease | None = None
     _view: CoordinatorView | None = None
     _view_heard_s: float = 0.0
+    _leads_since_s: float = 0.0
+    _heard_holder: bool = False
+    _peer: NodeId | None = None
+    """Another node that may coordinate: it may have taken over while we were away."""
     _sequence: int = 0
     _planning: set[DeploymentId] = field(default_factory=set)
     _refused_until_s: dict[DeploymentId, float] = field(default_factory=dict)
@@ -99,13 +109,17 @@ class Coordinator:
     def hear_report(self, report: NodeReport) -> None:
         """A heartbeat of any node, this one included."""
         self.state = apply(self.state, NodeHeard(report=report, at_s=self.clock.now_s()))
+        if report.facts.coordinates and report.node != self.me and self._peer is None:
+            self._peer = report.node
+            self.journal.put("peer", report.node, _Peer(node=report.node))
 
     def hear_view(self, view: CoordinatorView) -> None:
         """A broadcast of whoever holds the lease; a higher epoch than ours ends ours."""
         if view.newer_than(self._view):
             self._view = view
             self._view_heard_s = self.clock.now_s()
-        if self.lease is not None and view.lease.fencing_epoch > self.lease.fencing_epoch:
+            self._heard_holder = True
+        if self.lease is not None and view.lease.rank > self.lease.rank:
             self.note("coordinator.stepped_down", f"lease {view.lease.fencing_epoch} is newer", node=view.lease.holder)
             self.lease = None
 
@@ -152,10 +166,10 @@ class Coordinator:
     async def run(self) -> None:
         """Tick until cancelled."""
         self._view_heard_s = self.clock.now_s()
-        for kept in self.journal.all("deployment", Deployment):
-            self.state = msgspec.structs.replace(
-                self.state, deployments={**self.state.deployments, kept.spec.deployment: kept}
-            )
+        self._view = recall(self.journal)
+        self._peer = next((peer.node for peer in self.journal.all("peer", _Peer)), None)
+        kept = {d.spec.deployment: d for d in self.journal.all("deployment", Deployment)}
+        self.state = msgspec.structs.replace(self.state, deployments={**kept, **self.state.deployments})
         shown_s = float("-inf")
         async with anyio.create_task_group() as group:
             while True:
@@ -167,15 +181,15 @@ class Coordinator:
                     for deployment in self._to_plan(now_s):
                         self._planning.add(deployment.spec.deployment)
                         group.start_soon(self._replan, deployment)
-                    await self._order(now_s)
+                    self._order(now_s, group)
                     if now_s - shown_s >= VIEW_EVERY_S:
                         self.show()
                         shown_s = now_s
                 await anyio.sleep(TICK_S)
 
     def show(self) -> None:
-        """Broadcast the view; does nothing without the lease."""
-        if self.lease is None:
+        """Broadcast the view; does nothing without the lease, or while nodes are still gathering."""
+        if self.lease is None or self._gathering():
             return
         reports = heard(self.state, self.clock.now_s())
         self._sequence += 1
@@ -187,26 +201,36 @@ class Coordinator:
 
     async def _maybe_lead(self, now_s: float) -> None:
         silent_s = now_s - self._view_heard_s
-        never_heard = self._view is None
-        if silent_s < LEASE_S and not (self.eager and never_heard):
+        nobody_else = not self._heard_holder and self._peer is None
+        if silent_s < LEASE_S and not (self.eager and nobody_else):
             return
         known = self._view.lease.fencing_epoch if self._view is not None else 0
         epoch = await anyio.to_thread.run_sync(lambda: self.journal.next_number("fencing"))
         while epoch <= known:  # the other holder's epochs were taken from its own journal
             epoch = await anyio.to_thread.run_sync(lambda: self.journal.next_number("fencing"))
-        if self._view is not None:
-            for status in self._view.deployments:
-                self._adopt(status.deployment)
-        self.lease = Lease(holder=self.me, fencing_epoch=epoch)
+        if self._view is not None and self._view.lease.holder != self.me:
+            await self._take_over(self._view)
+        self.lease, self._leads_since_s = Lease(holder=self.me, fencing_epoch=epoch), now_s
         self.note("coordinator.leads", f"lease {epoch}", node=self.me)
         self.show()
 
-    def _adopt(self, deployment: Deployment) -> None:
-        name = deployment.spec.deployment
-        mine = self.state.deployments.get(name)
-        theirs = (deployment.spec.generation, deployment.plan_epoch)
-        if mine is None or (mine.spec.generation, mine.plan_epoch) < theirs:
-            self.state = msgspec.structs.replace(self.state, deployments={**self.state.deployments, name: deployment})
+    async def _take_over(self, view: CoordinatorView) -> None:
+        """What the last holder wanted is wanted now, and what it dropped stays dropped, whatever we knew before."""
+        theirs = {status.deployment.spec.deployment: status.deployment for status in view.deployments}
+        for gone in self.state.deployments.keys() - theirs.keys():
+            await anyio.to_thread.run_sync(self.journal.remove, "deployment", gone)
+        for deployment in theirs.values():
+            await self._remember(deployment)
+        self.state = msgspec.structs.replace(self.state, deployments=theirs)
+
+    def _gathering(self) -> bool:
+        """Whether nodes of a plan may still be on their way to us: whoever has just started has heard nobody yet.
+
+        Nothing is planned anew and nothing is said meanwhile, or each restart of a coordinator would break what works.
+        """
+        plans = [d.answer for d in self.state.deployments.values() if isinstance(d.answer, Plan)]
+        unheard = any(stage.node not in self.state.members for plan in plans for stage in plan.stages)
+        return unheard and self.clock.now_s() - self._leads_since_s < LEASE_S
 
     def _status(self, deployment: Deployment, reports: Mapping[NodeId, NodeReport]) -> DeploymentStatus:
         reason = broken(deployment, reports)
@@ -232,6 +256,8 @@ class Coordinator:
         return {n: m.report for n, m in self.state.members.items() if standing(m, now_s) is Standing.ALIVE}
 
     def _to_plan(self, now_s: float) -> list[Deployment]:
+        if self._gathering():
+            return []
         reports = heard(self.state, now_s)
         found = []
         for name, deployment in self.state.deployments.items():
@@ -255,7 +281,8 @@ class Coordinator:
                 return
             if isinstance(answer, Infeasible) and current.answer == answer:
                 return
-            made = PlanMade(deployment=name, plan_epoch=current.plan_epoch + 1, answer=answer, at_s=self.clock.now_s())
+            epoch = await self._next_plan_epoch(current)
+            made = PlanMade(deployment=name, plan_epoch=epoch, answer=answer, at_s=self.clock.now_s())
             self.state = apply(self.state, made)
             self.note("plan.made", describe_answer(answer), deployment=name)
             await self._remember(self.state.deployments[name])
@@ -266,25 +293,29 @@ class Coordinator:
         finally:
             self._planning.discard(name)
 
+    async def _next_plan_epoch(self, current: Deployment) -> int:
+        """Never one that was used under this name before: shards of a dropped deployment may still lie on some node."""
+        numbered = await anyio.to_thread.run_sync(self.journal.next_number, "plan")
+        shards = [s.shard for m in self.state.members.values() for s in m.report.shards]
+        used = [s.plan_epoch for s in shards if s.deployment == current.spec.deployment]
+        return max(numbered, current.plan_epoch + 1, *(epoch + 1 for epoch in used))
+
     async def _remember(self, deployment: Deployment) -> None:
         name = deployment.spec.deployment
         await anyio.to_thread.run_sync(lambda: self.journal.put("deployment", name, deployment))
 
-    async def _order(self, now_s: float) -> None:
+    def _order(self, now_s: float, group: anyio.abc.TaskGroup) -> None:
+        """Send what is due; nobody waits here for a node that does not answer."""
         if self.lease is None:
             return
-        due: list[Addressed] = []
         for addressed in missing_orders(self.state, self.lease.fencing_epoch, now_s):
             key = (addressed.node, f"{type(addressed.order).__name__} {addressed.order.shard}")
             if now_s >= self._ordered.get(key, 0.0):
                 self._ordered[key] = now_s + VIEW_EVERY_S
-                due.append(addressed)
+                group.start_soon(self._send, addressed)
         if len(self._ordered) > 1000:
             keep = heapq.nlargest(500, self._ordered.items(), key=lambda item: item[1])
             self._ordered = dict(keep)
-        async with anyio.create_task_group() as group:
-            for addressed in due:
-                group.start_soon(self._send, addressed)
 
     async def _send(self, addressed: Addressed) -> None:
         try:

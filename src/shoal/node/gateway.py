@@ -53,9 +53,12 @@ class Models:
     _news: anyio.Event = field(default_factory=anyio.Event)
 
     def hear(self, view: CoordinatorView) -> None:
-        """A broadcast; pipelines that it no longer names as serving are broken off at once."""
-        if not view.newer_than(self.view):
-            return
+        """A broadcast; what is older than the newest is ignored."""
+        if view.newer_than(self.view):
+            self.follow(view)
+
+    def follow(self, view: CoordinatorView) -> None:
+        """Make *view* ours; pipelines that it no longer names as serving are broken off at once."""
         self.view = view
         for name, opened in list(self._open.items()):
             status = view.find(name)

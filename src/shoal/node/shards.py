@@ -77,15 +77,19 @@ class ShardKeeper:
 
     def offer(self, order: Order) -> Reply:
         """Take an order unless a newer lease is known; the fence is durable before the order is taken."""
-        with self._fence_lock:
-            if order.fencing_epoch < self._fencing_epoch:
-                text = f"order of lease {order.fencing_epoch}, this node obeys lease {self._fencing_epoch}"
-                return Refused(code="stale_lease", text=text, fencing_epoch=self._fencing_epoch)
-            if order.fencing_epoch > self._fencing_epoch:
-                self._journal.put("fence", "epoch", _Fence(epoch=order.fencing_epoch), generation=order.fencing_epoch)
-                self._fencing_epoch = order.fencing_epoch
+        if not self.obey(order.fencing_epoch):
+            text = f"order of lease {order.fencing_epoch}, this node obeys lease {self._fencing_epoch}"
+            return Refused(code="stale_lease", text=text, fencing_epoch=self._fencing_epoch)
         self._orders.post(order)
         return Accepted()
+
+    def obey(self, fencing_epoch: int) -> bool:
+        """Refuse older leases from now on, durably; False when this one is too old itself.  May wait for the disk."""
+        with self._fence_lock:
+            if fencing_epoch > self._fencing_epoch:
+                self._journal.put("fence", "epoch", _Fence(epoch=fencing_epoch), generation=fencing_epoch)
+                self._fencing_epoch = fencing_epoch
+            return fencing_epoch == self._fencing_epoch
 
     def reports(self) -> tuple[ShardReport, ...]:
         """Where every shard stands."""

@@ -6,6 +6,7 @@ A pure, named, versioned pass.  Every call of a canonical function is replaced i
   has no float zero points, so an affine block d * q + m is split into d * (q - z) and (m + z d), the second part being a small
   product of the per-block sums of the input;
 - `CachedAttention` becomes `GroupQueryAttention` with rotation inside, taking q, k and v packed when they come out of one product;
+  the engine rotates multiples of 16 dimensions only and says so at the first step, so that the lowering refuses others;
 - norms become `SimplifiedLayerNormalization`, SiLU `QuickGelu(alpha=1)`; embeddings stay functions of standard operators.
 
 Nothing is fused across the residual stream (ADR 1): the nodes between two residual additions depend on each other alone, so that
@@ -28,6 +29,8 @@ from shoal.model.products import Stack, emit_stack, stacks_of
 from shoal.model.spec import PAST_PREFIX, PRESENT_PREFIX, SEQLENS_K, TOTAL_SEQUENCE_LENGTH
 
 VERSION = 1
+ROTATED_MULTIPLE = 16
+"""What the size of a head, and how much of it is rotated, must be whole multiples of (ONNX Runtime, CPU)."""
 
 
 class Lowering(msgspec.Struct, frozen=True, kw_only=True):
@@ -57,12 +60,14 @@ class Lowered:
 def lower(graph: onnx.ModelProto, *, target: str = "cpu", context_tokens: int | None = None) -> Lowered:
     """Lower a canonical graph, or a piece of one cut at the residual stream.
 
-    `context_tokens` bounds the rotary tables (default: what the model was made for).
+    `context_tokens` bounds the rotary tables (default: what the model was made for).  Raises UnsupportedModelError for a
+    target that we do not know, and for attention that its engine cannot run.
     """
     lowering = lowering_named(target)
     if DOMAIN not in {node.domain for node in graph.graph.node}:
         return Lowered(lowering.name, graph, ())
     source = graph.graph
+    _check_attention(source)
     emitter = Emitter(source, {t.name: tuple(t.dims) for t in source.initializer})
     stacks = stacks_of(source)
     packed = _packed_attention(source, stacks)
@@ -90,6 +95,21 @@ def _packed_attention(graph: onnx.GraphProto, stacks: list[Stack]) -> dict[str, 
         for node in calls
         if tuple(node.input[:3]) in by_outputs and all(uses[name] == 1 for name in node.input[:3])
     }
+
+
+def _check_attention(graph: onnx.GraphProto) -> None:
+    head_dims = {
+        i.name: i.type.tensor_type.shape.dim[-1].dim_value for i in graph.input if i.name.startswith(PAST_PREFIX)
+    }
+    for node in graph.node:
+        if node.domain == DOMAIN and node.op_type == CACHED_ATTENTION:
+            head_dim, rotary_dims = head_dims[node.input[3]], int(attribute(node, "rotary_dims"))
+            if head_dim % ROTATED_MULTIPLE or rotary_dims % ROTATED_MULTIPLE:
+                raise UnsupportedModelError(
+                    f"{node.name} has head_dim {head_dim}, of which {rotary_dims} are rotated; the engine's attention on a CPU "
+                    f"needs multiples of {ROTATED_MULTIPLE}",
+                    hint="serve another model of this family: most have heads of 64, 80, 96 or 128",
+                )
 
 
 def _attention(emitter: Emitter, node: onnx.NodeProto, packed: Stack | None, context_tokens: int | None) -> None:

@@ -19,6 +19,7 @@ from shoal.model.functions import DOMAIN
 from shoal.model.gguf import import_gguf
 from shoal.model.lower import Lowered, lower
 from shoal.model.quantize import INT4, INT8
+from shoal.model.rope import Rope
 from shoal.model.spec import ImportedModel
 from shoal.model.transformer import TransformerConfig
 
@@ -156,6 +157,34 @@ def test_shards_give_the_bits_of_the_whole(
     sharded = run_chain([with_derived(model, lower(s)) for s in shards], token_ids, steps)
 
     np.testing.assert_array_equal(sharded, whole)
+
+
+@pytest.mark.parametrize(("head_dim", "rotary_dims"), [(24, 24), (100, 100), (32, 24)])
+def test_heads_that_the_engine_cannot_rotate_are_refused_when_lowering(
+    head_dim: int,
+    rotary_dims: int,
+    small_config: Callable[..., TransformerConfig],
+    random_model: Callable[..., ImportedModel],
+) -> None:
+    config = small_config(head_dim=head_dim, rope=Rope(base=10_000.0, dims=rotary_dims))
+
+    with pytest.raises(UnsupportedModelError, match=f"head_dim {head_dim}, of which {rotary_dims}"):
+        lower(random_model(config).graph)
+
+
+@pytest.mark.parametrize(("head_dim", "rotary_dims"), [(16, 16), (48, 48), (64, 32)])
+def test_heads_of_whole_sixteens_run(
+    head_dim: int,
+    rotary_dims: int,
+    small_config: Callable[..., TransformerConfig],
+    random_model: Callable[..., ImportedModel],
+    run_model: Logits,
+    run_lowered: Logits,
+) -> None:
+    model = random_model(small_config(head_dim=head_dim, rope=Rope(base=10_000.0, dims=rotary_dims)))
+    ids = np.arange(9) * 5 % 50
+
+    np.testing.assert_allclose(run_lowered(model, ids, (6, 1, 2)), run_model(model, ids, (6, 1, 2)), atol=1e-3)
 
 
 def test_lowering_is_repeatable(tiny: Tiny) -> None:

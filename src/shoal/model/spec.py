@@ -75,7 +75,8 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     normalise: bool = False
     quantisation: str = ""
     import_error: float | None = None
-    """Largest relative error (Frobenius, per tensor) that quantising at import made; None: nothing was rounded."""
+    """Largest relative error (Frobenius, per tensor) that quantising at import made, measured on rows spread over each tensor;
+    None: nothing was rounded."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,7 +1,8 @@
 """Matrices of a checkpoint in the format in which the model keeps them, and what rounding them to it costs.
 
-The error is measured at import, so that `spec.import_error` is a fact; the arrays are computed again when they are asked for,
-matrix by matrix, because keeping them all would be a second copy of the model in memory.
+The arrays are computed when they are asked for, matrix by matrix: keeping them all would be a second copy of the model in
+memory.  The error is wanted before (`spec.import_error` travels with the model), and rounding to blocks is most of an import's
+time, so that it is measured on rows spread over each matrix: a Frobenius norm over a hundred thousand weights is as good.
 """
 
 import math
@@ -12,10 +13,12 @@ from functools import lru_cache, partial
 import numpy as np
 
 from shoal.errors import UnsupportedModelError
-from shoal.model.affine import FLOAT_DTYPES, Array, Blocked, Blocks, Dense, Format
+from shoal.model.affine import FLOAT_DTYPES, Array, Blocked, Blocks, Dense, Floats, Format
 from shoal.model.checkpoint import Checkpoint
 from shoal.model.quantize import INT8, blocks_from_float, fits, format_named, relative_error
 
+MEASURED_ROWS = 128
+"""Rows of a matrix whose rounding to blocks is measured; smaller matrices are measured whole."""
 _HALVES = {"F16": "float16", "BF16": "bfloat16"}
 
 
@@ -67,7 +70,10 @@ def read_float32(checkpoint: Checkpoint, stored: str, shape: tuple[int, ...], of
 
 
 def worst_error(checkpoint: Checkpoint, matrices: Mapping[str, Matrix]) -> float | None:
-    """Largest relative error of the matrices (reads each of them once); None where every format is exact."""
+    """Largest relative error of the matrices (reads each of them once); None where every format is exact.
+
+    Raises UnsupportedModelError naming a tensor that holds numbers which its format cannot.
+    """
     rounded = [m for m in matrices.values() if _rounds(checkpoint, m)]
     return max((_error(checkpoint, m) for m in rounded), default=None)
 
@@ -90,7 +96,7 @@ def _error(checkpoint: Checkpoint, matrix: Matrix) -> float:
                 error = relative_error(exact, exact.astype(FLOAT_DTYPES[dtype]).astype(np.float32))
             kept = dtype
         case Blocked() as form:
-            error = blocks_from_float(exact, form)[1]
+            error = blocks_from_float(_spread(exact), form)[1] if np.isfinite(exact).all() else math.inf
             kept = f"int{form.bits}"
     if not math.isfinite(error):
         raise UnsupportedModelError(
@@ -100,7 +106,12 @@ def _error(checkpoint: Checkpoint, matrix: Matrix) -> float:
     return error
 
 
-def _floats(checkpoint: Checkpoint, matrix: Matrix) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
+def _spread(exact: Floats) -> Floats:
+    """At most MEASURED_ROWS rows, from the first to the last."""
+    return exact[np.linspace(0, len(exact) - 1, min(len(exact), MEASURED_ROWS)).astype(np.int64)]
+
+
+def _floats(checkpoint: Checkpoint, matrix: Matrix) -> Floats:
     return checkpoint.read(matrix.stored, matrix.shape).astype(np.float32)
 
 

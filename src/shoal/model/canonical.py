@@ -67,10 +67,10 @@ class GraphWriter:
         self.operators.add(op)
         return self._append(helper.make_node(op, inputs, [output], name=output, domain=DOMAIN), shape, attributes)
 
-    def weighted(self, kind: str, x: str, weight: str, output: str, rows: str) -> str:
-        """Apply a matrix as LINEAR or EMBEDDING to *x*, whose rows are the dimension *rows*."""
+    def weighted(self, kind: str, x: str, weight: str, output: str, rows: Shape) -> str:
+        """Apply a matrix as LINEAR or EMBEDDING to *x*; *rows* are its axes before the last, for example (1, "T")."""
         shape = self.matrices[weight]
-        out_shape = (1, rows, shape[0] if kind == LINEAR else shape[1])
+        out_shape = (*rows, shape[0] if kind == LINEAR else shape[1])
         match self.formats.get(weight, Dense()):
             case Dense(dtype=dtype):
                 return self.call(kind, [x, self.stub(weight, shape, dtype=dtype)], output, out_shape)

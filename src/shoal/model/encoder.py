@@ -14,9 +14,9 @@ from collections.abc import Mapping
 import msgspec
 import onnx
 
-from shoal.model.affine import Blocked, Dense, Format, part_shape
+from shoal.model.affine import Format
 from shoal.model.canonical import GraphWriter, Shape
-from shoal.model.functions import EMBEDDING, LINEAR, operator
+from shoal.model.functions import EMBEDDING, LINEAR
 from shoal.model.spec import ATTENTION_MASK, INPUT_IDS
 
 TOKEN_TYPE_IDS = "token_type_ids"  # noqa: S105 - no password
@@ -99,7 +99,7 @@ def _hidden(c: EncoderConfig) -> Shape:
 
 def _embed(g: GraphWriter, c: EncoderConfig) -> str:
     hidden = _hidden(c)
-    words = _weighted(g, EMBEDDING, INPUT_IDS, WORDS, "embeddings.words", hidden)
+    words = g.weighted(EMBEDDING, INPUT_IDS, WORDS, "embeddings.words", ("B", "T"))
     types = g.node(
         "Gather", [g.stub(TYPES, (c.type_vocab_size, c.hidden_size)), TOKEN_TYPE_IDS], "embeddings.types", hidden
     )
@@ -140,7 +140,7 @@ def _feed_forward(g: GraphWriter, c: EncoderConfig, at: str, x: str) -> str:
 def _linear(g: GraphWriter, name: str, x: str) -> str:
     """Product and bias."""
     rows = g.matrices[f"{name}.weight"][0]
-    y = _weighted(g, LINEAR, x, f"{name}.weight", f"{name}.product", ("B", "T", rows))
+    y = g.weighted(LINEAR, x, f"{name}.weight", f"{name}.product", ("B", "T"))
     return g.node("Add", [y, g.stub(f"{name}.bias", (rows,))], name, ("B", "T", rows))
 
 
@@ -152,18 +152,6 @@ def _add_norm(g: GraphWriter, c: EncoderConfig, name: str, branches: tuple[str, 
 def _norm(g: GraphWriter, c: EncoderConfig, name: str, x: str, output: str) -> str:
     scale, bias = (g.stub(f"{name}.{part}", (c.hidden_size,)) for part in ("weight", "bias"))
     return g.node("LayerNormalization", [x, scale, bias], output, _hidden(c), axis=-1, epsilon=c.layer_norm_eps)
-
-
-def _weighted(g: GraphWriter, kind: str, x: str, weight: str, output: str, shape: Shape) -> str:
-    """Apply a matrix as LINEAR or EMBEDDING, with a batch axis (the transformer's steps have none)."""
-    matrix, form = g.matrices[weight], g.formats.get(weight, Dense())
-    match form:
-        case Dense(dtype=dtype):
-            return g.call(kind, [x, g.stub(weight, matrix, dtype=dtype)], output, shape)
-        case Blocked(suffixes=suffixes):
-            parts = {weight + suffix: part_shape(suffix, form, matrix) for suffix in suffixes}
-            arrays = [g.stub(name, part, dtype=dtype) for name, (dtype, part) in parts.items()]
-            return g.call(operator(kind, form), [x, *arrays], output, shape, zero_point=float(form.zero_point))
 
 
 def _untyped(g: GraphWriter, op: str, inputs: list[str], output: str, **attributes: int) -> str:

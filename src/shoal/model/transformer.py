@@ -134,7 +134,7 @@ def _norm(g: GraphWriter, c: TransformerConfig, x: str, weight: str, shape: Shap
 def _embed(g: GraphWriter, c: TransformerConfig) -> str:
     ids = g.input(INPUT_IDS, (1, "T"), dtype="int64")
     g.input(POSITION_IDS, (1, "T"), dtype="int64")
-    x = g.weighted(EMBEDDING, ids, EMBEDDING_WEIGHT, "embedding", "T")
+    x = g.weighted(EMBEDDING, ids, EMBEDDING_WEIGHT, "embedding", (1, "T"))
     if c.embedding_scale == 1.0:
         return x
     scale = g.scalar("embedding_scale", c.embedding_scale)
@@ -152,7 +152,7 @@ def _attention(g: GraphWriter, c: TransformerConfig, layer: int, x: str) -> str:
         q = _head_norm(g, c, at + "attn_q", q, c.heads)
         k = _head_norm(g, c, at + "attn_k", k, c.kv_heads)
     y = _cached_attention(g, c, layer, (q, k, v))
-    out = g.weighted(LINEAR, y, at + "attn_output.weight", at + "attn_output", "T")
+    out = g.weighted(LINEAR, y, at + "attn_output.weight", at + "attn_output", (1, "T"))
     if c.post_norms:
         out = _norm(g, c, out, at + "post_attention_norm.weight", hidden)
     return g.node("Add", [x, out], at + "attn_residual", hidden)
@@ -160,7 +160,7 @@ def _attention(g: GraphWriter, c: TransformerConfig, layer: int, x: str) -> str:
 
 def _projection(g: GraphWriter, c: TransformerConfig, name: str, x: str, heads: int) -> str:
     size = heads * c.head_dim
-    y = g.weighted(LINEAR, x, f"{name}.weight", name, "T")
+    y = g.weighted(LINEAR, x, f"{name}.weight", name, (1, "T"))
     if not c.attention_bias:
         return y
     return g.node("Add", [y, g.stub(f"{name}.bias", (size,))], f"{name}_biased", (1, "T", size))
@@ -206,15 +206,15 @@ def _feed_forward(g: GraphWriter, c: TransformerConfig, layer: int, x: str) -> s
     at = f"blk.{layer}."
     hidden, inner = (1, "T", c.hidden), (1, "T", c.ffn)
     normed = _norm(g, c, x, at + "ffn_norm.weight", hidden)
-    gate = g.weighted(LINEAR, normed, at + "ffn_gate.weight", at + "ffn_gate", "T")
-    up = g.weighted(LINEAR, normed, at + "ffn_up.weight", at + "ffn_up", "T")
+    gate = g.weighted(LINEAR, normed, at + "ffn_gate.weight", at + "ffn_gate", (1, "T"))
+    up = g.weighted(LINEAR, normed, at + "ffn_up.weight", at + "ffn_up", (1, "T"))
     match c.activation:
         case Activation.SILU:
             active = g.call(SILU, [gate], at + "ffn_active", inner)
         case Activation.GELU_TANH:
             active = g.node("Gelu", [gate], at + "ffn_active", inner, approximate="tanh")
     product = g.node("Mul", [active, up], at + "ffn_product", inner)
-    out = g.weighted(LINEAR, product, at + "ffn_down.weight", at + "ffn_down", "T")
+    out = g.weighted(LINEAR, product, at + "ffn_down.weight", at + "ffn_down", (1, "T"))
     if c.post_norms:
         out = _norm(g, c, out, at + "post_ffw_norm.weight", hidden)
     return g.node("Add", [x, out], at + "ffn_residual", hidden)
@@ -226,7 +226,7 @@ def _head(g: GraphWriter, c: TransformerConfig, x: str) -> None:
     normed = _norm(g, c, rows, "output_norm.weight", (1, "R", c.hidden))
     weight = EMBEDDING_WEIGHT if c.tied_embedding else HEAD_WEIGHT
     capped = c.logit_softcap > 0
-    y = g.weighted(LINEAR, normed, weight, "logits_uncapped" if capped else LOGITS, "R")
+    y = g.weighted(LINEAR, normed, weight, "logits_uncapped" if capped else LOGITS, (1, "R"))
     if capped:
         cap = g.scalar("logit_softcap", c.logit_softcap)
         flat = g.node("Tanh", [g.node("Div", [y, cap], "logits_scaled", logits)], "logits_flat", logits)

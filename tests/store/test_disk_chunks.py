@@ -28,6 +28,19 @@ def test_a_chunk_lies_uncompressed_under_its_digest(store: Store) -> None:
     assert files_below(store.home) == [digest]
 
 
+@pytest.mark.skipif(os.name != "posix", reason="modes of files are POSIX'")
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o027, 0o640)])
+def test_who_may_read_a_chunk_is_the_umasks_say(umask: int, mode: int, store: Store) -> None:
+    digest = digest_of(DATA)
+    before = os.umask(umask)
+    try:
+        store.chunks.put(digest, DATA)
+    finally:
+        os.umask(before)
+
+    assert (store.home / "chunks" / digest[:2] / digest).stat().st_mode & 0o777 == mode
+
+
 def test_a_damaged_chunk_is_reported_and_dropped_so_that_it_can_be_fetched_again(store: Store) -> None:
     digest = digest_of(DATA)
     store.chunks.put(digest, DATA)

@@ -12,7 +12,7 @@ import contextlib
 import errno
 import mmap
 import os
-import tempfile
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -24,6 +24,7 @@ from shoal.store.quota import Quota
 
 MAP_FROM_BYTES = 64 * 1024
 
+_BINARY = getattr(os, "O_BINARY", 0)  # Windows alone has a text mode
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
@@ -61,13 +62,13 @@ def sync_all() -> None:
 def write_whole(path: Path, data: Data, *, tmp: Path, sync: bool) -> None:
     """Write *path* so that it holds all of *data* or is left as it was; *tmp* is a folder on the same file system.
 
-    With *sync* it lasts through a power cut when this returns.
+    With *sync* it lasts through a power cut when this returns.  Others may read it as the umask says: nothing here is secret
+    (keys are `shoal.trust`'s), and the users of a group may share a home.
     """
     with full_disk_named(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
         tmp.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=tmp, prefix=path.name[:16] + ".")
-        part = Path(name)
+        handle, part = _temporary(tmp, path.name[:16])
         try:
             try:
                 _write_all(handle, memoryview(data))
@@ -81,6 +82,14 @@ def write_whole(path: Path, data: Data, *, tmp: Path, sync: bool) -> None:
             raise
         if sync:
             sync_folder(path.parent)
+
+
+def _temporary(folder: Path, prefix: str) -> tuple[int, Path]:
+    """A new file that only we write, opened; unlike those of `tempfile` its mode is what the umask leaves of 0644."""
+    while True:
+        part = folder / f"{prefix}.{secrets.token_hex(8)}"
+        with contextlib.suppress(FileExistsError):
+            return os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _BINARY, 0o644), part
 
 
 def _write_all(handle: int, data: memoryview) -> None:

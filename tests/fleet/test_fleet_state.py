@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from shoal.fleet.report import NodeFacts, NodeReport
 from shoal.fleet.spec import DeploymentSpec
 from shoal.fleet.state import (
+    LOST_AFTER_S,
     DeploymentDropped,
     DeploymentWanted,
     Event,
@@ -138,3 +139,9 @@ def test_a_report_survives_the_wire_and_tolerates_fields_of_a_newer_version() ->
     sent["invented_later"] = 1
 
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(sent), type=NodeReport) == report(A)
+
+
+def test_a_leaving_node_that_fell_silent_is_gone() -> None:
+    member = apply(FleetState(), NodeHeard(report=report(A, leaving=True), at_s=0.0)).members[A]
+
+    assert standing(member, LOST_AFTER_S) is Standing.LOST

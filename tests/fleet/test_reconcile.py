@@ -69,7 +69,9 @@ class SimulatedNodes:
             case Wire():
                 held = mine.get(order.shard)
                 if held is not None and held.state is ShardState.READY:
-                    mine[order.shard] = msgspec.structs.replace(held, state=ShardState.WIRED)
+                    mine[order.shard] = msgspec.structs.replace(
+                        held, state=ShardState.WIRED, wired_to=order.next_locators
+                    )
             case Retire():
                 mine.pop(order.shard, None)
 
@@ -173,6 +175,29 @@ def test_a_node_that_restarted_without_its_worker_breaks_the_plan() -> None:
     assert "lost its worker" in broken(state.deployments[CHAT], heard(state, 0.0))
 
 
+def test_a_node_that_restarted_and_loaded_its_shard_again_breaks_the_plan_that_others_are_wired_by() -> None:
+    nodes = SimulatedNodes()
+    state = settle(wanted(plan(*NODES)), nodes)
+    shard, held = next(iter(nodes.shards[NODES[1]].items()))
+    nodes.shards[NODES[1]][shard] = msgspec.structs.replace(held, locators=("tcp/elsewhere:1",))
+
+    state = nodes.tell(state, 0.0)
+
+    assert broken(state.deployments[CHAT], heard(state, 0.0)) == "stage 1 lost its worker"
+
+
+def test_a_stage_may_be_wired_while_one_further_down_is_not_even_asked_for() -> None:
+    nodes = SimulatedNodes()
+    state = settle(wanted(plan(*NODES)), nodes)
+    nodes.shards[NODES[2]].clear()
+    shard, held = next(iter(nodes.shards[NODES[1]].items()))
+    nodes.shards[NODES[1]][shard] = msgspec.structs.replace(held, state=ShardState.READY, wired_to=())
+
+    state = nodes.tell(state, 0.0)
+
+    assert broken(state.deployments[CHAT], heard(state, 0.0)) == ""
+
+
 def test_a_failed_shard_breaks_the_plan_with_its_reason() -> None:
     nodes = SimulatedNodes()
     state = settle(wanted(plan(*NODES[:2])), nodes)
@@ -193,8 +218,24 @@ def test_memory_is_promised_to_others_from_the_moment_of_the_order() -> None:
     state = nodes.tell(state, 0.0)
     reports = heard(state, 0.0).values()
 
-    assert promised_bytes(reports, DeploymentId("another")) == {NODES[0]: 12, NODES[1]: 12, NODES[2]: 0}
-    assert promised_bytes(reports, CHAT) == dict.fromkeys(NODES, 0)
+    assert promised_bytes(reports, (), DeploymentId("another")) == {NODES[0]: 12, NODES[1]: 12, NODES[2]: 0}
+    assert promised_bytes(reports, (), CHAT) == dict.fromkeys(NODES, 0)
+
+
+def test_memory_is_promised_to_others_from_the_moment_of_the_plan_and_counted_once() -> None:
+    nodes = SimulatedNodes()
+    state = nodes.tell(wanted(plan(*NODES[:2])), 0.0)
+    deployments = state.deployments.values()
+    another = DeploymentId("another")
+    expected = {NODES[0]: 12, NODES[1]: 12, NODES[2]: 0}
+
+    assert promised_bytes(heard(state, 0.0).values(), deployments, another) == expected
+
+    for addressed in missing_orders(state, 1, 0.0):
+        nodes.obey(addressed.node, addressed.order)
+    state = nodes.tell(state, 0.0)
+
+    assert promised_bytes(heard(state, 0.0).values(), deployments, another) == expected
 
 
 def leaving(state: FleetState, node: NodeId, live_requests: int) -> FleetState:

@@ -132,3 +132,8 @@ def test_every_acknowledged_write_survives_a_kill(tmp_path: Path) -> None:
     finally:
         journal.close()
     assert set(acknowledged) <= kept
+
+
+def test_a_number_is_above_what_is_known_from_elsewhere(journal: Journal) -> None:
+    assert journal.next_number("plan", above=41) == 42
+    assert journal.next_number("plan", above=7) == 43

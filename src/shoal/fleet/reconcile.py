@@ -66,9 +66,11 @@ def broken(deployment: Deployment, reports: Mapping[NodeId, NodeReport]) -> str:
         for stage in plan.stages:
             if reports[stage.node].leaving:
                 return f"node {stage.node} is leaving"
-    if None in shards and any(s is not None and s.state is ShardState.WIRED for s in shards):
-        # The others are wired to a worker that is no more: its node was restarted.
-        return f"stage {shards.index(None)} lost its worker"
+    for index, shard in enumerate(shards):
+        follower = (index + 1) % len(shards)
+        if shard is not None and shard.state is ShardState.WIRED and not _leads_to(shard, shards[follower]):
+            # It sends to a worker that is no more: the node of its follower was restarted.
+            return f"stage {follower} lost its worker"
     return ""
 
 
@@ -93,14 +95,22 @@ def heard(state: FleetState, now_s: float) -> dict[NodeId, NodeReport]:
     return {n: m.report for n, m in state.members.items() if standing(m, now_s) is not Standing.LOST}
 
 
-def promised_bytes(reports: Iterable[NodeReport], besides: DeploymentId) -> dict[NodeId, int]:
-    """Memory that shards of other deployments hold, per node."""
-    return {
-        r.node: sum(
-            s.memory_bytes for s in r.shards if s.shard.deployment != besides and s.state is not ShardState.FAILED
-        )
-        for r in reports
-    }
+def promised_bytes(
+    reports: Iterable[NodeReport], deployments: Iterable[Deployment], besides: DeploymentId
+) -> dict[NodeId, int]:
+    """Memory of each node that is not for *besides*: what others hold there, or what their plans will, whichever is more."""
+    others = {d.spec.deployment: d.answer for d in deployments if isinstance(d.answer, Plan)}
+    promised: dict[NodeId, int] = {}
+    for report in reports:
+        held: dict[DeploymentId, int] = {}
+        for shard in report.shards:
+            if shard.state is not ShardState.FAILED:
+                name = shard.shard.deployment
+                held[name] = held.get(name, 0) + shard.memory_bytes
+        planned = {n: sum(s.memory_bytes for s in a.stages if s.node == report.node) for n, a in others.items()}
+        names = (held.keys() | planned.keys()) - {besides}
+        promised[report.node] = sum(max(held.get(n, 0), planned.get(n, 0)) for n in names)
+    return promised
 
 
 def _towards(
@@ -154,6 +164,11 @@ def _shard_of(
         return None
     wanted = ShardId(deployment=deployment.spec.deployment, plan_epoch=deployment.plan_epoch, stage=index)
     return next((s for s in report.shards if s.shard == wanted), None)
+
+
+def _leads_to(shard: ShardReport, follower: ShardReport | None) -> bool:
+    """Whether a wired shard sends to the worker that *follower* reports (a node that does not say where is believed)."""
+    return follower is not None and (not shard.wired_to or shard.wired_to == follower.locators)
 
 
 def _stale(shards: Iterable[ShardReport], wanted: Mapping[DeploymentId, int]) -> list[ShardReport]:

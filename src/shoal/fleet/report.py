@@ -36,6 +36,8 @@ class ShardReport(msgspec.Struct, frozen=True, kw_only=True):
     start: int
     stop: int
     locators: tuple[str, ...] = ()
+    wired_to: tuple[str, ...] = ()
+    """Locators that its frames go to, once it is wired."""
     error_code: str = ""
     error: str = ""
     memory_bytes: int = 0

@@ -122,10 +122,10 @@ def apply(state: FleetState, event: Event) -> FleetState:
 
 
 def standing(member: Member, now_s: float) -> Standing:
-    """What silence up to *now_s* means."""
-    if member.report.leaving:
-        return Standing.LEAVING
+    """What silence up to *now_s* means; a leaving node that has fallen silent is gone."""
     silent_s = now_s - member.heard_s
+    if member.report.leaving and silent_s < LOST_AFTER_S:
+        return Standing.LEAVING
     if silent_s < SUSPECT_AFTER_S:
         return Standing.ALIVE
     return Standing.SUSPECT if silent_s < LOST_AFTER_S else Standing.LOST

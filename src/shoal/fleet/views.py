@@ -67,7 +67,7 @@ class DeploymentView(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class EventView(msgspec.Struct, frozen=True, kw_only=True):
-    """Something that happened.  `sequence` grows by one per event of this fleet; `unix_s` is for people only (ADR 4)."""
+    """Something that happened.  `sequence` grows from event to event of this fleet; `unix_s` is for people only (ADR 4)."""
 
     sequence: int
     kind: str

@@ -215,7 +215,8 @@ def _agent(parts: _Parts, voice: Voice, bell: Bell, models: Models) -> Agent:
     return Agent(
         me=parts.me,
         fleet=options.fleet,
-        incarnation=parts.journal.next_number("incarnation"),
+        # Above the wall clock's seconds: a node whose journal was lost must not seem older than it was.
+        incarnation=parts.journal.next_number("incarnation", above=int(time.time())),
         facts=lambda: facts,
         bus=parts.bus,
         keeper=keeper,
@@ -239,6 +240,7 @@ def _coordinator(parts: _Parts, voice: Voice, planner: FleetPlanner) -> Coordina
         send_order=voice.send_order,
         broadcast=voice.broadcast,
         note=parts.ring.note,
+        begin_log=parts.ring.begin,
         eager=parts.options.eager,
     )
 

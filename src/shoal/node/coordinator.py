@@ -16,7 +16,7 @@ import anyio.to_thread
 import msgspec
 
 from shoal.clock import Clock
-from shoal.errors import InvalidRequestError, ShoalError, UnavailableError, UnknownModelError
+from shoal.errors import InvalidRequestError, ShoalError, UnknownModelError
 from shoal.fleet.order import Refused, Reply
 from shoal.fleet.reconcile import Addressed, Phase, broken, heard, missing_orders, phase, promised_bytes
 from shoal.fleet.report import NodeReport
@@ -45,6 +45,7 @@ TICK_S = 0.1
 VIEW_EVERY_S = 0.5
 FORGET_AFTER_S = 600.0
 RETRY_PLAN_S = 2.0
+RETRY_PLAN_AT_MOST_S = 120.0
 
 
 class _Peer(msgspec.Struct, frozen=True, kw_only=True):
@@ -84,6 +85,8 @@ class Coordinator:
     send_order: SendOrder
     broadcast: Broadcast
     note: Note
+    begin_log: Callable[[int], None]
+    """Told the fencing epoch of a lease before the first event under it is noted."""
     eager: bool
     """Takes a lease that nobody holds at once; a standby waits."""
     state: FleetState = field(default_factory=FleetState)
@@ -100,6 +103,10 @@ class Coordinator:
     _ordered: dict[tuple[NodeId, str], float] = field(default_factory=dict)
     _standings: dict[NodeId, Standing] = field(default_factory=dict)
     _phases: dict[DeploymentId, Phase] = field(default_factory=dict)
+    _vain_plans: dict[DeploymentId, int] = field(default_factory=dict)
+    """Plans in a row that never came to serve."""
+    _one_plan: anyio.Lock = field(default_factory=anyio.Lock)
+    """Two plans at once would both count on the same free memory."""
 
     @property
     def leading(self) -> bool:
@@ -123,14 +130,24 @@ class Coordinator:
             self.note("coordinator.stepped_down", f"lease {view.lease.fencing_epoch} is newer", node=view.lease.holder)
             self.lease = None
 
-    async def want(self, spec: DeploymentSpec) -> None:
-        """Declare a deployment; durable before it returns."""
+    async def want(self, spec: DeploymentSpec, previewed: Plan | None = None) -> None:
+        """Declare a deployment; durable before it returns.
+
+        What is wanted already, and would be placed as it is (*previewed*), stays as it is: nothing is loaded again.
+        """
         self._must_lead()
-        old = self.state.deployments.get(spec.deployment)
-        spec = msgspec.structs.replace(spec, generation=old.spec.generation + 1 if old else 1)
+        name = spec.deployment
+        old = self.state.deployments.get(name)
+        if old is not None and self._stands(old, spec, previewed):
+            return
+        # Never a number of a deployment that was dropped: a plan made for that one must not count for this one.
+        generation = await self._number("generation", above=old.spec.generation if old else 0)
+        spec = msgspec.structs.replace(spec, generation=generation)
         self.state = apply(self.state, DeploymentWanted(spec=spec))
-        self._refused_until_s.pop(spec.deployment, None)
-        await self._remember(self.state.deployments[spec.deployment])
+        self._refused_until_s.pop(name, None)
+        self._vain_plans.pop(name, None)
+        await self._remember(self.state.deployments[name])
+        self.show()
 
     async def drop(self, name: DeploymentId) -> None:
         """Stop a deployment; raises UnknownModelError when there is none of that name."""
@@ -138,8 +155,11 @@ class Coordinator:
         old = self.state.deployments.get(name)
         if old is None:
             raise UnknownModelError(f"no deployment is named {name!r}", hint="`shoal ps` lists them")
-        await anyio.to_thread.run_sync(lambda: self.journal.remove("deployment", name))
+        # State first: a plan that is being made now must not write the record again after its removal.
         self.state = apply(self.state, DeploymentDropped(deployment=name, generation=old.spec.generation))
+        for kept in (self._refused_until_s, self._vain_plans, self._phases):
+            kept.pop(name, None)
+        await anyio.to_thread.run_sync(lambda: self.journal.remove("deployment", name))
         self.show()
 
     async def preview(self, spec: DeploymentSpec) -> Answer:
@@ -152,7 +172,11 @@ class Coordinator:
                 break
             await anyio.sleep(TICK_S)
         reports = self._usable()
-        return await self.planner.plan(spec, reports, promised_bytes(reports.values(), spec.deployment))
+        promised = promised_bytes(reports.values(), self.state.deployments.values(), spec.deployment)
+        answer = await self.planner.plan(spec, reports, promised)
+        if isinstance(answer, Infeasible):
+            return msgspec.structs.replace(answer, reason=self._named(answer.reason), hint=self._named(answer.hint))
+        return answer
 
     def view(self) -> CoordinatorView | None:
         """The newest view, ours or heard; None before the first."""
@@ -205,12 +229,11 @@ class Coordinator:
         if silent_s < LEASE_S and not (self.eager and nobody_else):
             return
         known = self._view.lease.fencing_epoch if self._view is not None else 0
-        epoch = await anyio.to_thread.run_sync(lambda: self.journal.next_number("fencing"))
-        while epoch <= known:  # the other holder's epochs were taken from its own journal
-            epoch = await anyio.to_thread.run_sync(lambda: self.journal.next_number("fencing"))
+        epoch = await self._number("fencing", above=known)  # the other holder's were taken from its own journal
         if self._view is not None and self._view.lease.holder != self.me:
             await self._take_over(self._view)
         self.lease, self._leads_since_s = Lease(holder=self.me, fencing_epoch=epoch), now_s
+        self.begin_log(epoch)
         self.note("coordinator.leads", f"lease {epoch}", node=self.me)
         self.show()
 
@@ -233,7 +256,7 @@ class Coordinator:
         return unheard and self.clock.now_s() - self._leads_since_s < LEASE_S
 
     def _status(self, deployment: Deployment, reports: Mapping[NodeId, NodeReport]) -> DeploymentStatus:
-        reason = broken(deployment, reports)
+        reason = self._named(broken(deployment, reports))
         match deployment.answer:
             case Infeasible() as infeasible:
                 reason = f"{infeasible.reason}; {infeasible.hint}" if infeasible.hint else infeasible.reason
@@ -247,7 +270,7 @@ class Coordinator:
             if self._standings.get(node) is not now:
                 self.note(f"node.{now.value}", member.report.facts.name, node=node)
                 self._standings[node] = now
-            if now_s - member.heard_s > FORGET_AFTER_S:
+            if now_s - member.heard_s > (LOST_AFTER_S if member.report.leaving else FORGET_AFTER_S):
                 forgotten = NodeForgotten(node=node, incarnation=member.report.incarnation)
                 self.state = apply(self.state, forgotten)
 
@@ -271,34 +294,63 @@ class Coordinator:
         return found
 
     async def _replan(self, deployment: Deployment) -> None:
-        spec = deployment.spec
-        name = spec.deployment
+        name = deployment.spec.deployment
         try:
-            answer = await self.preview(spec)
-            self._refused_until_s[name] = self.clock.now_s() + RETRY_PLAN_S
-            current = self.state.deployments.get(name)
-            if current is None or current.spec.generation != spec.generation:
-                return
-            if isinstance(answer, Infeasible) and current.answer == answer:
-                return
-            epoch = await self._next_plan_epoch(current)
-            made = PlanMade(deployment=name, plan_epoch=epoch, answer=answer, at_s=self.clock.now_s())
-            self.state = apply(self.state, made)
-            self.note("plan.made", describe_answer(answer), deployment=name)
-            await self._remember(self.state.deployments[name])
-            self.show()
+            async with self._one_plan:
+                await self._plan_anew(deployment.spec)
         except ShoalError as error:
-            self._refused_until_s[name] = self.clock.now_s() + RETRY_PLAN_S
-            self.note("plan.failed", error.message, deployment=name)
+            self._failed(name, error.message)
+        except Exception as error:  # noqa: BLE001 a fault in planning one model must not end the service of the others
+            self._failed(name, f"{type(error).__name__}: {error}")
         finally:
+            self._refused_until_s[name] = self.clock.now_s() + self._patience_s(name)
             self._planning.discard(name)
 
-    async def _next_plan_epoch(self, current: Deployment) -> int:
-        """Never one that was used under this name before: shards of a dropped deployment may still lie on some node."""
-        numbered = await anyio.to_thread.run_sync(self.journal.next_number, "plan")
-        shards = [s.shard for m in self.state.members.values() for s in m.report.shards]
-        used = [s.plan_epoch for s in shards if s.deployment == current.spec.deployment]
-        return max(numbered, current.plan_epoch + 1, *(epoch + 1 for epoch in used))
+    async def _plan_anew(self, spec: DeploymentSpec) -> None:
+        name = spec.deployment
+        answer = await self.preview(spec)
+        current = self.state.deployments.get(name)
+        if self.lease is None or current is None or current.spec.generation != spec.generation:
+            return
+        if isinstance(answer, Infeasible) and current.answer == answer:
+            return
+        if isinstance(current.answer, Plan) and not broken(current, heard(self.state, self.clock.now_s())):
+            return  # what it lacked has come back in the meantime
+        epoch = await self._number("plan", above=self._highest_plan_epoch())
+        if self.state.deployments.get(name) is not current:
+            return
+        made = PlanMade(deployment=name, plan_epoch=epoch, answer=answer, at_s=self.clock.now_s())
+        self.state = apply(self.state, made)
+        self._vain_plans[name] = self._vain_plans.get(name, -1) + 1
+        self.note("plan.made", self._named(describe_answer(answer)), deployment=name)
+        await self._remember(self.state.deployments[name])
+        self.show()
+
+    def _failed(self, name: DeploymentId, why: str) -> None:
+        self._vain_plans[name] = self._vain_plans.get(name, -1) + 1
+        self.note("plan.failed", self._named(why), deployment=name)
+
+    def _patience_s(self, name: DeploymentId) -> float:
+        """How long until the next plan: what fails as soon as it is loaded is tried ever more rarely."""
+        return min(RETRY_PLAN_S * 2.0 ** min(self._vain_plans.get(name, 0), 16), RETRY_PLAN_AT_MOST_S)
+
+    def _highest_plan_epoch(self) -> int:
+        """Shards are known by deployment and plan epoch: no epoch may come twice, also after a drop or a takeover."""
+        made = [deployment.plan_epoch for deployment in self.state.deployments.values()]
+        held = [s.shard.plan_epoch for m in self.state.members.values() for s in m.report.shards]
+        return max([0, *made, *held])
+
+    async def _number(self, name: str, *, above: int) -> int:
+        return await anyio.to_thread.run_sync(lambda: self.journal.next_number(name, above=above))
+
+    def _stands(self, old: Deployment, spec: DeploymentSpec, previewed: Plan | None) -> bool:
+        """Whether *spec* asks for nothing but what *old* is, placed as it is now and in good order."""
+        same = msgspec.structs.replace(spec, generation=old.spec.generation) == old.spec
+        plan = old.answer
+        if not same or previewed is None or not isinstance(plan, Plan):
+            return False
+        sound = not broken(old, heard(self.state, self.clock.now_s()))
+        return sound and _places(plan) == _places(previewed)
 
     async def _remember(self, deployment: Deployment) -> None:
         name = deployment.spec.deployment
@@ -320,8 +372,8 @@ class Coordinator:
     async def _send(self, addressed: Addressed) -> None:
         try:
             reply = await self.send_order(addressed)
-        except UnavailableError:
-            return  # its heartbeats will say whether it lives; the order is given again
+        except ShoalError:
+            return  # lost, or refused by a node of another version: its reports say what it does; the order is given again
         if isinstance(reply, Refused) and self.lease is not None and reply.fencing_epoch > self.lease.fencing_epoch:
             self.note("coordinator.fenced", f"lease {reply.fencing_epoch} is newer", node=addressed.node)
             self.lease = None
@@ -329,23 +381,35 @@ class Coordinator:
     def _note_phases(self, view: CoordinatorView) -> None:
         for status in view.deployments:
             name = status.deployment.spec.deployment
+            if status.phase is Phase.SERVING:
+                self._vain_plans.pop(name, None)
             if self._phases.get(name) is not status.phase:
                 self.note(f"deployment.{status.phase.value}", status.reason or "as planned", deployment=name)
                 self._phases[name] = status.phase
 
+    def _named(self, text: str) -> str:
+        """*text* with names for node ids: an id is 32 characters that nobody reads."""
+        for node, member in self.state.members.items():
+            text = text.replace(node, member.report.facts.name)
+        return text
+
     def _must_lead(self) -> None:
         if self.lease is None:
-            holder = self._view.lease.holder if self._view is not None else "nobody yet"
+            holder = self._named(self._view.lease.holder) if self._view is not None else "nobody yet"
             raise InvalidRequestError(
                 f"this node does not coordinate the fleet (the lease is held by {holder})", hint="ask that node"
             )
+
+
+def _places(plan: Plan) -> list[tuple[NodeId, int, int]]:
+    return [(stage.node, stage.start, stage.stop) for stage in plan.stages]
 
 
 def describe_answer(answer: Answer) -> str:
     """One line about a plan, for the event log."""
     match answer:
         case Plan(stages=stages, estimate=figures):
-            cuts = ", ".join(f"[{s.start}, {s.stop}) on {s.node[:8]}" for s in stages)
+            cuts = ", ".join(f"[{s.start}, {s.stop}) on {s.node}" for s in stages)
             return f"{len(stages)} stages: {cuts}; {figures.time_per_output_token_s * 1000:.1f} ms per token predicted"
         case Infeasible(reason=reason):
             return f"no plan fits: {reason}"

@@ -61,7 +61,7 @@ class CoordinatorDesk:
         }
 
     async def _deploy(self, asked: Deploy) -> Nothing:
-        await self.coordinator.want(asked.spec)
+        await self.coordinator.want(asked.spec, asked.previewed)
         return Nothing()
 
     async def _drop(self, asked: Drop) -> Nothing:

@@ -11,6 +11,7 @@ from shoal.fleet.views import EventView
 from shoal.ids import DeploymentId, NodeId
 
 KEPT_EVENTS = 2000
+PER_LEASE = 10**9
 
 
 @dataclass(slots=True)
@@ -34,6 +35,10 @@ class EventRing:
         self.log.info(kind, detail=text, **where)
         news, self._news = self._news, anyio.Event()
         news.set()
+
+    def begin(self, fencing_epoch: int) -> None:
+        """Number what follows above everything that holders of earlier leases have numbered, on whatever node."""
+        self._next = max(self._next, fencing_epoch * PER_LEASE)
 
     async def events(self, after: int, limit: int) -> Sequence[EventView]:
         """At most *limit* events with a sequence above *after*."""

@@ -105,7 +105,8 @@ class FleetApi:
             case Infeasible(reason=reason, hint=hint):
                 raise InfeasibleError(reason, hint=hint)
             case Plan() as plan:
-                await self.caller.call(coordinator, "deploy", Deploy(spec=spec), Nothing, timeout_s=_QUICK_S)
+                asked = Deploy(spec=spec, previewed=plan)
+                await self.caller.call(coordinator, "deploy", asked, Nothing, timeout_s=_QUICK_S)
                 return DeploymentView(name=name, model=wanted.plan.model, state=DeploymentState.PLANNED, plan=plan)
 
     async def deployments(self) -> Sequence[DeploymentView]:

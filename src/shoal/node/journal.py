@@ -78,11 +78,11 @@ class Journal:
         rows = self._read("SELECT value FROM record WHERE kind = ? ORDER BY key", (kind,))
         return tuple(msgspec.json.decode(row, type=as_type) for row in rows)
 
-    def next_number(self, name: str) -> int:
-        """A number higher than all before under *name*, durable: incarnations, fencing epochs."""
+    def next_number(self, name: str, *, above: int = 0) -> int:
+        """A number higher than *above* and all before under *name*, durable: incarnations, fencing epochs."""
         with self._lock:
             kept = self.get("number", name, _Number)
-            number = (kept.value if kept else 0) + 1
+            number = max(kept.value if kept else 0, above) + 1
             self.put("number", name, _Number(value=number), generation=number)
             return number
 

@@ -9,7 +9,7 @@ from shoal.fleet.views import EventView, NodeView
 from shoal.ids import DeploymentId, Digest, NodeId
 from shoal.model.frontier import Block
 from shoal.model.spec import ModelSpec
-from shoal.plan.problem import Answer
+from shoal.plan.problem import Answer, Plan
 from shoal.profile.fleet import DeviceProfile, LinkProfile
 
 VIEW: Final = "view"
@@ -70,6 +70,8 @@ class Deploy(msgspec.Struct, frozen=True, kw_only=True):
     """Asked of the coordinator: make this deployment true (its generation is set by the coordinator)."""
 
     spec: DeploymentSpec
+    previewed: Plan | None = None
+    """What the asker was told that it would get."""
 
 
 class Drop(msgspec.Struct, frozen=True, kw_only=True):

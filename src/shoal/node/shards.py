@@ -105,6 +105,7 @@ class ShardKeeper:
             for f in (
                 "state",
                 "locators",
+                "wired_to",
                 "error_code",
                 "error",
                 "steps",

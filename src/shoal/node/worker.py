@@ -45,6 +45,7 @@ class Reporter:
     clock: Clock
     state: ShardState = ShardState.LOADING
     locators: tuple[str, ...] = ()
+    wired_to: tuple[str, ...] = ()
     loop: StageLoop | None = None
     _sent_s: float = float("-inf")
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -67,6 +68,7 @@ class Reporter:
             shard=self.spec.shard,
             state=self.state,
             locators=self.locators,
+            wired_to=self.wired_to,
             error_code=error.code if error else "",
             error=error.message if error else "",
             steps=loop.steps if loop else 0,
@@ -184,6 +186,7 @@ class _Wiring:
                 self._outbound = open_data(listen=(), next=wiring.next_locators)
                 self._outbound.wait_matched(self._next_key(), _MATCH_TIMEOUT_S)
                 self.loop.inbox.put(Wired(outbound=shaped(self._outbound, self.spec, wiring)))
+            self.reporter.wired_to = wiring.next_locators
             self.reporter.tell(ShardState.WIRED)
         except ShoalError as error:
             self.loop.log.warning("stage.not_wired", shard=str(self.spec.shard), error=error.message)

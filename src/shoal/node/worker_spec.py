@@ -41,6 +41,7 @@ class WorkerReport(msgspec.Struct, frozen=True, kw_only=True):
     shard: ShardId
     state: ShardState
     locators: tuple[str, ...] = ()
+    wired_to: tuple[str, ...] = ()
     error_code: str = ""
     error: str = ""
     steps: int = 0

@@ -186,7 +186,7 @@ class _Wiring:
                 self._outbound = open_data(listen=(), next=wiring.next_locators)
                 self._outbound.wait_matched(self._next_key(), _MATCH_TIMEOUT_S)
                 self.loop.inbox.put(Wired(outbound=shaped(self._outbound, self.spec, wiring)))
-            self.reporter.wired_to = wiring.next_locators
+                self.reporter.wired_to = wiring.next_locators  # a stage alone sends to nobody, old or new
             self.reporter.tell(ShardState.WIRED)
         except ShoalError as error:
             self.loop.log.warning("stage.not_wired", shard=str(self.spec.shard), error=error.message)

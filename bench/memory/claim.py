@@ -1,5 +1,6 @@
 """What a worker costs in memory: private (anonymous) bytes at rest, while serving, at most; under a limit; and after it is gone."""
 
+import os
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -47,6 +48,8 @@ def _serve(options: Options, limit: Limit | None) -> Values:
     needed = _needed_bytes(home)
     bound_bytes = int(1.5 * needed["total_bytes"] + 150 * _MB)
     prompt = prompt_ids(options.gguf, PROMPT_TOKENS)
+    if limit is not None:
+        _forget_pages(home)
     with fleet_of((home,)) as (shoal, running, (node_pid,)):
         with _watching(node_pid, limit, bound_bytes) as watch:
             view = deploy(shoal, _DEPLOYED, _WANTED)
@@ -71,6 +74,13 @@ def _unloaded(shoal: Shoal, node_pid: int) -> Values:
     return memory_bytes(node_pid)
 
 
+def _forget_pages(home: Path) -> None:
+    """Let the system drop what it caches of the model's files: who reads them next pays for them."""
+    for path in (p for folder in ("chunks", "derived") for p in (home / folder).rglob("*") if p.is_file()):
+        with path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 def _needed_bytes(home: Path) -> Values:
     """Weights as they are stored, and the cache of the positions that the run fills."""
     store = open_store(home)
@@ -85,6 +95,8 @@ def memory_bytes(pid: int) -> Values:
     """Resident memory of a process by kind; raises ProcessLookupError once it is gone."""
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     sizes = {k: int(v.split()[0]) * 1024 for k, _, v in (line.partition(":") for line in lines) if v.endswith("kB")}
+    if "VmRSS" not in sizes:
+        raise ProcessLookupError(f"process {pid} has ended")
     return {"anon_bytes": sizes.get("RssAnon", 0), "file_bytes": sizes.get("RssFile", 0), "rss_bytes": sizes["VmRSS"]}
 
 

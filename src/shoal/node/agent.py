@@ -56,11 +56,12 @@ class Agent:
     journal: Journal
     log: FilteringBoundLogger
     leaving: anyio.Event = field(default_factory=anyio.Event)
+    led: bool = False
+    """Whether a coordinator has been heard since the start."""
     _sequence: int = 0
     _manifests: tuple[Digest, ...] = ()
     _dropped: int = 0
     _kept: CoordinatorView | None = None
-    _led: bool = False
 
     def report(self) -> NodeReport:
         """What the next heartbeat says."""
@@ -167,7 +168,7 @@ class Agent:
 
     async def _follow(self, view: CoordinatorView) -> None:
         """Obey the newest lease, and keep what it says for the day when nobody is there to say it."""
-        self._led = True
+        self.led = True
         if view.lease.fencing_epoch > self.keeper.fencing_epoch:
             await anyio.to_thread.run_sync(self.keeper.obey, view.lease.fencing_epoch)
         if view.newer_than(self._kept) and not says_the_same(view, self._kept):
@@ -178,7 +179,7 @@ class Agent:
         """Serve by the last plans until a coordinator is heard."""
         self._kept = await anyio.to_thread.run_sync(recall, self.journal)
         said: CoordinatorView | None = None
-        while self._kept is not None and not self._led:
+        while self._kept is not None and not self.led:
             now = alone(self._kept, self.report())
             if now != said:
                 self.stand_in(now)

@@ -60,6 +60,9 @@ from shoal.transport.zenoh import ZenohBus, open_agent
 from shoal.trust.identity import load_or_create, node_id
 
 
+UNHEARD_S = 5.0
+
+
 class Running(msgspec.Struct, frozen=True, kw_only=True):
     """What a started node tells whoever started it; also kept in `<home>/run/node.json` for the command line."""
 
@@ -181,11 +184,23 @@ async def _run(parts: _Parts, gateway: _Gateway | None, started: Callable[[Runni
             running = Running(node=me, name=options.name, url=parts.facts.gateway, locators=parts.fabric.locators)
             running_file(Path(options.home)).write_bytes(msgspec.json.encode(running))
             started(running)
+            group.start_soon(_say_when_unheard, parts, agent)
             await agent.run()
             group.cancel_scope.cancel()
     finally:
         for open_thing in serving:
             open_thing.close()
+
+
+async def _say_when_unheard(parts: _Parts, agent: Agent) -> None:
+    """A node waits for its fleet as long as it takes; whoever mistyped the address should not wait with it."""
+    await anyio.sleep(UNHEARD_S)
+    if parts.options.connect and not agent.led:
+        parts.log.warning(
+            "fleet.not_heard",
+            addresses=", ".join(parts.options.connect),
+            hint="is its first node up, and the address right? this node goes on trying",
+        )
 
 
 def _agent(parts: _Parts, voice: Voice, bell: Bell, models: Models) -> Agent:

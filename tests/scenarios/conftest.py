@@ -81,11 +81,15 @@ class Machine:
         return path.read_text(errors="replace") if path.exists() else ""
 
     def start(self) -> None:
-        """Start the node; `wait_up` tells when it runs."""
+        """Start the node, again at the address that others know; `wait_up` tells when it runs."""
+        flags = self.flags
+        if self.running is not None:
+            at = flags.index("--listen") + 1
+            flags = (*flags[:at], self.address, *flags[at + 1 :])
         running_file(self.home).unlink(missing_ok=True)
         with (self.home / "node.log").open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "shoal", *self.flags],
+                [sys.executable, "-m", "shoal", *flags],
                 env={**clean_environment(), "SHOAL_HOME": str(self.home)},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -109,7 +113,7 @@ class Machine:
         """Its worker processes, oldest first."""
         assert self.process is not None
         children = psutil.Process(self.process.pid).children()
-        return [p for p in children if "shoal.node.worker" in p.cmdline()]
+        return [p for p in children if p.status() != psutil.STATUS_ZOMBIE and "shoal.node.worker" in p.cmdline()]
 
     def kill(self) -> None:
         """kill -9: no farewell."""
@@ -185,7 +189,7 @@ class Fleet:
 
     def up(self, name: str, *flags: str, models: tuple[str, ...] = (TINY,)) -> Machine:
         """A node with a gateway that may coordinate."""
-        return self.add(name, "up", "--port", "0", "--listen", "127.0.0.1:0", *flags, models=models)
+        return self.add(name, "up", "--port", "0", *flags, models=models)
 
     def join(self, name: str, *flags: str, to: tuple[Machine, ...] = (), models: tuple[str, ...] = ()) -> Machine:
         """A node that joins *to*, by default the first one."""
@@ -275,7 +279,7 @@ class Fleet:
 
 
 def _defaults(flags: tuple[str, ...]) -> tuple[str, ...]:
-    wanted = {"--threads": "1", "--memory": "2GiB"}
+    wanted = {"--threads": "1", "--memory": "2GiB", "--listen": "127.0.0.1:0"}
     return tuple(part for flag, value in wanted.items() if flag not in flags for part in (flag, value))
 
 

@@ -105,7 +105,7 @@ def test_top_p_draws_only_from_the_smallest_set_that_holds_the_mass(
 @settings(max_examples=20)
 @given(st.floats(0.3, 0.9))
 def test_top_p_reaches_every_token_of_a_flat_vocabulary_that_it_should(top_p: float) -> None:
-    """A nucleus wider than the first ranking (64 tokens) is still complete."""
+    """A nucleus far wider than what is ever sorted is still complete."""
     logits = np.zeros(5000, np.float32)
     params = SamplingParams(temperature=1.0, top_p=top_p)
 
@@ -113,6 +113,36 @@ def test_top_p_reaches_every_token_of_a_flat_vocabulary_that_it_should(top_p: fl
 
     assert max(tokens) < math.ceil(5000 * top_p) + 1
     assert max(tokens) > 5000 * top_p * 0.7
+
+
+@settings(max_examples=40)
+@given(st.integers(0, 2**32), st.sampled_from([0.01, 1.0, 8.0]), st.sampled_from([0, 1, 8]), st.data())
+def test_the_winner_of_a_large_vocabulary_is_that_of_a_race_among_its_sorted_tokens(
+    seed: int, spread: float, steps: int, data: st.DataObject
+) -> None:
+    """Filters by sorting everything, as they are defined; steps of 1/8 or 1 make many scores equal."""
+    logits = ((uniforms(seed, 0, np.arange(40_000)) - 0.5) * spread).astype(np.float32)
+    logits = np.round(logits * steps) / np.float32(steps) if steps else logits
+    top_k, top_p = data.draw(st.sampled_from([0, 7, 20_000])), data.draw(st.floats(0.01, 0.99))
+    scaled = logits - logits.max()
+    order = np.lexsort((np.arange(logits.size), -scaled))[: top_k or None]
+    mass = np.exp(scaled[order]).cumsum(dtype=np.float64)
+    # Sums in another order may differ in their last bits: an edge as near as that may lie on either side of a token.
+    near = [int(mass.searchsorted(top_p * float(mass[-1]) * (1 + off))) + 1 for off in (-1e-9, 0, 1e-9)]
+    races = [-np.log(uniforms(seed, 3, order[:n])) / np.exp(scaled[order[:n]]) for n in near]
+
+    token = sample(logits, SamplingParams(temperature=1.0, top_k=top_k, top_p=top_p, seed=seed), position=3).token
+
+    assert token in {int(order[race.argmin()]) for race in races}
+
+
+def test_a_range_of_scores_too_narrow_to_divide_is_still_a_nucleus() -> None:
+    logits = np.zeros(2000, np.float32)
+    logits[::2] = np.float32(1e-45)
+
+    tokens = [sample(logits, SamplingParams(temperature=1.0, top_p=0.4, seed=7), position=i).token for i in range(40)]
+
+    assert all(token % 2 == 0 and token < 1602 for token in tokens)
 
 
 @given(floats(16), st.floats(0.01, 1.0), st.integers(0, 500))

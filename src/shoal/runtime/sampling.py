@@ -13,7 +13,7 @@ plus one half give a uniform number strictly between 0 and 1.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,7 +29,11 @@ MASK64 = (1 << 64) - 1
 GOLDEN = 0x9E3779B97F4A7C15
 MIX_1 = 0xBF58476D1CE4E5B9
 MIX_2 = 0x94D049BB133111EB
-FIRST_RANKED = 64
+SORTED = 256
+"""So few scores are sorted; more go into BINS bins first."""
+BINS = 1024
+TILE = 16384
+"""So many tokens at once: their temporaries stay in a core's cache, those of a vocabulary are fresh megabytes at every step."""
 MAX_LOGPROBS = 64
 
 
@@ -78,12 +82,20 @@ def check_sampling(params: SamplingParams, vocabulary: int) -> None:
 def uniforms(seed: int, position: int, tokens: Ids) -> Floats:
     """One number in (0, 1) per token id: a pure function of its three arguments."""
     start = _mix_int((_mix_int(seed & MASK64) + position * GOLDEN) & MASK64)
-    # Wrapping is the point of the arithmetic; numpy stays silent about it for arrays.
-    x = np.uint64(start) + (tokens.astype(np.uint64) + np.uint64(1)) * np.uint64(GOLDEN)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(MIX_1)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(MIX_2)
+    # Wrapping is the point of the arithmetic; numpy stays silent about it for arrays.  In place: a vocabulary is megabytes.
+    x = tokens.astype(np.uint64)
+    x *= np.uint64(GOLDEN)
+    x += np.uint64((start + GOLDEN) & MASK64)
+    x ^= x >> np.uint64(30)
+    x *= np.uint64(MIX_1)
+    x ^= x >> np.uint64(27)
+    x *= np.uint64(MIX_2)
     x ^= x >> np.uint64(31)
-    return ((x >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+    x >>= np.uint64(11)
+    u = x.view(np.int64).astype(np.float64)  # signed integers convert several times as fast
+    u += 0.5
+    u *= 2.0**-53
+    return u
 
 
 def _mix_int(x: int) -> int:
@@ -122,37 +134,102 @@ def _adjust(logits: Logits, params: SamplingParams, prompt: Sequence[int], outpu
 
 def _draw(adjusted: Logits, params: SamplingParams, position: int) -> int:
     scaled = (adjusted - adjusted.max()) / np.float32(params.temperature)
-    kept = _support(scaled, params)
-    waiting = -np.log(uniforms(params.seed, position, kept))
-    # A weight that underflows to 0 waits forever; the largest is exp(0), so the minimum is finite.
-    with np.errstate(divide="ignore", over="ignore"):
-        return int(kept[(waiting / np.exp(scaled[kept])).argmin()])
+    floor, last_tie = _cutoff(scaled, params)
+    first, winner = math.inf, 0
+    for start, part in _tiles(scaled):
+        ids = start + np.flatnonzero(part >= floor)
+        if ids.size and last_tie < ids[-1]:
+            ids = ids[(scaled[ids] > floor) | (ids <= last_tie)]
+        # A weight that underflows to 0 waits forever; the largest is exp(0), so the least wait is finite.
+        with np.errstate(divide="ignore", over="ignore"):
+            waiting = -np.log(uniforms(params.seed, position, ids)) / np.exp(scaled[ids])
+        if (soonest := waiting.min(initial=math.inf)) < first:
+            first, winner = float(soonest), int(ids[waiting.argmin()])
+    return winner
 
 
-def _support(scaled: Logits, params: SamplingParams) -> Ids:
-    """Ids that survive top-k, top-p and min-p, ascending; *scaled* has its maximum at 0."""
-    ids = np.arange(scaled.size, dtype=np.int64)
-    if params.top_k or params.top_p < 1.0:
-        ids = np.sort(_ranked_support(scaled, params))
-    if params.min_p > 0:
-        ids = ids[scaled[ids] >= math.log(params.min_p)]
-    return ids
+def _tiles(values: Logits) -> Iterator[tuple[int, Logits]]:
+    for start in range(0, values.size, TILE):
+        yield start, values[start : start + TILE]
 
 
-def _ranked_support(scaled: Logits, params: SamplingParams) -> Ids:
-    limit = min(params.top_k or scaled.size, scaled.size)
-    if params.top_p >= 1.0:
-        return _ranked(scaled, limit)
-    # Sorting a vocabulary costs milliseconds and nearly all mass lies in a few tokens: rank more only while it does not.
-    count = limit if params.top_k else min(FIRST_RANKED, limit)
-    total = None if params.top_k else float(np.exp(scaled).sum(dtype=np.float64))
-    while True:
-        ranked = _ranked(scaled, count)
-        mass = np.exp(scaled[ranked]).cumsum(dtype=np.float64)
-        goal = params.top_p * (mass[-1] if total is None else total)
-        if mass[-1] >= goal or count == limit:
-            return ranked[: int(mass.searchsorted(goal, side="left")) + 1]
-        count = limit if count > FIRST_RANKED else min(count * 64, limit)
+def _cutoff(scaled: Logits, params: SamplingParams) -> tuple[float, int]:
+    """Score and id of the last token that survives top-k, top-p and min-p; *scaled* has its maximum at 0.
+
+    Better scores survive, and equal ones with lower ids.
+    """
+    last = _last_of(scaled, params.top_k) if 0 < params.top_k < scaled.size else None
+    if params.top_p < 1.0:
+        ids = None if last is None else np.flatnonzero(_survives(scaled, last))
+        border = _nucleus(scaled if ids is None else scaled[ids], params.top_p)
+        last = border if ids is None else int(ids[border])
+    floor = -math.inf if last is None else float(scaled[last])
+    least = float(np.float32(math.log(params.min_p))) if params.min_p > 0 else -math.inf
+    return (floor, scaled.size if last is None else last) if floor >= least else (least, scaled.size)
+
+
+def _nucleus(scores: Logits, top_p: float) -> int:
+    """Index of the last of the fewest best scores whose mass reaches *top_p* of the whole.
+
+    Sorting a large and flat vocabulary takes tens of milliseconds, and only the border matters: sum the mass in bins by
+    score, go on with the bin that holds the border, and sort what is left of it.
+    """
+    ids, above, goal = np.empty(0, np.int64), 0.0, -1.0
+    values, size = scores, 0
+    while values.size != size:
+        size = values.size
+        bins = _Bins(values)
+        sums = above + bins.mass().cumsum()
+        goal = top_p * float(sums[-1]) if goal < 0 else goal
+        found = min(int(sums.searchsorted(goal)), int(sums.searchsorted(sums[-1])))
+        above = float(sums[found - 1]) if found else above
+        inside = bins.members(found)
+        ids = ids[inside] if ids.size else inside
+        values = scores[ids]
+        if ids.size <= SORTED:
+            break
+    order = np.argsort(-values, kind="stable")
+    sums = above + np.exp(values[order]).cumsum(dtype=np.float64)
+    return int(ids[order[min(int(sums.searchsorted(goal)), ids.size - 1)]])
+
+
+class _Bins:
+    """Values in BINS equal ranges, the highest in bin 0; a higher value is never in a later bin."""
+
+    def __init__(self, values: Logits) -> None:
+        self._values = values
+        self._high = values.max()
+        span = float(self._high - values.min())
+        # So narrow a range that the factor overflows leaves all in one bin.
+        self._factor = np.float32(min((BINS - 1) / span, float(np.finfo(np.float32).max)) if span else 0.0)
+
+    def mass(self) -> Floats:
+        """exp(value), summed per bin."""
+        mass = np.zeros(BINS)
+        for _, part in _tiles(self._values):
+            mass += np.bincount(self._of(part), weights=np.exp(part), minlength=BINS)
+        return mass
+
+    def members(self, found: int) -> Ids:
+        """Indices of the values in one bin, ascending."""
+        return np.concatenate([start + np.flatnonzero(self._of(part) == found) for start, part in _tiles(self._values)])
+
+    def _of(self, part: Logits) -> Ids:
+        return np.asarray((self._high - part) * self._factor, dtype=np.int64)
+
+
+def _last_of(scores: Logits, count: int) -> int:
+    """Id of the last of the *count* > 0 best scores; of equal ones those with lower ids are better."""
+    threshold = np.partition(scores, scores.size - count)[scores.size - count]
+    better = int(np.count_nonzero(scores > threshold))
+    return int(np.flatnonzero(scores == threshold)[count - better - 1])
+
+
+def _survives(scores: Logits, last: int) -> NDArray[np.bool_]:
+    """Which scores are as good as that of the id *last* or better."""
+    kept: NDArray[np.bool_] = scores > scores[last]
+    kept[np.flatnonzero(scores[: last + 1] == scores[last])] = True
+    return kept
 
 
 def _ranked(scores: Logits, count: int) -> Ids:
@@ -160,11 +237,8 @@ def _ranked(scores: Logits, count: int) -> Ids:
     count = min(count, scores.size)
     if count == 0:
         return np.empty(0, np.int64)
-    threshold = np.partition(scores, scores.size - count)[scores.size - count]
-    above = np.flatnonzero(scores > threshold)
-    level = np.flatnonzero(scores == threshold)[: count - above.size]
-    ids = np.concatenate([above, level])
-    return ids[np.lexsort((ids, -scores[ids]))]
+    ids = np.flatnonzero(_survives(scores, _last_of(scores, count)))
+    return ids[np.argsort(-scores[ids], kind="stable")]
 
 
 def _logprobs(logits: Logits, token: int, count: int) -> tuple[float, tuple[TokenLogprob, ...]]:

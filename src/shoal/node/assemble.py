@@ -1,5 +1,6 @@
 """The one place that names concrete classes: a node out of its parts, running until cancelled."""
 
+import contextlib
 import secrets
 import socket
 import time
@@ -18,7 +19,7 @@ from structlog.typing import FilteringBoundLogger
 
 from shoal import __version__
 from shoal.clock import Clock, SystemClock
-from shoal.errors import SettingsError
+from shoal.errors import SettingsError, ShoalError
 from shoal.fleet.order import Hold
 from shoal.fleet.report import NodeFacts
 from shoal.fleet.views import JoinView
@@ -58,7 +59,6 @@ from shoal.transport.keys import ChunkTopic, ControlTopic, ProbeTopic, key_of
 from shoal.transport.shaped import Link, ShapedBus, Way
 from shoal.transport.zenoh import ZenohBus, open_agent
 from shoal.trust.identity import load_or_create, node_id
-
 
 UNHEARD_S = 5.0
 
@@ -340,20 +340,27 @@ async def launch_hold(options: NodeOptions, me: NodeId, agent_locator: str, hold
 
 
 async def fetch_hold(fetcher: Fetcher, store: Store, hold: Hold, arrived: Callable[[int], None]) -> None:
-    """Bring the chunks of a shard here; *arrived* is called on the event loop."""
+    """Bring the chunks of a shard here; *arrived* is called on the event loop.  Cancelled, it ends with the next piece."""
+
+    def tell(size_bytes: int) -> None:
+        anyio.from_thread.check_cancelled()
+        anyio.from_thread.run_sync(arrived, size_bytes)
 
     def work() -> None:
         artifact = fetch_artifact(fetcher, store, hold.manifest, hold.sources)
-        span = (hold.start, hold.stop)
-        fetch_shard(fetcher, artifact, span, hold.sources, lambda n: anyio.from_thread.run_sync(arrived, n))
+        fetch_shard(fetcher, artifact, (hold.start, hold.stop), hold.sources, tell)
 
     await anyio.to_thread.run_sync(work)
 
 
 def complete_manifests(store: Store) -> tuple[Digest, ...]:
-    """Models of which every chunk is here."""
-    names = store.library.names()
-    return tuple(store.library.digest(n) for n in names if not missing_bytes(store, store.library.read(n)))
+    """Models of which every chunk is here; one that is damaged or just being removed is not (`shoal models` names it)."""
+    found = []
+    for name in store.library.names():
+        with contextlib.suppress(ShoalError):
+            if not missing_bytes(store, store.library.read(name)):
+                found.append(store.library.digest(name))
+    return tuple(found)
 
 
 def shaped_agent(bus: Bus, options: NodeOptions, me: NodeId) -> Bus:

@@ -13,7 +13,6 @@ from typing import Any
 import openai
 import pytest
 
-from shoal.fleet.state import Standing
 from shoal.store.home import open_store
 
 Fleet = Any  # of conftest
@@ -125,12 +124,14 @@ def test_a_node_whose_fleet_is_not_there_yet_waits_for_it_and_says_so(fleet: Fle
         port = probe.getsockname()[1]
     early = fleet.add("early", "join", f"127.0.0.1:{port}")
     early.wait_up()
-    fleet.wait(lambda: f"127.0.0.1:{port}" in early.log and "fleet.not_heard" in early.log, "it says whom it waits for", 15)
+    fleet.wait(
+        lambda: f"127.0.0.1:{port}" in early.log and "fleet.not_heard" in early.log, "it says whom it waits for", 15
+    )
 
     first = fleet.up("a", "--listen", f"127.0.0.1:{port}")
     first.wait_up()
 
-    fleet.wait(lambda: fleet.nodes(first)["early"].standing is Standing.ALIVE, "the early node is in the fleet")
+    fleet.wait_alive("early", at=first)
 
 
 def test_a_taken_port_is_named_with_what_to_do(tmp_path: Path) -> None:

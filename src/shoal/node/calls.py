@@ -6,7 +6,7 @@ the first query starts the work, repeated ones find it pending or done, and a lo
 
 from collections.abc import Awaitable, Callable
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import anyio
 import anyio.abc
@@ -14,7 +14,7 @@ import anyio.to_thread
 import msgspec
 
 from shoal import errors
-from shoal.errors import DeadlineExceededError, ShoalError
+from shoal.errors import DeadlineExceededError, MalformedFrameError, ShoalError
 from shoal.fleet.faults import Fault, describe, restore
 from shoal.ids import NodeId
 from shoal.node.mailbox import Mailbox
@@ -72,15 +72,24 @@ class Caller:
             while True:
                 query = partial(self._bus.query, key, payload, timeout_s=min(_QUERY_TIMEOUT_S, timeout_s))
                 raw = await anyio.to_thread.run_sync(query, abandon_on_cancel=True)
-                said: Answer = msgspec.msgpack.decode(raw, type=Answer)
+                said: Answer = _decoded(raw, Answer, node)
                 match said:
                     case Done(body=body):
-                        return msgspec.msgpack.decode(body, type=answer)
+                        return _decoded(body, answer, node)
                     case Failed(fault=fault):
                         raise restore(fault)
                     case Pending():
                         await anyio.sleep(_POLL_S)
         raise DeadlineExceededError(f"node {node} did not finish {verb!r} within {timeout_s:.0f} s")
+
+
+def _decoded(data: bytes, kind: type[T] | Any, node: NodeId) -> T:  # noqa: ANN401 a union is no type
+    try:
+        return msgspec.msgpack.decode(data, type=kind)
+    except msgspec.MsgspecError as error:
+        raise MalformedFrameError(
+            f"node {node} answers with something that is not known here: {error}", hint="is it of another version?"
+        ) from error
 
 
 class CallDesk:

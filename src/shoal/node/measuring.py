@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 import anyio
+import anyio.from_thread
 import anyio.to_thread
 import msgspec
 
@@ -69,7 +70,8 @@ class Measurer:
         artifact = fetch_artifact(self.fetcher, self.store, wanted.manifest, wanted.sources)
         names = _sample_tensors(artifact, self.facts().memory_budget_bytes)
         chunks = [entry.chunk for entry in artifact.manifest.tensors if entry.name in names]
-        self.fetcher.model(wanted.manifest, wanted.sources, lambda _: chunks)
+        arrived = anyio.from_thread.check_cancelled  # a node that stops does not wait for the rest
+        self.fetcher.model(wanted.manifest, wanted.sources, lambda _: chunks, arrived=lambda _: arrived())
 
     async def _run_trials(self, manifest: Digest) -> TrialResult:
         facts = self.facts()

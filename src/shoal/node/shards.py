@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol, assert_never
 
 import anyio
@@ -46,6 +46,7 @@ class _Kept:
     report: ShardReport
     scope: anyio.CancelScope
     wiring: Wiring | None = None
+    ended: anyio.Event = field(default_factory=anyio.Event)
 
 
 class ShardKeeper:
@@ -120,31 +121,46 @@ class ShardKeeper:
 
     async def run(self) -> None:
         """Follow orders until cancelled, then end every worker."""
-        async with anyio.create_task_group() as group:
-            for hold in self._journal.all("hold", Hold):
-                self._start(hold, group)
-            for wire in self._journal.all("wire", Wire):
-                self._wire(wire)
-            async for order in self._orders:
-                await self._follow(order, group)
+        try:
+            async with anyio.create_task_group() as group:
+                await self._work(group)
+        finally:
+            self._orders.discard()
+
+    async def _work(self, group: anyio.abc.TaskGroup) -> None:
+        for hold in self._journal.all("hold", Hold):
+            self._start(hold, group)
+        for wire in self._journal.all("wire", Wire):
+            self._wire(wire)
+        async for order in self._orders:
+            await self._follow(order, group)
 
     async def _follow(self, order: Order, group: anyio.abc.TaskGroup) -> None:
         match order:
             case Hold():
                 kept = self._kept.get(order.shard)
                 if kept is None:
+                    for elder in self._elders(order.shard):
+                        await self._give_up(elder)
                     await anyio.to_thread.run_sync(lambda: self._journal.put("hold", str(order.shard), order))
                     self._start(order, group)
             case Wire():
                 await anyio.to_thread.run_sync(lambda: self._journal.put("wire", str(order.shard), order))
                 self._wire(order)
             case Retire(shard=shard):
-                self._journal.remove("hold", str(shard))
-                self._journal.remove("wire", str(shard))
-                if shard in self._kept:
-                    self._kept[shard].scope.cancel()
+                await self._give_up(shard)
             case _:
                 assert_never(order)
+
+    async def _give_up(self, shard: ShardId) -> None:
+        for kind in ("hold", "wire"):
+            await anyio.to_thread.run_sync(self._journal.remove, kind, str(shard))
+        if shard in self._kept:
+            self._kept[shard].scope.cancel()
+
+    def _elders(self, shard: ShardId) -> list[ShardId]:
+        """Shards of earlier plans of the same deployment: the memory for *shard* is theirs."""
+        return [s for s in self._kept if s.deployment == shard.deployment and s.plan_epoch < shard.plan_epoch]
 
     def _wire(self, order: Wire) -> None:
         kept = self._kept.get(order.shard)
@@ -171,6 +187,8 @@ class ShardKeeper:
         with kept.scope:
             try:
                 await self._fetch(kept.hold, lambda n: self._note(kept, fetched_bytes=kept.report.fetched_bytes + n))
+                for elder in self._elders(kept.hold.shard):
+                    await self._kept[elder].ended.wait()
                 self._note(kept, state=ShardState.LOADING)
                 worker = await self._launch(kept.hold)
                 try:
@@ -182,11 +200,13 @@ class ShardKeeper:
                     self._note(kept, state=ShardState.FAILED, error_code="shard_lost", error=ended)
             except ShoalError as error:
                 self._note(kept, state=ShardState.FAILED, error_code=error.code, error=error.message)
-            except OSError as error:
-                self._note(kept, state=ShardState.FAILED, error_code="unavailable", error=str(error))
+            except Exception as error:  # noqa: BLE001 whatever ails one shard, the node and its other shards go on
+                said = f"{type(error).__name__}: {error}"
+                self._note(kept, state=ShardState.FAILED, error_code="unavailable", error=said)
             # A failed shard stays in the reports until it is retired: that is how the coordinator learns of it.
             await anyio.sleep_forever()
         del self._kept[kept.hold.shard]
+        kept.ended.set()
         self._changed()
 
     def _note(self, kept: _Kept, **fields: object) -> None:

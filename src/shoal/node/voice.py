@@ -8,6 +8,7 @@ import anyio
 import anyio.to_thread
 import msgspec
 
+from shoal.errors import MalformedFrameError
 from shoal.fleet.order import Reply
 from shoal.fleet.reconcile import Addressed
 from shoal.fleet.view import CoordinatorView
@@ -64,10 +65,13 @@ class Voice:
         self.bus.put(key_of(EventTopic(fleet=self.fleet, node=self.me, kind=VIEW)), msgspec.msgpack.encode(view))
 
     async def send_order(self, addressed: Addressed) -> Reply:
-        """Give an order to a node; raises UnavailableError when it does not answer."""
+        """Give an order to a node; raises UnavailableError when it does not answer, MalformedFrameError when oddly."""
         key = key_of(ControlTopic(fleet=self.fleet, node=addressed.node, verb="order"))
         payload = msgspec.msgpack.encode(addressed.order)
         query = partial(self.bus.query, key, payload, timeout_s=ORDER_TIMEOUT_S)
         raw = await anyio.to_thread.run_sync(query, abandon_on_cancel=True)
-        reply: Reply = msgspec.msgpack.decode(raw, type=Reply)
+        try:
+            reply: Reply = msgspec.msgpack.decode(raw, type=Reply)
+        except msgspec.MsgspecError as error:
+            raise MalformedFrameError(f"node {addressed.node} gave no reply that is known here: {error}") from error
         return reply

@@ -26,6 +26,7 @@ use `shoal.client`. A gateway with API keys wants `Authorization: Bearer KEY` ev
 
 Fields that would change the answer and that Shoal does not do are refused with an error that names them; OpenAI's bookkeeping
 fields (`user`, `metadata`, `store`, ...) are ignored; a field that nobody knows is refused with the nearest known name.
+A model's special tokens that stand in messages or tools (`<|im_end|>`) are text: they end no turn and forge none.
 Tools are shown to the model through its chat template; a call comes back as text. `n` answers are `n` requests with seeds
 derived from the given one. Without `temperature` the answer is sampled at 1.0, as in OpenAI's API.
 

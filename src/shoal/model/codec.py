@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from shoal.model.literal import Literals
 from shoal.model.template import ChatTemplate
 from shoal.model.tokenizer import Detokenizer, Tokenizer
 
@@ -13,13 +14,15 @@ class ModelCodec:
 
     tokenizer: Tokenizer
     template: ChatTemplate
+    literals: Literals
     unix_s: Callable[[], float]
 
     @classmethod
     def from_files(cls, files: Mapping[str, bytes], unix_s: Callable[[], float]) -> "ModelCodec":
         """Read a model's own files; raises CorruptFileError or UnsupportedModelError."""
         tokenizer = Tokenizer.from_files(files)
-        return cls(tokenizer=tokenizer, template=ChatTemplate.from_files(files, tokenizer), unix_s=unix_s)
+        template = ChatTemplate.from_files(files, tokenizer)
+        return cls(tokenizer=tokenizer, template=template, literals=Literals(tokenizer), unix_s=unix_s)
 
     def encode(self, text: str) -> tuple[int, ...]:
         """Ids of plain text, with the special tokens that the model expects around it; special tokens in it stay text."""
@@ -28,9 +31,16 @@ class ModelCodec:
     def encode_chat(
         self, messages: Sequence[Mapping[str, object]], tools: Sequence[Mapping[str, object]]
     ) -> tuple[int, ...]:
-        """Ids of the rendered conversation with its generation prompt; raises InvalidRequestError."""
-        text = self.template.render(messages, now_s=self.unix_s(), tools=tools)
-        return tuple(self.tokenizer.encode(text, add_special=False, parse_special=True))
+        """Ids of the rendered conversation with its generation prompt; raises InvalidRequestError.
+
+        The template's special tokens are read, those that stand in messages and tools stay text (`shoal.model.literal`).
+        """
+        given = [list(messages), list(tools)]
+        marked = self.literals.marked(given)
+        text = self.template.render(marked[0], now_s=self.unix_s(), tools=marked[1])
+        if marked == given:
+            return tuple(self.tokenizer.encode(text, add_special=False, parse_special=True))
+        return tuple(self.literals.encode(text))
 
     def detokenizer(self, *, continues: bool = False) -> Detokenizer:
         """A fresh one, for one answer; `continues` keeps a leading space, for text that is appended to its prompt."""

@@ -6,8 +6,7 @@ whole sequence.  The two differ only on invalid byte runs of byte-fallback vocab
 whole run and we, as llama.cpp, on the broken part alone.
 
 Special tokens in text (`<|im_end|>` typed by a user) are parsed only when `parse_special` asks for it.  A rendered chat
-template needs that, and then a user's own text can forge a turn, as in every server that renders templates to text; where
-that matters, refuse such content before rendering (`holds_special` finds it).  Plain completions never parse.
+template needs that; `shoal.model.literal` keeps those in users' messages apart.  Plain completions never parse.
 """
 
 import codecs
@@ -148,10 +147,6 @@ class Tokenizer:
     def token_bytes(self, token: int) -> bytes:
         """What *token* stands for; empty for special tokens and unknown ids."""
         return self.pieces[token] if 0 <= token < len(self.pieces) else b""
-
-    def holds_special(self, text: str) -> bool:
-        """Whether parsing would find a special token in *text*."""
-        return any(token in text for token in self.special)
 
 
 def tokenizer_files_from_gguf(path: Path) -> dict[str, bytes]:

@@ -44,7 +44,10 @@ class TextCodec(Protocol):
     def encode_chat(
         self, messages: Sequence[Mapping[str, object]], tools: Sequence[Mapping[str, object]]
     ) -> tuple[int, ...]:
-        """Ids of the rendered conversation with its generation prompt; raises InvalidRequestError when the template refuses."""
+        """Ids of the rendered conversation with its generation prompt; special tokens in messages and tools stay text.
+
+        Raises InvalidRequestError when the template refuses.
+        """
         ...
 
     def detokenizer(self, *, continues: bool = False) -> Detokenizer:

@@ -14,7 +14,7 @@ import anyio.to_thread
 import msgspec
 
 from shoal import errors
-from shoal.errors import DeadlineExceededError, MalformedFrameError, ShoalError
+from shoal.errors import DeadlineExceededError, MalformedFrameError, NodeUnreachableError, ShoalError
 from shoal.fleet.faults import Fault, describe, restore
 from shoal.ids import NodeId
 from shoal.node.mailbox import Mailbox
@@ -26,6 +26,7 @@ Handler = Callable[[bytes], Awaitable[bytes]]
 
 _POLL_S = 0.1
 _QUERY_TIMEOUT_S = 2.0
+_AWAY_S = 6.0
 _KEPT_ANSWERS = 256
 
 
@@ -65,13 +66,24 @@ class Caller:
         self._make_id = make_id
 
     async def call(self, node: NodeId, verb: str, request: msgspec.Struct, answer: type[T], *, timeout_s: float) -> T:
-        """Ask *node*; raises what its handler raised, NodeUnreachableError, or DeadlineExceededError."""
+        """Ask *node*; raises what its handler raised, NodeUnreachableError, or DeadlineExceededError.
+
+        A node that has begun to work may be out of reach for `_AWAY_S` before the call is given up: its answer is kept.
+        """
         key = key_of(ControlTopic(fleet=self._fleet, node=node, verb="call"))
         payload = msgspec.msgpack.encode(Call(id=self._make_id(), verb=verb, body=msgspec.msgpack.encode(request)))
+        query = partial(self._bus.query, key, payload, timeout_s=min(_QUERY_TIMEOUT_S, timeout_s))
+        heard_s = float("-inf")
         with anyio.move_on_after(timeout_s):
             while True:
-                query = partial(self._bus.query, key, payload, timeout_s=min(_QUERY_TIMEOUT_S, timeout_s))
-                raw = await anyio.to_thread.run_sync(query, abandon_on_cancel=True)
+                try:
+                    raw = await anyio.to_thread.run_sync(query, abandon_on_cancel=True)
+                except NodeUnreachableError:
+                    if anyio.current_time() - heard_s > _AWAY_S:
+                        raise
+                    await anyio.sleep(_POLL_S)
+                    continue
+                heard_s = anyio.current_time()
                 said: Answer = _decoded(raw, Answer, node)
                 match said:
                     case Done(body=body):

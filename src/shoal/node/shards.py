@@ -187,8 +187,8 @@ class ShardKeeper:
         with kept.scope:
             try:
                 await self._fetch(kept.hold, lambda n: self._note(kept, fetched_bytes=kept.report.fetched_bytes + n))
-                for elder in self._elders(kept.hold.shard):
-                    await self._kept[elder].ended.wait()
+                for elder in [self._kept[shard] for shard in self._elders(kept.hold.shard)]:
+                    await elder.ended.wait()
                 self._note(kept, state=ShardState.LOADING)
                 worker = await self._launch(kept.hold)
                 try:

@@ -28,6 +28,8 @@ class DeploymentStatus(msgspec.Struct, frozen=True, kw_only=True):
     deployment: Deployment
     phase: Phase
     reason: str = ""
+    gateway: str = ""
+    """Where it is asked; empty while its source node is not heard."""
 
 
 class CoordinatorView(msgspec.Struct, frozen=True, kw_only=True):

@@ -262,7 +262,13 @@ class Coordinator:
                 reason = f"{infeasible.reason}; {infeasible.hint}" if infeasible.hint else infeasible.reason
             case Plan() | None:
                 pass
-        return DeploymentStatus(deployment=deployment, phase=phase(deployment, reports), reason=reason)
+        source = reports.get(deployment.spec.source)
+        return DeploymentStatus(
+            deployment=deployment,
+            phase=phase(deployment, reports),
+            reason=reason,
+            gateway=source.facts.gateway if source is not None else "",
+        )
 
     def _watch_members(self, now_s: float) -> None:
         for node, member in self.state.members.items():

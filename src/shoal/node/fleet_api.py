@@ -1,13 +1,13 @@
 """The fleet as the gateway of this node sees it: questions go to whoever holds the lease (`serve.ports`)."""
 
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import anyio
 import anyio.to_thread
 
-from shoal.errors import InfeasibleError, UnavailableError, UnknownModelError
+from shoal.errors import CorruptFileError, InfeasibleError, InvalidRequestError, UnavailableError, UnknownModelError
 from shoal.fleet.reconcile import Phase
 from shoal.fleet.spec import DeploymentSpec
 from shoal.fleet.view import CoordinatorView, DeploymentStatus
@@ -43,6 +43,7 @@ from shoal.store.home import Store
 _QUICK_S = 10.0
 _MEASURING_S = 300.0
 _EVENT_POLL_S = 0.5
+NAME_MAX = 200
 
 STATES = {
     Phase.PLANNING: DeploymentState.PLANNED,
@@ -74,7 +75,7 @@ class FleetApi:
 
     async def profile(self, wanted: ProfileRequest) -> FleetProfile:
         """Measure, or answer from what is remembered."""
-        name = wanted.model or self._only_model()
+        name = wanted.model or await anyio.to_thread.run_sync(self._only_model)
         manifest = await anyio.to_thread.run_sync(self.store.library.digest, name)
         asked = AskProfile(manifest=manifest, source=self.me, nodes=wanted.nodes, again=wanted.refresh)
         return await self.caller.call(self._coordinator(), "fleet_profile", asked, FleetProfile, timeout_s=_MEASURING_S)
@@ -98,6 +99,7 @@ class FleetApi:
     async def deploy(self, wanted: DeployRequest) -> DeploymentView:
         """Declare a deployment; raises InfeasibleError when no plan fits now."""
         name = DeploymentId(wanted.name or wanted.plan.model)
+        check_name(name)
         spec = await self._spec(wanted.plan, name)
         coordinator = self._coordinator()
         told = await self.caller.call(coordinator, "preview", Preview(spec=spec), Previewed, timeout_s=_MEASURING_S)
@@ -112,7 +114,10 @@ class FleetApi:
     async def deployments(self) -> Sequence[DeploymentView]:
         """All that are wanted."""
         view = self.view()
-        return [self._shown(status) for status in view.deployments] if view is not None else []
+        statuses = view.deployments if view is not None else ()
+        models = {status.deployment.spec.model for status in statuses}
+        kinds = await anyio.to_thread.run_sync(lambda: {model: self._kind(model) for model in models})
+        return [self._shown(status, kinds) for status in statuses]
 
     async def stop(self, name: DeploymentId) -> None:
         """Stop serving."""
@@ -155,7 +160,10 @@ class FleetApi:
         )
 
     def _kind(self, model: str) -> str:
-        manifest = self.store.library.find(model)
+        try:
+            manifest = self.store.library.find(model)
+        except CorruptFileError:
+            return ""
         return manifest.spec.kind.value if manifest is not None else ""
 
     def _only_model(self) -> str:
@@ -166,7 +174,7 @@ class FleetApi:
             )
         return names[0]
 
-    def _shown(self, status: DeploymentStatus) -> DeploymentView:
+    def _shown(self, status: DeploymentStatus, kinds: Mapping[str, str]) -> DeploymentView:
         deployment = status.deployment
         name = deployment.spec.deployment
         state = STATES[status.phase]
@@ -175,10 +183,20 @@ class FleetApi:
         return DeploymentView(
             name=name,
             model=deployment.spec.model,
-            kind=self._kind(deployment.spec.model),
+            kind=kinds[deployment.spec.model],
             state=state,
             detail=status.reason,
             plan=deployment.answer if isinstance(deployment.answer, Plan) else None,
             plan_epoch=deployment.plan_epoch,
             last_token_age_s=self.last_token_age_s(name),
+        )
+
+
+def check_name(name: str) -> None:
+    """Raise InvalidRequestError for a deployment's name that addresses and terminals would spoil."""
+    if len(name) > NAME_MAX or not name.isprintable() or any(p.strip() in {"", ".", ".."} for p in name.split("/")):
+        raise InvalidRequestError(
+            f"{name[:NAME_MAX]!r} cannot be a deployment's name",
+            hint=f"at most {NAME_MAX} printable characters, none of the parts between slashes empty, . or ..",
+            param="name",
         )

@@ -35,6 +35,7 @@ class _Open:
     status: DeploymentStatus
     pipeline: Pipeline
     served: ServedModel
+    probing: anyio.Lock = field(default_factory=anyio.Lock)
 
 
 @dataclass(slots=True)
@@ -50,6 +51,8 @@ class Models:
     log: FilteringBoundLogger
     view: CoordinatorView | None = None
     _open: dict[DeploymentId, _Open] = field(default_factory=dict)
+    _closed: dict[DeploymentId, str] = field(default_factory=dict)
+    """Why those that serve cannot be opened here."""
     _news: anyio.Event = field(default_factory=anyio.Event)
 
     def hear(self, view: CoordinatorView) -> None:
@@ -105,6 +108,17 @@ class Models:
             )
         if status.phase is Phase.REFUSED:
             raise InfeasibleError(f"{name} cannot be placed: {status.reason}", param="model")
+        if status.deployment.spec.source != self.me:
+            raise UnknownModelError(
+                f"this gateway does not answer for {name}",
+                hint=f"ask {status.gateway or 'its own gateway'}",
+                param="model",
+            )
+        if status.phase is Phase.SERVING:
+            why = self._closed.get(DeploymentId(name), "its tokenizer is being read")
+            raise UnavailableError(
+                f"{name} cannot be asked yet: {why}", hint="try again in a moment", retry_after_s=2.0
+            )
         why = f" ({status.reason})" if status.reason else ""
         raise UnavailableError(f"{name} is {status.phase.value}{why}", hint="try again in a moment", retry_after_s=2.0)
 
@@ -123,15 +137,14 @@ class Models:
         """Health, end to end: a deployment that was idle for `IDLE_S` is asked for one token."""
         async with anyio.create_task_group() as group:
             for opened in list(self._open.values()):
-                age_s = self.last_token_age_s(opened.served.name)
-                idle = (age_s is None or age_s > IDLE_S) and not opened.pipeline.running
-                if idle and opened.served.spec.kind is ModelKind.CAUSAL_LM:
-                    group.start_soon(self._probe, opened)
+                if opened.served.spec.kind is ModelKind.CAUSAL_LM:
+                    group.start_soon(self._probe_if_idle, opened)
         statuses = self.view.deployments if self.view is not None else ()
         coordinator = ComponentHealth(
             name="coordinator", ready=self.view is not None, reason="" if self.view is not None else "not heard yet"
         )
-        names = [status.deployment.spec.deployment for status in statuses]
+        specs = [status.deployment.spec for status in statuses]
+        names = [spec.deployment for spec in specs if spec.source == self.me]
         deployments = tuple(
             DeploymentHealth(name=name, ready=self._flows(name), last_token_age_s=self.last_token_age_s(name))
             for name in names
@@ -147,6 +160,12 @@ class Models:
         return opened.served.spec.kind is not ModelKind.CAUSAL_LM or (
             age_s is not None and age_s <= IDLE_S + PROBE_TIMEOUT_S
         )
+
+    async def _probe_if_idle(self, opened: _Open) -> None:
+        async with opened.probing:  # whoever asks meanwhile waits for that answer, rather than calling it idle
+            age_s = self.last_token_age_s(opened.served.name)
+            if (age_s is None or age_s > IDLE_S) and not opened.pipeline.running:
+                await self._probe(opened)
 
     async def _probe(self, opened: _Open) -> None:
         token = opened.served.spec.bos_token_id or 0
@@ -168,9 +187,13 @@ class Models:
         name = status.deployment.spec.deployment
         try:
             opened = await anyio.to_thread.run_sync(partial(self._make, status))
-        except ShoalError as error:
-            self.log.warning("model.not_opened", deployment=name, error=error.message)
+        except Exception as error:  # noqa: BLE001 a model's odd tokenizer must not end the node
+            said = error.message if isinstance(error, ShoalError) else f"{type(error).__name__}: {error}"
+            if self._closed.get(name) != said:  # tried twice a second, said once
+                self.log.warning("model.not_opened", deployment=name, error=said)
+            self._closed[name] = said
             return
+        self._closed.pop(name, None)
         current = self.view.find(name) if self.view is not None else None
         if current is not None and _epoch(current) == _epoch(status) and current.phase is Phase.SERVING:
             self._open[name] = opened

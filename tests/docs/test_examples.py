@@ -37,6 +37,8 @@ def test_a_problem_file_is_planned_offline(root: Path) -> None:
     assert "gap 0.0%" in said
 
 
+@pytest.mark.slow
+@pytest.mark.model
 def test_the_openai_client_gets_answers_a_stream_and_an_error(root: Path, smollm2_gguf: Path, home: Path) -> None:
     said = run(root, "openai_client.py", str(smollm2_gguf), "--home", str(home))
 
@@ -45,6 +47,8 @@ def test_the_openai_client_gets_answers_a_stream_and_an_error(root: Path, smollm
     assert "'code': 'model_not_found'" in said
 
 
+@pytest.mark.slow
+@pytest.mark.model
 def test_the_sdk_shows_nodes_a_plan_and_why_there_is_none(root: Path, smollm2_gguf: Path, home: Path) -> None:
     said = run(root, "sdk_nodes_and_plan.py", str(smollm2_gguf), "--home", str(home))
 
@@ -53,6 +57,7 @@ def test_the_sdk_shows_nodes_a_plan_and_why_there_is_none(root: Path, smollm2_gg
     assert "no plan: " in said
 
 
+@pytest.mark.slow
 def test_embeddings_tell_alike_from_unlike(root: Path, minilm_folder: Path, home: Path) -> None:
     said = run(root, "embeddings.py", str(minilm_folder), "--home", str(home))
 

@@ -5,8 +5,10 @@ import pytest
 from shoal.errors import InvalidRequestError
 from shoal.ids import NodeId
 from shoal.model.frontier import Block, BlockTensor, Boundary
+from shoal.plan.budget import StepBudget
 from shoal.plan.build import Demands, MemoryModel, Setting, missing_kinds, problem
-from shoal.plan.problem import RequestShape
+from shoal.plan.placement import place
+from shoal.plan.problem import Infeasible, Plan, RequestShape, SharedTensor
 from shoal.profile.fleet import BlockTrial, DeviceProfile, FleetProfile, LinkProfile
 
 A, B, C = NodeId("a"), NodeId("b"), NodeId("c")
@@ -59,6 +61,7 @@ def fleet(*devices: DeviceProfile) -> FleetProfile:
 
 
 ALL = trials("embedding", "layer", "head")
+SLIM = MemoryModel(fixed_bytes=0, workspace_bytes_per_row=0)
 
 
 def test_blocks_are_priced_by_each_devices_fit_at_the_middle_of_the_answer() -> None:
@@ -94,10 +97,51 @@ def test_links_memory_promises_and_demands_are_carried_over() -> None:
 
     built = problem(BLOCKS, fleet(device(A, ALL, "x"), device(B, (), "y")), SHAPE, A, setting)
 
-    assert [spec.node for spec in built.devices] == [A]
+    assert [spec.node for spec in built.devices] == [A, B]
+    assert (built.exclude, built.devices[1].decode_s) == ((B,), ())  # never timed, and never asked
     assert (built.devices[0].memory_budget_bytes, built.devices[0].memory_promised_bytes) == (10**8, 77)
     assert (built.links[0].latency_s, built.links[0].relayed) == (0.001, True)
     assert built.max_stages == 2
+
+
+def test_an_excluded_device_has_its_reason_in_the_plan() -> None:
+    known = fleet(device(A, ALL, "x"), device(B, ALL, "y"), device(C, (), "z"))
+
+    plan = place(
+        problem(BLOCKS, known, SHAPE, A, Setting(demands=Demands(exclude=(B, C)), memory=SLIM)), StepBudget(10**6)
+    )
+
+    assert isinstance(plan, Plan)
+    reasons = {reason.node: reason.text for reason in plan.reasons}
+    assert reasons[B] == reasons[C] == "left out: excluded by request"
+
+
+def test_excluding_what_alone_would_do_is_said_so() -> None:
+    """The device that was never timed does not count as a way out."""
+    demands = Demands(stages_exactly=2, exclude=(B, C))
+
+    answer = place(
+        problem(
+            BLOCKS,
+            fleet(device(A, ALL, "x"), device(B, ALL, "y"), device(C, (), "z")),
+            SHAPE,
+            A,
+            Setting(demands=demands, memory=SLIM),
+        ),
+        StepBudget(10**6),
+    )
+
+    assert isinstance(answer, Infeasible)
+
+
+def test_a_tied_tensor_is_shared_by_its_blocks() -> None:
+    tied = BlockTensor(name="token_embd.weight", size_bytes=90)
+    blocks = (block(0, "embedding", tensors=(tied,)), block(1, "layer"), block(2, "head", tensors=(tied,)))
+
+    built = problem(blocks, fleet(device(A, ALL, "x")), SHAPE, A)
+
+    assert built.shared == (SharedTensor(size_bytes=90, blocks=(0, 2)),)
+    assert [spec.weights_bytes for spec in built.blocks] == [90, 140, 90]
 
 
 def test_a_device_that_was_never_timed_on_a_kind_is_named_with_it() -> None:

@@ -1,11 +1,12 @@
 """The cost model, by hand."""
 
 import pytest
+from msgspec.structs import replace
 
 from shoal.errors import InfeasibleError
 from shoal.ids import NodeId
 from shoal.plan.cost import Span, price, shard_memory
-from shoal.plan.problem import BlockSpec, DeviceSpec, LinkSpec, Problem, RequestShape
+from shoal.plan.problem import BlockSpec, DeviceSpec, LinkSpec, Problem, RequestShape, SharedTensor
 
 A, B = NodeId("a"), NodeId("b")
 
@@ -53,9 +54,23 @@ def test_two_stages_take_their_blocks_their_steps_and_their_transfers(problem: P
     assert first.send_decode_s == pytest.approx(0.005 + 100 / 1e5)
     assert second.send_decode_s == second.send_prefill_s == pytest.approx(0.007 + 64e-6)
     estimate = priced.estimate
-    assert estimate.time_to_first_token_s == pytest.approx(0.103 + 0.015 + 0.406 + 0.007064)
+    # Three chunks, each a lap of its own: three times the latency there, two answers back and the token.
+    assert estimate.time_to_first_token_s == pytest.approx(0.103 + 0.406 + 0.01 + 3 * 0.005 + 2 * 0.007064 + 0.007064)
     assert estimate.time_per_output_token_s == pytest.approx(0.011 + 0.006 + 0.042 + 0.007064)
     assert estimate.latency_s == pytest.approx(estimate.time_to_first_token_s + 4 * estimate.time_per_output_token_s)
+
+
+@pytest.mark.parametrize(("latency_s", "between_s"), [(0.005, 0.406 / 3), (0.5, (0.519 / 3 + 0.5 + 0.007064) / 2)])
+def test_chunks_in_flight_follow_each_other_by_the_slowest_stage_or_their_share_of_the_lap(
+    problem: Problem, latency_s: float, between_s: float
+) -> None:
+    links = (replace(problem.links[0], latency_s=latency_s), problem.links[1])
+    two = replace(problem, links=links, shape=replace(problem.shape, in_flight=2))
+
+    estimate = price(two, [Span(A, 0, 1), Span(B, 1, 2)]).estimate
+
+    first_chunk_s = 0.519 / 3 + latency_s
+    assert estimate.time_to_first_token_s == pytest.approx(first_chunk_s + 2 * between_s + 0.007064)
 
 
 def test_one_device_alone_pays_no_transfer(problem: Problem) -> None:
@@ -94,6 +109,14 @@ def test_memory_is_packed_weights_and_the_greater_of_serving_and_loading(problem
 
     assert (low.weights, low.kv, low.total) == (1500, 120, 50 + 1500 + 120 + 7)
     assert both.total == 50 + 2250 + max(240 + 7, 900)
+
+
+def test_a_tensor_of_several_blocks_is_held_once_per_shard(problem: Problem) -> None:
+    tied = replace(problem, shared=(SharedTensor(size_bytes=400, blocks=(0, 1)),))
+
+    assert shard_memory(tied, problem.devices[0], 0, 1).weights == 1500
+    assert shard_memory(tied, problem.devices[0], 1, 2).weights == 750
+    assert shard_memory(tied, problem.devices[0], 0, 2).weights == 1650
 
 
 def test_a_missing_link_is_named(problem: Problem) -> None:

@@ -22,6 +22,7 @@ from shoal.plan.problem import (
     Plan,
     Problem,
     RequestShape,
+    SharedTensor,
 )
 from shoal.plan.tables import build_tables, time_passes
 
@@ -66,14 +67,25 @@ def problems(draw: st.DrawFn) -> Problem:
         max_stages=draw(st.sampled_from([0, 0, 0, 2, 3])),
         stages_exactly=draw(st.sampled_from([0, 0, 0, 0, 0, 2, 3])),
         exclude=tuple(node for node in nodes if node not in owned and not draw(small)),
+        shared=tuple(
+            SharedTensor(size_bytes=size, blocks=tuple(sorted(uses)))
+            for size, uses in draw(
+                st.lists(st.tuples(small, st.sets(st.integers(0, blocks - 1), min_size=2)), max_size=2)
+            )
+        ),
     )
+
+
+def overlaps(shape: RequestShape) -> bool:
+    """Several chunks of a prompt are in flight: the price is then not additive, and the plan has a gap."""
+    return shape.in_flight > 1 and shape.tokens_in > shape.prefill_chunk_tokens
 
 
 def _block(index: int) -> st.SearchStrategy[BlockSpec]:
     return st.builds(
         BlockSpec,
         name=st.just(f"block {index}"),
-        weights_bytes=small.map(lambda value: value * 10),
+        weights_bytes=small.map(lambda value: 12 + value * 10),
         kv_bytes_per_token=st.integers(0, 1),
         output_bytes_per_token=small,
         output_bytes_fixed=small,
@@ -111,10 +123,13 @@ def test_no_placement_is_better_than_the_plan_and_none_exists_when_it_says_so(pr
     match answer:
         case Plan():
             assert best is not None
-            assert _value(problem, answer) == pytest.approx(
-                objective_value(problem.objective, best.estimate), rel=1e-9, abs=1e-12
-            )
-            assert answer.gap == pytest.approx(0, abs=1e-9)
+            optimum = objective_value(problem.objective, best.estimate)
+            if overlaps(problem.shape):
+                assert answer.lower_bound <= optimum * (1 + 1e-9) + 1e-12
+                assert _value(problem, answer) >= optimum * (1 - 1e-9)
+            else:
+                assert _value(problem, answer) == pytest.approx(optimum, rel=1e-9, abs=1e-12)
+                assert answer.gap == pytest.approx(0, abs=1e-9)
         case Infeasible():
             assert best is None
 
@@ -166,7 +181,9 @@ def test_a_beam_answer_is_a_chain_at_its_stated_cost(problem: Problem) -> None:
         spans = [Span(tables.nodes[device], start, stop) for device, start, stop in chain]
 
         assert satisfies(problem, spans)
-        assert cost == pytest.approx(price(problem, spans).estimate.latency_s)
+        latency_s = price(problem, spans).estimate.latency_s
+        assert cost <= latency_s * (1 + 1e-9)
+        assert overlaps(problem.shape) or cost == pytest.approx(latency_s)
         assert relaxed.bound <= cost * (1 + 1e-9)
 
 

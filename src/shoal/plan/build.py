@@ -2,8 +2,8 @@
 
 The fit of a device's trials prices each block at the shape that was asked: decode at the context in the middle of the
 answer, prefill as the whole prompt in its chunks.  What trials cannot tell yet, the memory of a worker beyond its
-weights, comes from `MemoryModel`, whose defaults were measured once (CPU, SmolLM2-135M at 4 bits, 116 MB of weights)
-and are replaced by what the live workers report.
+weights, comes from `MemoryModel`, whose defaults were measured once (CPU, SmolLM2-135M at 4 bits, 116 MB of weights) and hold
+for every device and model: what live workers turn out to need does not correct them.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,7 +13,7 @@ import msgspec
 from shoal.errors import InvalidRequestError
 from shoal.ids import NodeId
 from shoal.model.frontier import Block
-from shoal.plan.problem import BlockSpec, DeviceSpec, LinkSpec, Objective, Pin, Problem, RequestShape
+from shoal.plan.problem import BlockSpec, DeviceSpec, LinkSpec, Objective, Pin, Problem, RequestShape, SharedTensor
 from shoal.profile.fit import KindFit, fit
 from shoal.profile.fleet import BlockTrial, DeviceProfile, FleetProfile, LinkProfile
 
@@ -62,10 +62,9 @@ def problem(
     """State the problem; raises InvalidRequestError naming a device and a block kind that was never timed there."""
     chosen = setting or Setting()
     demands = chosen.demands
-    usable = [device for device in fleet.devices if device.node not in demands.exclude]
     return Problem(
         blocks=tuple(_block(block, shape, chosen.memory) for block in blocks),
-        devices=tuple(_device(blocks, fleet, device, shape, chosen) for device in usable),
+        devices=tuple(_device(blocks, fleet, device, shape, chosen) for device in fleet.devices),
         links=tuple(_link(link) for link in fleet.links),
         shape=shape,
         objective=chosen.objective,
@@ -75,6 +74,8 @@ def problem(
         pins=demands.pins,
         max_stages=demands.max_stages,
         stages_exactly=demands.stages_exactly,
+        exclude=demands.exclude,
+        shared=shared_tensors(blocks),
     )
 
 
@@ -83,6 +84,15 @@ def missing_kinds(blocks: Sequence[Block], fleet: FleetProfile, node: NodeId) ->
     device = next(device for device in fleet.devices if device.node == node)
     known = fit(_trials(fleet.devices, device))
     return tuple(dict.fromkeys(block.kind for block in blocks if block.kind not in known))
+
+
+def shared_tensors(blocks: Sequence[Block]) -> tuple[SharedTensor, ...]:
+    """Tensors that more than one block uses, in the order of their first use."""
+    uses: dict[tuple[str, int], list[int]] = {}
+    for index, block in enumerate(blocks):
+        for tensor in block.tensors:
+            uses.setdefault((tensor.name, tensor.size_bytes), []).append(index)
+    return tuple(SharedTensor(size_bytes=size, blocks=tuple(at)) for (_, size), at in uses.items() if len(at) > 1)
 
 
 def block_name(block: Block) -> str:
@@ -114,9 +124,11 @@ def _device(
     blocks: Sequence[Block], fleet: FleetProfile, device: DeviceProfile, shape: RequestShape, setting: Setting
 ) -> DeviceSpec:
     fits = fit(_trials(fleet.devices, device))
+    untimed = any(block.kind not in fits for block in blocks)
+    timed = () if untimed and device.node in setting.demands.exclude else blocks
     decode_s = {kind: fitted.decode_s(mean_context(shape)) for kind, fitted in fits.items()}
     prefill_s = {kind: fitted.prefill_s(shape.tokens_in, shape.prefill_chunk_tokens) for kind, fitted in fits.items()}
-    _require_fits(blocks, device, fits)
+    _require_fits(timed, device, fits)
     return DeviceSpec(
         node=device.node,
         memory_budget_bytes=device.memory_budget_bytes,
@@ -124,8 +136,8 @@ def _device(
         fixed_bytes=setting.memory.fixed_bytes,
         weights_factor=setting.memory.weights_factor,
         step_overhead_s=device.step_overhead_s,
-        decode_s=tuple(decode_s[block.kind] for block in blocks),
-        prefill_s=tuple(prefill_s[block.kind] for block in blocks),
+        decode_s=tuple(decode_s[block.kind] for block in timed),
+        prefill_s=tuple(prefill_s[block.kind] for block in timed),
     )
 
 

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterable
 
 from shoal.errors import InvalidRequestError
-from shoal.plan.problem import DeviceSpec, LinkSpec, Problem, RequestShape
+from shoal.plan.problem import DeviceSpec, LinkSpec, Problem, RequestShape, SharedTensor
 
 
 def check(problem: Problem) -> None:
@@ -21,8 +21,11 @@ def check(problem: Problem) -> None:
         sizes = (block.weights_bytes, block.kv_bytes_per_token, block.output_bytes_per_token, block.output_bytes_fixed,
                  block.load_peak_bytes, block.workspace_bytes)  # fmt: skip
         _not_negative(sizes, f"blocks[{index}]", f"a size of block {index} ({block.name})")
+    for tensor in problem.shared:
+        _check_shared(problem, tensor)
     for device in problem.devices:
-        _check_device(device, len(problem.blocks))
+        untimed = device.node in problem.exclude and not device.decode_s and not device.prefill_s
+        _check_device(device, 0 if untimed else len(problem.blocks))
     for link in problem.links:
         _check_link(link)
     _check_pins(problem)
@@ -55,6 +58,21 @@ def _check_device(device: DeviceSpec, blocks: int) -> None:
         _not_negative(times, f"devices.{name}", f"a time in {name} of {device.node}")
     sizes = (device.memory_budget_bytes, device.memory_promised_bytes, device.fixed_bytes)
     _not_negative((*sizes, device.weights_factor, device.step_overhead_s), "devices", f"a figure of {device.node}")
+
+
+def _check_shared(problem: Problem, tensor: SharedTensor) -> None:
+    _not_negative((tensor.size_bytes,), "shared.size_bytes", "the size of a shared tensor")
+    _unique([str(block) for block in tensor.blocks], "block of a shared tensor:")
+    for block in tensor.blocks:
+        if not 0 <= block < len(problem.blocks):
+            raise _fault(f"a shared tensor names block {block}, the model has {len(problem.blocks)}", "shared.blocks")
+        held = sum(other.size_bytes for other in problem.shared if block in other.blocks)
+        if held > problem.blocks[block].weights_bytes:
+            raise _fault(
+                f"block {block} has {problem.blocks[block].weights_bytes} bytes of weights, {held} of them shared",
+                "shared.size_bytes",
+                hint="weights_bytes counts shared tensors, too",
+            )
 
 
 def _check_link(link: LinkSpec) -> None:

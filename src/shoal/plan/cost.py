@@ -1,6 +1,7 @@
 """The cost model: what a placement takes in seconds and bytes.  Planner, preview and live comparison all price here.
 
-    time to first token    entry + sum over stages of (prefill + transfer of the prompt's activations)
+    time to first token    entry + one chunk through all stages + (chunks - 1) x the time between chunks
+    time between chunks    max(busiest device or link by one chunk, one chunk's lap / in flight)
     time per output token  one lap: sum over stages of (decode + transfer of one row)
     latency                time to first token + (tokens out - 1) laps: phases are weighted by the request, not averaged
     tokens per second      tokens out / period, period = max(busiest device, busiest link, latency / in flight)
@@ -12,12 +13,13 @@ bottleneck (a timed marked graph's period is the largest delay per token over it
 busy for a request's prompt and answer alike.  A link's latency delays a frame and does not occupy the link.  Frames
 of token ids (below 1 KB) load no link.
 
-A prompt is taken to pass the stages one after another.  Where stages overlap its chunks, the time to first token is
-shorter than stated; the rejected alternative, a maximum over chunks and stages, is not additive, and its optimum
-changes by less than the profile's error for prompts of one or two chunks.
+A prompt's chunks follow each other, as many at once as may be in flight; they count as equal.  With one in flight, or one
+chunk, this is additive over stages and solvers are exact.  Else they minimise the same with the lap / in flight in place of the
+maximum: additive, never above the price of a chain, so that their bound stays one; the plan's gap says what the maximum added.
 
 Memory of a shard: fixed + weights x factor + max(cache + workspace, load peak).  Loading precedes serving, so the
-peak and the cache do not add; the engine reuses its workspace from block to block, so the largest counts.
+peak and the cache do not add; the engine reuses its workspace from block to block, so the largest counts.  A tensor that
+several blocks use (a tied embedding) is held once per shard; two shards of one device are two processes and hold it twice.
 """
 
 import math
@@ -83,11 +85,18 @@ def objective_value(objective: Objective, estimate: Estimate) -> float:
 def shard_memory(problem: Problem, device: DeviceSpec, start: int, stop: int) -> ShardMemory:
     """Bytes of blocks [`start`, `stop`) in a worker on *device*."""
     blocks = problem.blocks[start:stop]
-    weights = math.ceil(device.weights_factor * sum(block.weights_bytes for block in blocks))
+    stored = sum(block.weights_bytes for block in blocks) - repeated_bytes(problem, start, stop)
+    weights = math.ceil(device.weights_factor * stored)
     kv = sum(block.kv_bytes_per_token for block in blocks) * kv_positions(problem.shape)
     serving = kv + max(block.workspace_bytes for block in blocks)
     total = device.fixed_bytes + weights + max(serving, *(block.load_peak_bytes for block in blocks))
     return ShardMemory(weights=weights, kv=kv, total=total)
+
+
+def repeated_bytes(problem: Problem, start: int, stop: int) -> int:
+    """Bytes of tensors that blocks [`start`, `stop`) name more than once."""
+    uses = ((sum(start <= block < stop for block in tensor.blocks), tensor.size_bytes) for tensor in problem.shared)
+    return sum(max(0, count - 1) * size_bytes for count, size_bytes in uses)
 
 
 def free_bytes(device: DeviceSpec) -> int:
@@ -103,6 +112,11 @@ def kv_positions(shape: RequestShape) -> int:
 def prefill_steps(shape: RequestShape) -> int:
     """Steps that a prompt takes."""
     return math.ceil(shape.tokens_in / shape.prefill_chunk_tokens)
+
+
+def prefill_rounds(shape: RequestShape) -> float:
+    """How many laps of one chunk a prompt takes at least: all of them one by one, or some at once."""
+    return 1 + (prefill_steps(shape) - 1) / shape.in_flight
 
 
 def cut_bytes(problem: Problem, stop: int) -> tuple[int, int]:
@@ -161,10 +175,10 @@ def _estimate(
     problem: Problem, wires: dict[tuple[NodeId, NodeId], LinkSpec], stages: Sequence[Stage], entry_s: float
 ) -> Estimate:
     shape = problem.shape
-    first_s = entry_s + sum(stage.prefill_s + stage.send_prefill_s for stage in stages)
+    first_s = entry_s + _prompt_s(problem, wires, stages)
     lap_s = sum(stage.decode_s + stage.send_decode_s for stage in stages)
     latency_s = first_s + (shape.tokens_out - 1) * lap_s
-    period_s = max(bottleneck_s(problem, wires, stages), latency_s / shape.in_flight)
+    period_s = max(bottleneck_s(problem, wires, stages, shape.tokens_out - 1), latency_s / shape.in_flight)
     return Estimate(
         time_to_first_token_s=first_s,
         time_per_output_token_s=lap_s,
@@ -173,9 +187,21 @@ def _estimate(
     )
 
 
-def bottleneck_s(problem: Problem, wires: dict[tuple[NodeId, NodeId], LinkSpec], stages: Sequence[Stage]) -> float:
-    """Seconds that one request keeps the busiest device or link occupied."""
-    laps = problem.shape.tokens_out - 1
+def _prompt_s(problem: Problem, wires: dict[tuple[NodeId, NodeId], LinkSpec], stages: Sequence[Stage]) -> float:
+    """From the prompt's ids at the first stage to the first token at the source."""
+    chunks, last = prefill_steps(problem.shape), stages[-1]
+    delay_s = sum(wires[here.node, there.node].latency_s for here, there in pairwise(stages))
+    work_s = sum(s.prefill_s for s in stages) + sum(s.send_prefill_s for s in stages[:-1]) - delay_s
+    through_s = work_s / chunks + delay_s
+    busiest_s = bottleneck_s(problem, wires, stages, 0) / chunks
+    between_s = max(busiest_s, (through_s + last.send_decode_s) / problem.shape.in_flight)
+    return through_s + (chunks - 1) * between_s + last.send_prefill_s
+
+
+def bottleneck_s(
+    problem: Problem, wires: dict[tuple[NodeId, NodeId], LinkSpec], stages: Sequence[Stage], laps: int
+) -> float:
+    """Seconds that a prompt and *laps* further steps keep the busiest device or link occupied."""
     busy_s: defaultdict[tuple[NodeId, NodeId], float] = defaultdict(float)
     for stage in stages:
         busy_s[stage.node, stage.node] += stage.prefill_s + laps * stage.decode_s

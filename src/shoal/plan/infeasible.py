@@ -97,6 +97,7 @@ def _fits(problem: Problem, budget: Budget, shape: RequestShape) -> bool:
 def _not_memory(problem: Problem, budget: Budget) -> Infeasible:
     """No chain exists even with endless memory: find the one demand without which one would."""
     links = f"no chain of links leads from {problem.source} through enough devices and back"
+    untimed = tuple(device.node for device in problem.devices if not device.decode_s)
     eased = (
         (
             replace(problem, stages_exactly=0),
@@ -109,7 +110,7 @@ def _not_memory(problem: Problem, budget: Budget) -> Infeasible:
             "the pins contradict each other: a device runs one contiguous range of blocks",
             "drop a pin",
         ),
-        (replace(problem, exclude=()), "no chain avoids the excluded devices", "exclude fewer devices"),
+        (replace(problem, exclude=untimed), "no chain avoids the excluded devices", "exclude fewer devices"),
         (replace(problem, pin_last=False), "no chain ends on the source", "let the last block run elsewhere"),
     )
     for nearby, reason, hint in eased:

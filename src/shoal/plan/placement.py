@@ -1,19 +1,27 @@
 """From a problem to a plan with its certificate, or to what is missing (ADR 10)."""
 
+import dataclasses
+
+from msgspec.structs import replace
+
 from shoal.plan.budget import Budget
 from shoal.plan.check import check
-from shoal.plan.cost import objective_value, price
+from shoal.plan.cost import objective_value, prefill_rounds, prefill_steps, price
 from shoal.plan.explain import Case, alternatives, reasons, spans_of
 from shoal.plan.infeasible import infeasible
 from shoal.plan.problem import Answer, Objective, Plan, Problem
 from shoal.plan.search import Found, solve
-from shoal.plan.tables import Tables, build_tables
+from shoal.plan.tables import Chain, Tables, build_tables
+
+ROUNDING = 1e-9
+"""Solvers add the terms of a price in another order."""
 
 
 def place(problem: Problem, budget: Budget) -> Answer:
     """Choose devices and cuts; raises InvalidRequestError when the problem makes no sense.
 
-    Exact (gap 0) for up to a dozen devices; beyond, or when the budget is spent, the best found with its gap stated.
+    Exact (gap 0) for up to a dozen devices; beyond, when the budget is spent, or when several chunks of a prompt are in flight
+    (`shoal.plan.cost`), the best found with its gap stated.
     """
     check(problem)
     if len(problem.exclude) >= len(problem.devices) and all(
@@ -21,16 +29,33 @@ def place(problem: Problem, budget: Budget) -> Answer:
     ):
         return infeasible(problem, None, budget)
     tables = build_tables(problem)
-    found = solve(tables, problem.objective, budget)
+    found = _search(problem, tables, budget)
     if found.chain is None:
         return infeasible(problem, tables, budget)
     return _plan(problem, tables, found, budget)
 
 
+def _search(problem: Problem, tables: Tables, budget: Budget) -> Found:
+    """The better of two chains where chunks overlap: the bound's price is kind to few stages, that of no overlap to many."""
+    found = solve(tables, problem.objective, budget)
+    shape = problem.shape
+    if found.chain is None or prefill_rounds(shape) == prefill_steps(shape):
+        return found
+    in_turn = build_tables(replace(problem, shape=replace(shape, in_flight=1)))
+    chains = (found.chain, solve(in_turn, problem.objective, budget).chain or found.chain)
+    return dataclasses.replace(found, chain=min(chains, key=lambda chain: _value(problem, tables, chain)))
+
+
+def _value(problem: Problem, tables: Tables, chain: Chain) -> float:
+    return objective_value(problem.objective, price(problem, spans_of(tables, chain)).estimate)
+
+
 def _plan(problem: Problem, tables: Tables, found: Found, budget: Budget) -> Plan:
     priced = price(problem, spans_of(tables, found.chain or ()))
     value = objective_value(problem.objective, priced.estimate)
-    bound = value if found.bound >= found.cost else found.bound / _tokens(problem)
+    bound = found.bound / _tokens(problem)
+    if bound >= value * (1 - ROUNDING):
+        bound = value
     return Plan(
         stages=priced.stages,
         objective=problem.objective,

@@ -35,6 +35,13 @@ class BlockSpec(msgspec.Struct, frozen=True, kw_only=True):
     """Activations of one step; a shard needs the largest of its blocks'."""
 
 
+class SharedTensor(msgspec.Struct, frozen=True, kw_only=True):
+    """A tensor that several blocks use (a tied embedding); the weights of each of them count it, a shard holds it once."""
+
+    size_bytes: int
+    blocks: tuple[int, ...]
+
+
 class DeviceSpec(msgspec.Struct, frozen=True, kw_only=True):
     """One device: memory, and the time of each block on it (same order as the problem's blocks)."""
 
@@ -49,9 +56,9 @@ class DeviceSpec(msgspec.Struct, frozen=True, kw_only=True):
     step_overhead_s: float = 0.0
     """Cost of one stage step apart from its blocks."""
     decode_s: tuple[float, ...]
-    """One new token at the shape's mean context."""
+    """One new token at the shape's mean context; may be empty for an excluded device."""
     prefill_s: tuple[float, ...]
-    """The shape's whole prompt."""
+    """The shape's whole prompt; may be empty for an excluded device."""
 
 
 class LinkSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -109,6 +116,7 @@ class Problem(msgspec.Struct, frozen=True, kw_only=True):
     """0: free; else the plan must have this many stages (`--stages`)."""
     exclude: tuple[NodeId, ...] = ()
     """Nodes that take no block."""
+    shared: tuple[SharedTensor, ...] = ()
 
 
 class Stage(msgspec.Struct, frozen=True, kw_only=True):

@@ -20,6 +20,7 @@ from shoal.plan.cost import (
     cut_bytes,
     free_bytes,
     kv_positions,
+    prefill_rounds,
     prefill_steps,
     transfer_s,
 )
@@ -43,6 +44,8 @@ class Tables:
     """The source, when it may run both the first and the last stage."""
     run_s: Floats
     """[M, N+1, N+1] seconds that a request keeps a shard busy; infinite for empty and forbidden ranges."""
+    pass_s: Floats
+    """[M, N+1, N+1] what a shard adds to a request's latency; less than `run_s` where a prompt's chunks overlap."""
     need_bytes: Floats
     """[M, N+1, N+1]"""
     free_bytes: Floats
@@ -50,7 +53,7 @@ class Tables:
     hop_s: Floats
     """[M, M, N+1]"""
     wire_s: Floats
-    """[M, M, N+1] the part of `hop_s` that occupies the link."""
+    """[M, M, N+1] seconds that a request occupies the link."""
     entry_s: Floats
     """[M] the prompt's ids from the source."""
     return_s: Floats
@@ -87,7 +90,8 @@ def build_tables(problem: Problem) -> Tables:
         nodes=nodes,
         firsts=tuple(range(len(nodes))) if first is None else (nodes.index(first),),
         closing=nodes.index(first) if first is not None and first == last == problem.source else None,
-        run_s=np.stack([_run_s(problem, device, owners) for device in devices]),
+        run_s=np.stack([_run_s(problem, device, owners, prefill_steps(problem.shape)) for device in devices]),
+        pass_s=np.stack([_run_s(problem, device, owners, prefill_rounds(problem.shape)) for device in devices]),
         need_bytes=np.stack([_need_bytes(problem, device) for device in devices]),
         free_bytes=np.array([free_bytes(device) for device in devices], dtype=np.float64),
         hop_s=hop_s,
@@ -105,13 +109,13 @@ def build_tables(problem: Problem) -> Tables:
 def time_passes(tables: Tables, cap_s: float = INF) -> Iterator[Pass]:
     """Searches whose cost is a request's latency; no device or link is kept busy for longer than *cap_s*."""
     fits = (tables.need_bytes <= tables.free_bytes[:, None, None]) & (tables.run_s <= cap_s)
-    run = np.where(fits, tables.run_s, INF)
+    run = np.where(fits, tables.pass_s, INF)
     hop = np.where(tables.wire_s <= cap_s, tables.hop_s, INF)
 
     def close(first: int, stop: int) -> Floats:
         need = tables.need_bytes[first, 0, stop] + tables.need_bytes[first, :, -1]
         busy_s = tables.run_s[first, 0, stop] + tables.run_s[first, :, -1]
-        return np.where((need <= tables.free_bytes[first]) & (busy_s <= cap_s), tables.run_s[first, :, -1], INF)
+        return np.where((need <= tables.free_bytes[first]) & (busy_s <= cap_s), tables.pass_s[first, :, -1], INF)
 
     return _passes(tables, run, hop, (tables.entry_s, tables.return_s), close)
 
@@ -172,10 +176,12 @@ def _owners(problem: Problem) -> dict[int, NodeId]:
     return owners
 
 
-def _run_s(problem: Problem, device: DeviceSpec, owners: dict[int, NodeId]) -> Floats:
+def _run_s(problem: Problem, device: DeviceSpec, owners: dict[int, NodeId], rounds: float) -> Floats:
+    """Seconds of each range of blocks for *rounds* of the prompt's chunks and all further steps."""
     laps = problem.shape.tokens_out - 1
-    overhead_s = device.step_overhead_s * (prefill_steps(problem.shape) + laps)
-    per_block = np.array(device.prefill_s) + laps * np.array(device.decode_s)
+    overhead_s = device.step_overhead_s * (rounds + laps)
+    part = rounds / prefill_steps(problem.shape)
+    per_block = part * np.array(device.prefill_s) + laps * np.array(device.decode_s)
     foreign = [block for block, node in owners.items() if node != device.node]
     total = np.full((per_block.size + 1, per_block.size + 1), INF)
     for start in range(per_block.size):
@@ -191,8 +197,13 @@ def _need_bytes(problem: Problem, device: DeviceSpec) -> Floats:
         [(b.weights_bytes, b.kv_bytes_per_token * positions, b.workspace_bytes, b.load_peak_bytes) for b in blocks],
         float,
     )
+    uses = np.array([[block in tensor.blocks for block in range(len(blocks))] for tensor in problem.shared], int)
+    sizes = np.array([tensor.size_bytes for tensor in problem.shared], float)
     for start in range(len(blocks)):
-        weights = np.ceil(device.weights_factor * np.cumsum(columns[start:, 0]))
+        stored = np.cumsum(columns[start:, 0])
+        if sizes.size:
+            stored -= sizes @ np.maximum(np.cumsum(uses[:, start:], axis=1) - 1, 0)
+        weights = np.ceil(device.weights_factor * stored)
         serving = np.cumsum(columns[start:, 1]) + np.maximum.accumulate(columns[start:, 2])
         peak = np.maximum(serving, np.maximum.accumulate(columns[start:, 3]))
         total[start, start + 1 :] = device.fixed_bytes + weights + peak
@@ -202,21 +213,23 @@ def _need_bytes(problem: Problem, device: DeviceSpec) -> Floats:
 def _hops(
     problem: Problem, nodes: tuple[NodeId, ...], wires: dict[tuple[NodeId, NodeId], LinkSpec]
 ) -> tuple[Floats, Floats]:
-    laps, tokens_out = problem.shape.tokens_out - 1, problem.shape.tokens_out
+    laps, rounds = problem.shape.tokens_out - 1, prefill_rounds(problem.shape)
     sizes = [cut_bytes(problem, stop) for stop in range(1, len(problem.blocks))]
-    load_bytes = np.array([0, *(prompt + laps * row for prompt, row in sizes), 0], dtype=np.float64)
-    hop_s = np.full((len(nodes), len(nodes), load_bytes.size), INF)
+    prompt_bytes = np.array([0, *(prompt for prompt, _ in sizes), 0], dtype=np.float64)
+    answer_bytes = np.array([0, *(laps * row for _, row in sizes), 0], dtype=np.float64)
+    delay_bytes = prompt_bytes * (rounds / prefill_steps(problem.shape)) + answer_bytes
+    hop_s = np.full((len(nodes), len(nodes), prompt_bytes.size), INF)
     wire_s = hop_s.copy()
     for i, source in enumerate(nodes):
         for j, target in enumerate(nodes):
             if link := wires.get((source, target)):
-                wire_s[i, j] = load_bytes / link.bytes_per_s
-                hop_s[i, j] = wire_s[i, j] + tokens_out * link.latency_s
+                wire_s[i, j] = (prompt_bytes + answer_bytes) / link.bytes_per_s
+                hop_s[i, j] = delay_bytes / link.bytes_per_s + (rounds + laps) * link.latency_s
     return hop_s, wire_s
 
 
 def _return_s(problem: Problem, nodes: tuple[NodeId, ...], wires: dict[tuple[NodeId, NodeId], LinkSpec]) -> Floats:
-    laps = problem.shape.tokens_out - 1
+    laps = problem.shape.tokens_out - 1 + prefill_rounds(problem.shape) - 1
     deliver_s = _token_s(wires, [(node, problem.source) for node in nodes], TOKEN_FRAME_BYTES)
     lap_s = np.stack([_token_s(wires, [(last, first) for last in nodes], TOKEN_FRAME_BYTES) for first in nodes])
     return np.where(np.isfinite(lap_s), laps * np.nan_to_num(lap_s, posinf=0.0), INF) + deliver_s

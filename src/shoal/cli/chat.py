@@ -10,9 +10,10 @@ import typer
 from rich.console import Console
 
 from shoal.cli.connect import URL_HELP, api_key, find_url
+from shoal.cli.main import complain
 from shoal.client import Shoal
 from shoal.client.calls import failure, unreachable
-from shoal.errors import UnknownModelError
+from shoal.errors import ShoalError, UnknownModelError
 from shoal.fleet.faults import Fault, restore
 
 Message = dict[str, str]
@@ -43,16 +44,23 @@ def chat(
         if said == "/clear":
             messages = list(begin)
             continue
-        messages.append({"role": "user", "content": said})
+        asked = [*messages, {"role": "user", "content": said}]
         answer = ""
-        for piece in stream(where, {**options, "messages": messages, "stream": True}):
-            answer += piece
-            sys.stdout.write(piece)
-            sys.stdout.flush()
-        sys.stdout.write("\n")
+        try:
+            for piece in stream(where, {**options, "messages": asked, "stream": True}):
+                answer += piece
+                sys.stdout.write(piece)
+                sys.stdout.flush()
+        except ShoalError as error:
+            if message:
+                raise
+            complain(error.message, error.hint)  # the conversation goes on as it was before this question
+            continue
+        finally:
+            sys.stdout.write("\n" if answer else "")
         if message:
             return
-        messages.append({"role": "assistant", "content": answer})
+        messages = [*asked, {"role": "assistant", "content": answer}]
 
 
 def stream(url: str, body: dict[str, object]) -> Iterator[str]:

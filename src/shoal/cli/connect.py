@@ -1,13 +1,13 @@
 """From a command to the gateway that it is about."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
-import msgspec
-
 from shoal.client import Shoal
-from shoal.errors import NodeUnreachableError
-from shoal.node.assemble import Running, running_file
+from shoal.errors import InvalidRequestError, NodeUnreachableError
+from shoal.fleet.views import NodeView
+from shoal.node.assemble import Running, running_node
 from shoal.node.settings import read_settings
 
 URL_HELP = "The gateway to ask; by default $SHOAL_URL, else the node that runs on this machine."
@@ -31,11 +31,7 @@ def find_url(url: str = "") -> str:
 
 def local_node() -> Running | None:
     """The node that runs from this user's home, or None."""
-    try:
-        data = running_file(Path(read_settings().home)).read_bytes()
-        return msgspec.json.decode(data, type=Running)
-    except (FileNotFoundError, msgspec.MsgspecError):
-        return None
+    return running_node(Path(read_settings().home))
 
 
 def connect(url: str = "") -> Shoal:
@@ -46,3 +42,16 @@ def connect(url: str = "") -> Shoal:
 def api_key() -> str | None:
     """`$SHOAL_API_KEY`, or None."""
     return os.environ.get("SHOAL_API_KEY") or None
+
+
+def find_node(wanted: str, nodes: Sequence[NodeView]) -> NodeView:
+    """The node of that name, or whose id begins so (four characters at least); raises InvalidRequestError."""
+    found = [n for n in nodes if wanted in {n.name, n.id} or (len(wanted) >= 4 and n.id.startswith(wanted))]
+    if len(found) != 1:
+        names = ", ".join(n.name for n in nodes)
+        raise InvalidRequestError(
+            f"{len(found)} nodes are called {wanted!r}",
+            hint=f"`shoal nodes --json` lists ids; names are: {names}",
+            param="node",
+        )
+    return found[0]

@@ -25,10 +25,10 @@ from shoal.cli.deploy import curl_line, deploy_and_wait, have_model, show_plan
 from shoal.cli.nodes import render_nodes
 from shoal.client import Shoal
 from shoal.client.calls import PlanOptions
-from shoal.errors import NodeUnreachableError, ShoalError
+from shoal.errors import NodeUnreachableError, SettingsError, ShoalError
 from shoal.fleet.state import Standing
 from shoal.ids import NodeId
-from shoal.node.assemble import Running, running_file
+from shoal.node.assemble import Running, running_file, running_node
 from shoal.node.settings import read_settings
 from shoal.plan.problem import Plan, RequestShape
 from shoal.trust.identity import load_or_create, node_id
@@ -60,6 +60,8 @@ def demo(
     question: Annotated[str, typer.Option(help="What to ask.")] = QUESTION,
 ) -> None:
     """Three unequal nodes on this machine answer through one pipeline."""
+    for number in (signal.SIGTERM, signal.SIGHUP):  # else a closed terminal would leave three nodes behind
+        signal.signal(number, _end)
     console = Console()
     base = Path(read_settings().home) / "demo"
     homes = {device.name: base / device.name for device in DEVICES}
@@ -92,8 +94,8 @@ def _start(homes: Mapping[str, Path], port: int, stack: ExitStack) -> str:
     ids = {name: node_id(load_or_create(home / "node.key").public_key()) for name, home in homes.items()}
     first, *others = DEVICES
     flags = ["up", "--port", str(port), "--listen", "127.0.0.1:0", *_flags(first, ids)]
-    stack.enter_context(_process(flags, homes[first.name]))
-    gateway = _wait_for(homes[first.name])
+    process = stack.enter_context(_process(flags, homes[first.name]))
+    gateway = _wait_for(homes[first.name], process)
     address = gateway.locators[0].removeprefix("tcp/")
     for device in others:
         stack.enter_context(_process(["join", address, *_flags(device, ids)], homes[device.name]))
@@ -108,10 +110,18 @@ def _flags(device: Device, ids: Mapping[str, NodeId]) -> list[str]:
     return flags
 
 
+def _end(number: int, _: object) -> None:
+    raise SystemExit(128 + number)
+
+
 @contextmanager
-def _process(flags: list[str], home: Path) -> Iterator[None]:
+def _process(flags: list[str], home: Path) -> Iterator[subprocess.Popen[bytes]]:
     """A node in a process of its own; its log goes to `node.log` in its home."""
     home.mkdir(parents=True, exist_ok=True)
+    if running_node(home) is not None:
+        raise SettingsError(
+            f"a demo runs already: its node has home {home}", hint="end it with Ctrl-C, or choose another SHOAL_HOME"
+        )
     running_file(home).unlink(missing_ok=True)
     with (home / "node.log").open("w") as log:
         process = subprocess.Popen(
@@ -123,7 +133,7 @@ def _process(flags: list[str], home: Path) -> Iterator[None]:
             start_new_session=True,
         )
         try:
-            yield
+            yield process
         finally:
             process.send_signal(signal.SIGTERM)
             try:
@@ -133,10 +143,10 @@ def _process(flags: list[str], home: Path) -> Iterator[None]:
                 process.wait()
 
 
-def _wait_for(home: Path) -> Running:
-    """Until the node at *home* says how it is reached."""
+def _wait_for(home: Path, process: subprocess.Popen[bytes]) -> Running:
+    """Until the node at *home* says how it is reached; raises NodeUnreachableError when it ended or keeps silent."""
     began_s = time.monotonic()
-    while time.monotonic() - began_s < _START_LIMIT_S:
+    while process.poll() is None and time.monotonic() - began_s < _START_LIMIT_S:
         try:
             return msgspec.json.decode(running_file(home).read_bytes(), type=Running)
         except (FileNotFoundError, msgspec.MsgspecError):

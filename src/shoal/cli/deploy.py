@@ -56,7 +56,7 @@ def parse_pin(text: str, nodes: Sequence[NodeView]) -> Pin:
     if not mark or not block.isdigit() or len(found) != 1:
         names = ", ".join(n.name for n in nodes)
         raise SettingsError(
-            f"pin {text!r} cannot be read", hint=f"write BLOCK=NODE, for example 0={nodes[0].name}; nodes: {names}"
+            f"pin {text!r} cannot be read", hint=f"write BLOCK=NODE, for example 0=NAME; nodes: {names or 'none'}"
         )
     return Pin(block=int(block), node=found[0].id)
 

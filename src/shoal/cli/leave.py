@@ -4,8 +4,8 @@ from typing import Annotated
 
 import typer
 
-from shoal.cli.connect import URL_HELP, connect, local_node
-from shoal.errors import InvalidRequestError, NodeUnreachableError
+from shoal.cli.connect import URL_HELP, connect, find_node, local_node
+from shoal.errors import NodeUnreachableError
 
 
 def leave(
@@ -19,10 +19,6 @@ def leave(
         wanted = node or (running.node if running is not None else "")
         if not wanted:
             raise NodeUnreachableError("no node runs on this machine", hint="name one: `shoal nodes` lists them")
-        found = [n for n in shoal.nodes() if wanted in {n.name, n.id} or (len(wanted) >= 4 and n.id.startswith(wanted))]
-        if len(found) != 1:
-            raise InvalidRequestError(
-                f"{len(found)} nodes are called {wanted!r}", hint="`shoal nodes` lists names and ids", param="node"
-            )
-        shoal.leave(found[0].id)
-    typer.echo(f"node {found[0].name} drains and leaves")
+        found = find_node(wanted, shoal.nodes())
+        shoal.leave(found.id)
+    typer.echo(f"node {found.name} drains and leaves")

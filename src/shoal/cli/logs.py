@@ -1,12 +1,16 @@
 """shoal logs: what happened in the fleet."""
 
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from typing import Annotated
 
 import typer
 
 from shoal.cli.connect import URL_HELP, connect
+from shoal.client import Shoal
 from shoal.fleet.views import EventView
+
+PAGE = 1000
 
 
 def logs(
@@ -17,9 +21,17 @@ def logs(
 ) -> None:
     """Show what happened in the fleet: nodes that came and went, plans, deployments."""
     with connect(url) as shoal:
-        for event in shoal.follow() if follow else shoal.events(limit=1000):
+        for event in shoal.follow() if follow else every_event(shoal):
             if not deployment or event.deployment == deployment:
                 typer.echo(line(event))
+
+
+def every_event(shoal: Shoal) -> Iterator[EventView]:
+    """All that is still kept, page by page."""
+    after = 0
+    while page := shoal.events(after=after, limit=PAGE):
+        yield from page
+        after = page[-1].sequence
 
 
 def line(event: EventView) -> str:

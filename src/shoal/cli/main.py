@@ -63,21 +63,22 @@ class LazyCommands(TyperGroup):
         try:
             return super().invoke(ctx)
         except ShoalError as error:
-            _complain(error.message, error.hint)
+            complain(error.message, error.hint)
             raise typer.Exit(exit_code(error)) from error
         except KeyboardInterrupt as error:
             raise typer.Exit(EXIT_INTERRUPTED) from error
         except Exception as error:  # the last door: a traceback helps nobody who did not ask for one
             if isinstance(error, BrokenPipeError) or type(error).__module__.startswith(("typer.", "click.")):
                 raise
-            _complain(
+            complain(
                 f"{type(error).__name__}: {error}",
                 "this is a fault of Shoal or of this machine; SHOAL_DEBUG=1 shows where",
             )
             raise typer.Exit(EXIT_INTERNAL) from error
 
 
-def _complain(message: str, hint: str) -> None:
+def complain(message: str, hint: str) -> None:
+    """How an error looks: what is wrong, and what to do next."""
     sys.stderr.write(f"error: {message}\n" + (f"hint: {hint}\n" if hint else ""))
 
 

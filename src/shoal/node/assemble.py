@@ -77,6 +77,20 @@ def running_file(home: Path) -> Path:
     return home / "run" / "node.json"
 
 
+def running_node(home: Path) -> Running | None:
+    """The node that runs from *home*, or None; what one left behind that was killed is not believed."""
+    try:
+        said = msgspec.json.decode(running_file(home).read_bytes(), type=Running)
+    except (FileNotFoundError, msgspec.MsgspecError):
+        return None
+    with try_locked(_lock_file(home)) as nobody_runs:
+        return None if nobody_runs else said
+
+
+def _lock_file(home: Path) -> Path:
+    return home / "run" / "lock"
+
+
 async def run_node(options: NodeOptions, log: FilteringBoundLogger, started: Callable[[Running], None]) -> None:
     """Run a node until cancelled or until it has left the fleet.
 
@@ -84,7 +98,7 @@ async def run_node(options: NodeOptions, log: FilteringBoundLogger, started: Cal
     """
     home = Path(options.home)
     (home / "run").mkdir(parents=True, exist_ok=True)
-    with try_locked(home / "run" / "lock") as mine:
+    with try_locked(_lock_file(home)) as mine:
         if not mine:
             raise SettingsError(
                 f"a node is already running with home {home}",

@@ -1,8 +1,6 @@
-"""The coordinator's decisions over time, with planner and nodes that follow a script."""
+"""The coordinator's loop: leases, plans, orders; with nodes that obey at once and a planner that is told what to answer."""
 
-import io
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,266 +8,388 @@ import anyio
 import msgspec
 import pytest
 
-from shoal.clock import SystemClock
-from shoal.errors import ShoalError, UnsupportedVersionError
-from shoal.fleet.order import Accepted, Hold, Reply, Retire, Wire
+from shoal.clock import ManualClock
+from shoal.errors import InvalidRequestError, UnavailableError, UnknownModelError
+from shoal.fleet.order import Accepted, Hold, Refused, Reply, Retire, Wire
 from shoal.fleet.reconcile import Addressed, Phase
 from shoal.fleet.report import NodeFacts, NodeReport, ShardId, ShardReport, ShardState
 from shoal.fleet.spec import DeploymentSpec
-from shoal.fleet.state import Deployment
-from shoal.fleet.view import CoordinatorView, DeploymentStatus
+from shoal.fleet.state import LOST_AFTER_S
+from shoal.fleet.view import CoordinatorView, Lease
 from shoal.ids import DeploymentId, Digest, NodeId
-from shoal.node import coordinator as timing
-from shoal.node.coordinator import Coordinator
-from shoal.node.events import EventRing
+from shoal.node.coordinator import LEASE_S, RETRY_PLAN_S, Coordinator
 from shoal.node.journal import Journal
-from shoal.observe.log import set_up_logs
+from shoal.node.last_plan import remember
 from shoal.plan.problem import Answer, Estimate, Infeasible, Objective, Plan, RequestShape, Stage
 
-DESK = NodeId("d" * 32)
+TICK_S = 0.01
+A, B, C = (NodeId(letter * 32) for letter in "abc")
 CHAT = DeploymentId("chat")
-SPEC = DeploymentSpec(deployment=CHAT, model="m", manifest=Digest("0" * 64), source=DESK)
-FACTS = NodeFacts(name="desk", version="1", locators=(), cores=2, memory_total_bytes=100, memory_budget_bytes=50)
+SPEC = DeploymentSpec(deployment=CHAT, model="m", manifest=Digest("d"), source=A)
+FACTS = NodeFacts(name="box", version="1", locators=(), cores=1, memory_total_bytes=9, memory_budget_bytes=9)
+NO_ROOM = Infeasible(reason="too big", needed_bytes=9, available_bytes=1, hint="add memory")
 
 
-def plan(stop: int = 4, memory_bytes: int = 10) -> Plan:
-    stage = Stage(
-        node=DESK, start=0, stop=stop, weights_bytes=1, kv_bytes=1, memory_bytes=memory_bytes, prefill_s=1, decode_s=1,
-        send_prefill_s=0, send_decode_s=0,
-    )  # fmt: skip
+def plan(*nodes: NodeId) -> Plan:
+    stages = [
+        Stage(
+            node=node, start=i, stop=i + 1, weights_bytes=1, kv_bytes=1, memory_bytes=2,
+            prefill_s=1, decode_s=1, send_prefill_s=0, send_decode_s=0,
+        )
+        for i, node in enumerate(nodes)
+    ]  # fmt: skip
     figures = Estimate(time_to_first_token_s=1, time_per_output_token_s=1, tokens_per_s=1, latency_s=1)
     return Plan(
-        stages=(stage,), objective=Objective.LATENCY, shape=RequestShape(), estimate=figures, lower_bound=1, gap=0,
-        solver="test",
+        stages=tuple(stages), objective=Objective.LATENCY, shape=RequestShape(), estimate=figures, lower_bound=1,
+        gap=0, solver="test",
     )  # fmt: skip
 
 
 @dataclass
-class Script:
-    """A planner that gives *answer*, and one node that obeys: its shards end in *state*."""
+class Nodes:
+    """Nodes that obey orders in the moment they get them, and the planner's answers: one stage per node that is usable."""
 
-    answer: Answer | Exception = field(default_factory=plan)
-    state: ShardState = ShardState.WIRED
-    refusal: ShoalError | None = None
-    shards: dict[ShardId, ShardReport] = field(default_factory=dict)
-    asked: list[tuple[DeploymentId, dict[NodeId, int]]] = field(default_factory=list)
-    views: list[CoordinatorView] = field(default_factory=list)
+    clock: ManualClock
+    alive: set[NodeId] = field(default_factory=lambda: {A, B})
+    shards: dict[NodeId, dict[ShardId, ShardReport]] = field(default_factory=dict)
+    fence: int = 0
+    answer: Callable[[list[NodeId]], Answer] = lambda usable: plan(*sorted(usable))
+    orders: list[Addressed] = field(default_factory=list)
+    sequence: int = 0
+    coordinating: frozenset[NodeId] = frozenset()
 
     async def plan(
         self, spec: DeploymentSpec, reports: Mapping[NodeId, NodeReport], promised: Mapping[NodeId, int]
     ) -> Answer:
-        self.asked.append((spec.deployment, dict(promised)))
-        await anyio.sleep(0.01)  # a plan takes time, in which others may be asked for
-        if isinstance(self.answer, Exception):
-            raise self.answer
-        return self.answer
+        return self.answer(list(reports))
 
     async def obey(self, addressed: Addressed) -> Reply:
-        order = addressed.order
-        if self.refusal is not None:
-            raise self.refusal
+        self.orders.append(addressed)
+        if addressed.node not in self.alive:
+            raise UnavailableError("no answer")
+        order, mine = addressed.order, self.shards.setdefault(addressed.node, {})
+        if order.fencing_epoch < self.fence:
+            return Refused(code="stale_lease", text="older", fencing_epoch=self.fence)
+        self.fence = order.fencing_epoch
         match order:
-            case Hold(shard=shard):
-                self.shards[shard] = ShardReport(
-                    shard=shard, state=self.state, start=order.start, stop=order.stop, memory_bytes=order.memory_bytes
+            case Hold():
+                mine[order.shard] = ShardReport(
+                    shard=order.shard, state=ShardState.READY, start=order.start, stop=order.stop, locators=("tcp/x:1",)
                 )
             case Wire():
-                pass
-            case Retire(shard=shard):
-                self.shards.pop(shard, None)
+                mine[order.shard] = msgspec.structs.replace(mine[order.shard], state=ShardState.WIRED)
+            case Retire():
+                mine.pop(order.shard, None)
         return Accepted()
 
-    def status(self, name: DeploymentId = CHAT) -> DeploymentStatus | None:
-        return self.views[-1].find(name) if self.views else None
+    def reports(self) -> list[NodeReport]:
+        self.sequence += 1
+        return [
+            NodeReport(
+                node=node,
+                incarnation=1,
+                sequence=self.sequence,
+                facts=msgspec.structs.replace(FACTS, coordinates=node in self.coordinating),
+                shards=tuple(self.shards.get(node, {}).values()),
+            )
+            for node in sorted(self.alive)
+        ]
 
 
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
+@dataclass
+class Office:
+    """A coordinator at work among *nodes*."""
 
+    coordinator: Coordinator
+    nodes: Nodes
+    clock: ManualClock
+    said: list[CoordinatorView]
+    noted: list[str]
 
-@pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ticks that do not keep a test waiting."""
-    monkeypatch.setattr(timing, "TICK_S", 0.01)
-    monkeypatch.setattr(timing, "VIEW_EVERY_S", 0.02)
+    async def pass_s(self, seconds: float = 0.0, *, quiet: bool = False) -> None:
+        """Let time go by in steps that a heartbeat survives; *quiet*: no node is heard meanwhile."""
+        steps = max(2, int(seconds / 0.5))
+        for _ in range(steps):
+            self.clock.advance(seconds / steps)
+            for report in () if quiet else self.nodes.reports():
+                self.coordinator.hear_report(report)
+            await anyio.sleep(2.5 * TICK_S)
 
-
-@pytest.fixture
-def journal(tmp_path: Path) -> Iterator[Journal]:
-    opened = Journal(tmp_path / "journal.db")
-    yield opened
-    opened.close()
-
-
-@asynccontextmanager
-async def leading(journal: Journal, script: Script) -> AsyncIterator[Coordinator]:
-    """A coordinator that holds the lease, and heartbeats of its one node."""
-    ring = EventRing(set_up_logs(io.StringIO()), lambda: 0.0)
-    made = Coordinator(
-        me=DESK, journal=journal, clock=SystemClock(), planner=script, send_order=script.obey,
-        broadcast=script.views.append, note=ring.note, begin_log=ring.begin, eager=True,
-    )  # fmt: skip
-
-    async def beat() -> None:
-        sequence = 0
-        while True:
-            sequence += 1
-            shards = tuple(script.shards.values())
-            made.hear_report(NodeReport(node=DESK, incarnation=1, sequence=sequence, facts=FACTS, shards=shards))
-            await anyio.sleep(0.01)
-
-    async with anyio.create_task_group() as group:
-        group.start_soon(beat)
-        group.start_soon(made.run)
-        await until(lambda: made.leading)
-        yield made
-        group.cancel_scope.cancel()
-
-
-async def until(true: Callable[[], object]) -> None:
-    with anyio.fail_after(10):
-        while not true():  # noqa: ASYNC110 - looked at from outside, as people do
-            await anyio.sleep(0.005)
-
-
-def in_phase(script: Script, wanted: Phase, name: DeploymentId = CHAT) -> bool:
-    status = script.status(name)
-    return status is not None and status.phase is wanted
-
-
-def serving(script: Script, name: DeploymentId = CHAT) -> bool:
-    return in_phase(script, Phase.SERVING, name)
-
-
-pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("quick")]
-
-
-async def test_what_is_wanted_again_as_it_is_stays_as_it_is(journal: Journal) -> None:
-    script = Script()
-    async with leading(journal, script) as coordinator:
-        await coordinator.want(SPEC)
-        await until(lambda: serving(script))
-        before = script.status()
-
-        await coordinator.want(SPEC, previewed=plan())
-
-        assert script.status() == before
-        assert coordinator.state.deployments[CHAT] == before.deployment
-
-
-@pytest.mark.parametrize("change", ["spec", "places"])
-async def test_what_is_wanted_otherwise_is_planned_anew(journal: Journal, change: str) -> None:
-    script = Script()
-    async with leading(journal, script) as coordinator:
-        await coordinator.want(SPEC)
-        await until(lambda: serving(script))
-        epoch = coordinator.state.deployments[CHAT].plan_epoch
-
-        spec = msgspec.structs.replace(SPEC, shape=RequestShape(slots=7)) if change == "spec" else SPEC
-        await coordinator.want(spec, previewed=plan(stop=9 if change == "places" else 4))
-
-        await until(lambda: coordinator.state.deployments[CHAT].plan_epoch > epoch and serving(script))
-
-
-async def test_a_plan_epoch_never_comes_twice_though_its_deployment_was_dropped(journal: Journal) -> None:
-    script = Script()
-    async with leading(journal, script) as coordinator:
-        await coordinator.want(SPEC)
-        await until(lambda: serving(script))
-        first = coordinator.state.deployments[CHAT]
-
-        await coordinator.drop(CHAT)
-        await coordinator.want(SPEC)
-        await until(lambda: serving(script))
-
-        second = coordinator.state.deployments[CHAT]
-        assert second.plan_epoch > first.plan_epoch
-        assert second.spec.generation > first.spec.generation
-
-
-async def test_a_plan_epoch_is_above_those_of_shards_that_somebody_still_holds(journal: Journal) -> None:
-    old = ShardId(deployment=CHAT, plan_epoch=41, stage=0)
-    held = {old: ShardReport(shard=old, state=ShardState.WIRED, start=0, stop=4)}
-    script = Script(shards=held, refusal=UnsupportedVersionError("not now"))  # so that the old shard stays
-    async with leading(journal, script) as coordinator:
-        await coordinator.want(SPEC)
-        await until(lambda: coordinator.state.deployments[CHAT].answer is not None)
-
-        assert coordinator.state.deployments[CHAT].plan_epoch == 42
-
-
-async def test_a_plan_for_what_was_stopped_meanwhile_is_not_kept(journal: Journal) -> None:
-    script = Script()
-    async with leading(journal, script) as coordinator:
-        await coordinator.want(SPEC)
-        await until(lambda: script.asked)
-        await coordinator.drop(CHAT)
-        await anyio.sleep(0.1)
-
-        assert coordinator.state.deployments == {}
-        assert journal.all("deployment", Deployment) == ()
-
-
-async def test_what_fails_as_soon_as_it_is_loaded_is_tried_ever_more_rarely(
-    journal: Journal, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(timing, "RETRY_PLAN_S", 0.02)
-    script = Script(state=ShardState.FAILED)
-    async with leading(journal, script) as coordinator:
-        await coordinator.want(SPEC)
-        await anyio.sleep(1.0)
-        # 0.02 + 0.04 + ... + 0.64 s: with a constant delay there would be dozens.
-        assert 2 <= len(script.asked) <= 8
-
-        script.state = ShardState.WIRED
-        await coordinator.want(msgspec.structs.replace(SPEC, shape=RequestShape(slots=7)))  # the operator tries at once
-        await until(lambda: serving(script))
-
-
-async def test_two_plans_at_once_do_not_count_on_the_same_memory(journal: Journal) -> None:
-    script = Script()
-    other = DeploymentId("other")
-    async with leading(journal, script) as coordinator:
-        await coordinator.want(SPEC)
-        await coordinator.want(msgspec.structs.replace(SPEC, deployment=other))
-        await until(lambda: serving(script) and serving(script, other))
-
-        assert [promised[DESK] for _, promised in script.asked[:2]] == [0, 10]
-
-
-async def test_a_fault_of_the_planner_ends_neither_the_coordinator_nor_the_other_deployments(journal: Journal) -> None:
-    script = Script()
-    other = DeploymentId("other")
-    async with leading(journal, script) as coordinator:
-        await coordinator.want(SPEC)
-        await until(lambda: serving(script))
-        script.answer = ZeroDivisionError("a bug")
-        await coordinator.want(msgspec.structs.replace(SPEC, deployment=other))
-        await until(lambda: len(script.asked) > 1)
-        await anyio.sleep(0.1)
-
-        assert serving(script)
-        assert in_phase(script, Phase.PLANNING, other)
-
-
-async def test_a_node_that_refuses_orders_does_not_end_the_coordinator(journal: Journal) -> None:
-    script = Script(refusal=UnsupportedVersionError("what is that?"))
-    async with leading(journal, script) as coordinator:
-        await coordinator.want(SPEC)
-        await until(lambda: in_phase(script, Phase.LOADING))
-        script.refusal = None
-
-        await until(lambda: serving(script))
-
-
-async def test_reasons_call_nodes_by_their_names(journal: Journal) -> None:
-    nowhere = Infeasible(reason=f"node {DESK} is full", needed_bytes=2, available_bytes=1, hint=f"free {DESK}")
-    script = Script(answer=nowhere)
-    async with leading(journal, script) as coordinator:
-        await coordinator.want(SPEC)
-        await until(lambda: in_phase(script, Phase.REFUSED))
-
-        status = script.status()
+    def phase(self) -> Phase:
+        status = self.said[-1].find(CHAT)
         assert status is not None
-        assert status.reason == "node desk is full; free desk"
+        return status.phase
+
+    async def until(self, phase: Phase) -> None:
+        for _ in range(40):
+            await self.pass_s(0.3)
+            if self.said and self.said[-1].find(CHAT) is not None and self.phase() is phase:
+                return
+        pytest.fail(f"never {phase}: {self.noted}")
+
+
+def run(
+    journal: Journal,
+    use: Callable[[Office], Awaitable[None]],
+    *,
+    eager: bool = True,
+    nodes: Nodes | None = None,
+    me: NodeId = A,
+) -> Nodes:
+    clock = nodes.clock if nodes else ManualClock(100)
+    fleet = nodes or Nodes(clock)
+    said: list[CoordinatorView] = []
+    noted: list[str] = []
+
+    async def scenario() -> None:
+        coordinator = Coordinator(
+            me=me,
+            journal=journal,
+            clock=clock,
+            planner=fleet,
+            send_order=fleet.obey,
+            broadcast=said.append,
+            note=lambda kind, text, **_: noted.append(kind),
+            begin_log=lambda epoch: noted.append(f"lease {epoch}"),
+            eager=eager,
+            tick_s=TICK_S,
+        )
+        with anyio.fail_after(60):
+            async with anyio.create_task_group() as group:
+                group.start_soon(coordinator.run)
+                await use(Office(coordinator, fleet, clock, said, noted))
+                group.cancel_scope.cancel()
+
+    anyio.run(scenario)
+    return fleet
+
+
+def view_of(holder: NodeId, fencing_epoch: int, *statuses: object) -> CoordinatorView:
+    return CoordinatorView(
+        lease=Lease(holder=holder, fencing_epoch=fencing_epoch), sequence=1, deployments=tuple(statuses)
+    )
+
+
+def test_the_first_node_leads_at_once_and_a_standby_waits_for_the_lease_to_end(
+    tmp_path: Path, journal: Journal
+) -> None:
+    async def first(office: Office) -> None:
+        await office.pass_s(0.2)
+        assert office.coordinator.lease == Lease(holder=A, fencing_epoch=1)
+
+    async def standby(office: Office) -> None:
+        await office.pass_s(LEASE_S - 0.5)
+        assert office.coordinator.lease is None
+        with pytest.raises(InvalidRequestError, match="nobody yet"):
+            await office.coordinator.want(SPEC)
+        await office.pass_s(1.0)
+        assert office.coordinator.leading
+
+    run(journal, first)
+    other = Journal(tmp_path / "other.db")
+    run(other, standby, eager=False)
+    other.close()
+
+
+def test_a_deployment_is_planned_held_wired_and_served_and_its_shards_go_when_it_is_dropped(journal: Journal) -> None:
+    async def use(office: Office) -> None:
+        await office.pass_s(0.2)
+        await office.coordinator.want(SPEC)
+        await office.until(Phase.SERVING)
+        kinds = [type(o.order) for o in office.nodes.orders]
+        assert kinds.index(Hold) < kinds.index(Wire)
+        assert {o.node for o in office.nodes.orders} == {A, B}
+
+        await office.coordinator.drop(CHAT)
+        await office.pass_s(1.0)
+        assert not any(office.nodes.shards.values())
+        with pytest.raises(UnknownModelError):
+            await office.coordinator.drop(CHAT)
+
+    run(journal, use)
+    assert not journal.all("deployment", msgspec.Raw)
+
+
+def test_a_lost_node_costs_a_new_plan_with_a_higher_epoch_on_the_others(journal: Journal) -> None:
+    async def use(office: Office) -> None:
+        await office.pass_s(0.2)
+        await office.coordinator.want(SPEC)
+        await office.until(Phase.SERVING)
+        first = office.said[-1].find(CHAT).deployment.plan_epoch
+
+        office.nodes.alive = {A, C}
+        await office.pass_s(LOST_AFTER_S + 1)
+        await office.until(Phase.SERVING)
+
+        deployment = office.said[-1].find(CHAT).deployment
+        assert {s.node for s in deployment.answer.stages} == {A, C}
+        assert deployment.plan_epoch > first
+        assert [n for n in office.noted if n in {"node.suspect", "node.lost"}] == ["node.suspect", "node.lost"]
+
+    run(journal, use)
+
+
+def test_what_fits_nowhere_is_refused_with_its_reason_until_it_fits(journal: Journal) -> None:
+    async def use(office: Office) -> None:
+        office.nodes.answer = lambda usable: plan(*sorted(usable)) if C in usable else NO_ROOM
+        await office.pass_s(0.2)
+        await office.coordinator.want(SPEC)
+        await office.until(Phase.REFUSED)
+        assert "too big; add memory" in office.said[-1].find(CHAT).reason
+
+        office.nodes.alive.add(C)
+        await office.pass_s(2 * RETRY_PLAN_S)
+        await office.until(Phase.SERVING)
+
+    run(journal, use)
+
+
+def test_a_name_that_is_used_again_gets_a_plan_epoch_that_never_was(journal: Journal) -> None:
+    async def use(office: Office) -> None:
+        await office.pass_s(0.2)
+        epochs = []
+        for _ in range(2):
+            await office.coordinator.want(SPEC)
+            await office.until(Phase.SERVING)
+            epochs.append(office.said[-1].find(CHAT).deployment.plan_epoch)
+            await office.coordinator.drop(CHAT)
+        assert epochs[0] < epochs[1]
+
+    run(journal, use)
+
+
+def test_whoever_hears_a_greater_lease_steps_down_and_of_two_equal_ones_one_goes_on(journal: Journal) -> None:
+    async def use(office: Office) -> None:
+        await office.pass_s(0.2)
+        mine = office.coordinator.lease
+        assert mine is not None
+
+        office.coordinator.hear_view(view_of(NodeId("0" * 32), mine.fencing_epoch))
+        assert office.coordinator.lease == mine, "the greater name counts, and it is ours"
+
+        office.coordinator.hear_view(view_of(B, mine.fencing_epoch))
+        assert office.coordinator.lease is None
+        assert office.noted[-1] == "coordinator.stepped_down"
+
+    run(journal, use)
+
+
+def test_an_order_that_is_refused_for_a_newer_lease_ends_ours(journal: Journal) -> None:
+    async def use(office: Office) -> None:
+        await office.pass_s(0.2)
+        office.nodes.fence = 7
+        await office.coordinator.want(SPEC)
+        await office.pass_s(1.0)
+        assert "coordinator.fenced" in office.noted
+        assert not any(office.nodes.shards.values())
+
+    run(journal, use)
+
+
+def test_a_standby_takes_over_what_was_wanted_and_plans_nothing_anew(tmp_path: Path, journal: Journal) -> None:
+    heard: list[CoordinatorView] = []
+    nodes = Nodes(ManualClock(100))
+
+    async def leader(office: Office) -> None:
+        await office.pass_s(0.2)
+        await office.coordinator.want(SPEC)
+        await office.until(Phase.SERVING)
+        heard.append(office.said[-1])
+
+    async def standby(office: Office) -> None:
+        office.coordinator.hear_view(heard[0])
+        await office.pass_s(LEASE_S + 0.5)
+        assert office.coordinator.lease.fencing_epoch > heard[0].lease.fencing_epoch
+        await office.pass_s(0.5)
+        status = office.said[-1].find(CHAT)
+        assert status.phase is Phase.SERVING
+        assert status.deployment == heard[0].find(CHAT).deployment, "what works is not planned again"
+
+    run(journal, leader, nodes=nodes)
+    before = len(nodes.orders)
+    other = Journal(tmp_path / "other.db")
+    run(other, standby, eager=False, nodes=nodes, me=B)
+    other.close()
+    assert nodes.orders[before:] == []
+
+
+def test_a_coordinator_that_was_replaced_while_it_was_away_forgets_what_it_wanted(journal: Journal) -> None:
+    nodes = Nodes(ManualClock(100), coordinating=frozenset({A, B}))
+
+    async def before(office: Office) -> None:
+        await office.pass_s(LEASE_S + 0.5)
+        await office.coordinator.want(SPEC)
+        await office.until(Phase.SERVING)
+
+    async def after(office: Office) -> None:
+        await office.pass_s(1.0)
+        assert office.coordinator.lease is None, "another may have taken over: it listens first"
+        office.coordinator.hear_view(view_of(B, 2))
+        await office.pass_s(LEASE_S + 0.5)
+        assert office.coordinator.lease.fencing_epoch > 2
+        assert office.said[-1].deployments == ()
+
+    run(journal, before, nodes=nodes)
+    run(journal, after, nodes=nodes)
+
+
+def test_a_coordinator_that_restarts_alone_waits_for_its_nodes_before_it_says_or_plans_anything(
+    journal: Journal,
+) -> None:
+    nodes = Nodes(ManualClock(100))
+
+    async def before(office: Office) -> None:
+        await office.pass_s(0.2)
+        await office.coordinator.want(SPEC)
+        await office.until(Phase.SERVING)
+
+    async def after(office: Office) -> None:
+        await office.pass_s(1.0, quiet=True)
+        assert office.coordinator.leading
+        assert office.said == []
+        await office.pass_s(1.0)
+        assert office.phase() is Phase.SERVING
+        assert office.said[-1].find(CHAT).deployment.plan_epoch == 1
+
+    run(journal, before, nodes=nodes)
+    count = len(nodes.orders)
+    run(journal, after, nodes=nodes)
+    assert nodes.orders[count:] == []
+
+
+def test_it_does_not_wait_for_ever_for_a_node_that_is_gone(journal: Journal) -> None:
+    nodes = Nodes(ManualClock(100))
+
+    async def before(office: Office) -> None:
+        await office.pass_s(0.2)
+        await office.coordinator.want(SPEC)
+        await office.until(Phase.SERVING)
+
+    async def after(office: Office) -> None:
+        office.nodes.alive = {A}
+        await office.pass_s(LEASE_S + 1)
+        await office.until(Phase.SERVING)
+        assert [s.node for s in office.said[-1].find(CHAT).deployment.answer.stages] == [A]
+
+    run(journal, before, nodes=nodes)
+    run(journal, after, nodes=nodes)
+
+
+def test_a_standby_that_restarts_alone_still_knows_what_the_fleet_wanted(tmp_path: Path, journal: Journal) -> None:
+    nodes = Nodes(ManualClock(100))
+
+    async def leader(office: Office) -> None:
+        await office.pass_s(0.2)
+        await office.coordinator.want(SPEC)
+        await office.until(Phase.SERVING)
+        remember(other, office.said[-1])  # as the standby's agent does
+
+    async def standby(office: Office) -> None:
+        await office.pass_s(LEASE_S + 1)
+        assert office.phase() is Phase.SERVING
+        assert office.coordinator.lease.fencing_epoch == 2
+
+    other = Journal(tmp_path / "other.db")
+    run(journal, leader, nodes=nodes)
+    run(other, standby, eager=False, nodes=nodes, me=B)
+    other.close()

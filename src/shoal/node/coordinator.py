@@ -89,6 +89,7 @@ class Coordinator:
     """Told the fencing epoch of a lease before the first event under it is noted."""
     eager: bool
     """Takes a lease that nobody holds at once; a standby waits."""
+    tick_s: float = TICK_S
     state: FleetState = field(default_factory=FleetState)
     lease: Lease | None = None
     _view: CoordinatorView | None = None
@@ -170,7 +171,7 @@ class Coordinator:
         for _ in range(int(LOST_AFTER_S / TICK_S) + 1):
             if all(standing(m, self.clock.now_s()) is not Standing.SUSPECT for m in self.state.members.values()):
                 break
-            await anyio.sleep(TICK_S)
+            await anyio.sleep(self.tick_s)
         reports = self._usable()
         promised = promised_bytes(reports.values(), self.state.deployments.values(), spec.deployment)
         answer = await self.planner.plan(spec, reports, promised)
@@ -190,7 +191,7 @@ class Coordinator:
     async def run(self) -> None:
         """Tick until cancelled."""
         self._view_heard_s = self.clock.now_s()
-        self._view = recall(self.journal)
+        self._view = self._view or recall(self.journal)
         self._peer = next((peer.node for peer in self.journal.all("peer", _Peer)), None)
         kept = {d.spec.deployment: d for d in self.journal.all("deployment", Deployment)}
         self.state = msgspec.structs.replace(self.state, deployments={**kept, **self.state.deployments})
@@ -209,7 +210,7 @@ class Coordinator:
                     if now_s - shown_s >= VIEW_EVERY_S:
                         self.show()
                         shown_s = now_s
-                await anyio.sleep(TICK_S)
+                await anyio.sleep(self.tick_s)
 
     def show(self) -> None:
         """Broadcast the view; does nothing without the lease, or while nodes are still gathering."""

@@ -3,8 +3,9 @@
 A derivation is named by its operation, so that its result can be cached under (digests of the inputs, lowering).  Operations with
 arguments carry them in the name, after colons.
 
-    bytes                   uint8 matrices stacked on their rows
-    scales                  d of several matrices stacked, fp32 [rows * blocks]
+    bytes:PARTS             uint8 matrices stacked on their rows, each block taken as PARTS blocks
+    view:PARTS              the same of one matrix: its own bytes under another shape
+    scales:PARTS            d of several matrices stacked, each PARTS times in a row, fp32 [rows * blocks * PARTS]
     vectors                 vectors one after another, fp32
     dense                   matrices stacked and transposed, fp32 [columns, rows]
     correction:Z            m + Z d of several matrices (d1, m1, d2, m2, ...) stacked and transposed, fp32 [blocks, rows]
@@ -28,13 +29,23 @@ class Derivation:
     inputs: tuple[str, ...]
 
 
+def is_view(op: str) -> bool:
+    """Whether the result is the stored bytes themselves, so that caching it would only copy them."""
+    return op.startswith("view:")
+
+
 def derive(op: str, arrays: Sequence[Array]) -> Array:
     """Compute a derived array; raises ValueError for an operation that this version does not know."""
     kind, *arguments = op.split(":")
     match kind:
-        case "bytes":
-            return np.concatenate(list(arrays))
-        case "scales" | "vectors":
+        case "bytes" | "view":
+            _, blocks, size = arrays[0].shape
+            parts = int(arguments[0])
+            joined = arrays[0] if kind == "view" else np.concatenate(list(arrays))
+            return joined.reshape(-1, blocks * parts, size // parts)
+        case "scales":
+            return np.repeat(np.concatenate([a.astype(np.float32).ravel() for a in arrays]), int(arguments[0]))
+        case "vectors":
             return np.concatenate([a.astype(np.float32).ravel() for a in arrays])
         case "dense":
             return _transposed([a.astype(np.float32) for a in arrays])

@@ -2,6 +2,11 @@
 
 `MatMulNBits` computes d * (q - Z) with Z = 8 (4 bits) or 128 (8 bits).  What an affine block has beyond that, m + (Z - z) d, is one
 number per block, so its product with the input is a product with the input's block sums: K / 32 columns instead of K.
+
+The fast kernel rounds the input to int8 with one scale per block of the weights.  Where that rounding costs the answer most (what
+attention is made of, and the head), each block of 32 is given to the engine as two of 16 with the same scale: the numbers of
+the weights stay what they are, the input is rounded with twice as many scales.  On SmolLM2 the two took the mean KL from 3.4e-3 to
+2.6e-3 nats per token, for about 5 MB of repeated scales.
 """
 
 from collections import Counter, defaultdict
@@ -13,6 +18,19 @@ from shoal.model.emit import MICROSOFT, Emitter, attribute
 from shoal.model.functions import DOMAIN, LINEAR
 
 DEFAULT_ZERO_POINTS = {4: 8, 8: 128}
+COARSE_BLOCK, FINE_BLOCK = 32, 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rounding:
+    """How a product rounds its input: the engine's accuracy level, and whether blocks are halved for it."""
+
+    accuracy_level: int
+    fine: bool
+
+    def parts(self, block: int) -> int:
+        """As how many blocks the engine is given one of *block* elements."""
+        return block // FINE_BLOCK if self.fine and block == COARSE_BLOCK else 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +89,7 @@ def _product(call: onnx.NodeProto, addition: onnx.NodeProto | None) -> Product:
     )
 
 
-def emit_stack(emitter: Emitter, stack: Stack, *, accuracy_level: int, split: bool) -> None:
+def emit_stack(emitter: Emitter, stack: Stack, *, rounding: Rounding, split: bool) -> None:
     """Add the nodes of a stack; `split` also gives each product's own output."""
     rows = [emitter.shapes[p.weight[0]][0] for p in stack.products]
     biased = stack.first.bias is not None
@@ -79,7 +97,7 @@ def emit_stack(emitter: Emitter, stack: Stack, *, accuracy_level: int, split: bo
     if stack.first.op == LINEAR:
         _dense(emitter, stack, plain, sum(rows))
     else:
-        _blocked(emitter, stack, plain, accuracy_level)
+        _blocked(emitter, stack, plain, rounding)
     if biased:
         biases = [p.bias for p in stack.products if p.bias]
         bias = emitter.derive(f"{biases[0]}.stack", "vectors", biases, (sum(rows),)) if len(biases) > 1 else biases[0]
@@ -96,19 +114,26 @@ def _dense(emitter: Emitter, stack: Stack, output: str, rows: int) -> None:
     emitter.node("MatMul", [stack.first.x, weight], [output])
 
 
-def _blocked(emitter: Emitter, stack: Stack, output: str, accuracy_level: int) -> None:
+def _blocked(emitter: Emitter, stack: Stack, output: str, rounding: Rounding) -> None:
     first = stack.products[0].weight
     count = len(stack.products)
     _, blocks, packed_bytes = emitter.shapes[first[0]]
     bits = int(stack.first.op[-1])
     block = packed_bytes * 8 // bits
     rows = sum(emitter.shapes[p.weight[0]][0] for p in stack.products)
+    parts = rounding.parts(block)
     q = first[0]
-    if count > 1:
-        parts = [p.weight[0] for p in stack.products]
-        q = emitter.derive(f"{q}.stack{count}", "bytes", parts, (rows, blocks, packed_bytes), bytes_only=True)
+    if count > 1 or parts > 1:
+        shape = (rows, blocks * parts, packed_bytes // parts)
+        op = f"bytes:{parts}" if count > 1 else f"view:{parts}"
+        q = emitter.derive(
+            f"{q}.stack{count}.{parts}", op, [p.weight[0] for p in stack.products], shape, bytes_only=True
+        )
     scales = emitter.derive(
-        f"{first[1]}.scales{count}", "scales", [p.weight[1] for p in stack.products], (rows * blocks,)
+        f"{first[1]}.scales{count}.{parts}",
+        f"scales:{parts}",
+        [p.weight[1] for p in stack.products],
+        (rows * blocks * parts,),
     )
     affine = len(first) > 2
     emitter.node(
@@ -119,8 +144,8 @@ def _blocked(emitter: Emitter, stack: Stack, output: str, accuracy_level: int) -
         K=blocks * block,
         N=rows,
         bits=bits,
-        block_size=block,
-        accuracy_level=accuracy_level,
+        block_size=block // parts,
+        accuracy_level=rounding.accuracy_level,
     )
     if affine:
         shift = DEFAULT_ZERO_POINTS[bits] - stack.first.zero_point

@@ -7,7 +7,7 @@ import onnx
 
 from shoal.errors import UnavailableError
 from shoal.ids import Digest, NodeId
-from shoal.model.derive import Derivation, derive
+from shoal.model.derive import Derivation, derive, is_view
 from shoal.model.frontier import Block, blocks
 from shoal.model.frontier import shard as shard_graph
 from shoal.model.lower import lower
@@ -101,6 +101,8 @@ def _derived(
     entries: Mapping[str, TensorEntry],
     stored: Callable[[str], Array],
 ) -> Array:
+    if is_view(derivation.op):
+        return derive(derivation.op, [stored(name) for name in derivation.inputs])
     key = DerivedKey(
         inputs=tuple(entries[name].chunk.digest for name in derivation.inputs), op=derivation.op, lowering=lowering
     )

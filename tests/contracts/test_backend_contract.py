@@ -233,6 +233,16 @@ def test_rows_after_a_release_need_their_beginning_again(rig: Rig) -> None:
         run(session, rows(5, 1))
 
 
+def test_what_a_step_returned_stays_as_it_was(rig: Rig) -> None:
+    session = rig.whole()
+
+    first = run(session, rows(0, 1))
+    kept = first.copy()
+    run(session, rows(1, 1))
+
+    np.testing.assert_array_equal(first, kept)
+
+
 def test_positions_beyond_the_context_are_refused(rig: Rig) -> None:
     with pytest.raises(InvalidRequestError, match="64"):
         rig.whole().step([rows(0, 65)], {"input_ids": np.zeros((1, 65), np.int64)})

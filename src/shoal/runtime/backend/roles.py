@@ -56,6 +56,7 @@ class Roles:
 
     `shared`: past and present are one buffer of the whole context; otherwise each step returns a cache that is longer.
     `exact_cuts`: the graph is a piece of a model whose cuts must not change a bit (ADR 1).
+    `settled`: with the shared cache bound, all other shapes follow from the number of rows in and out.
     """
 
     caches: tuple[CacheTensor, ...]
@@ -65,6 +66,10 @@ class Roles:
     outputs: tuple[Output, ...]
     dtypes: Mapping[str, np.dtype[np.generic]]
     exact_cuts: bool
+
+    @property
+    def settled(self) -> bool:
+        return self.shared and ATTENTION_MASK not in self.derived and all(o.tail is not None for o in self.outputs)
 
 
 def roles_of(model: onnx.ModelProto) -> Roles:
@@ -92,17 +97,22 @@ def roles_of(model: onnx.ModelProto) -> Roles:
 
 def derived_inputs(roles: Roles, step: SequenceStep) -> dict[str, Array]:
     """Masks, positions and lengths of one sequence's step."""
+    return {name: np.asarray(derived_value(name, step), dtype) for name, dtype in roles.derived.items()}
+
+
+def derived_value(name: str, step: SequenceStep) -> Array | int | list[int]:
+    """One of them, as anything that becomes an array; *name* is of DERIVED."""
     stop = step.start + step.count
-    # A head over no rows at all is something that not every kernel expects: the last row stands in, and is dropped.
-    wanted = max(1, step.logits)
-    values: dict[str, Array] = {
-        ATTENTION_MASK: np.ones((1, stop)),
-        POSITION_IDS: np.arange(step.start, stop)[None],
-        SEQLENS_K: np.array([stop - 1]),
-        TOTAL_SEQUENCE_LENGTH: np.array(stop),
-        LOGIT_ROWS: np.arange(step.count - wanted, step.count),
-    }
-    return {name: values[name].astype(dtype) for name, dtype in roles.derived.items()}
+    if name == SEQLENS_K:
+        return [stop - 1]
+    if name == TOTAL_SEQUENCE_LENGTH:
+        return stop
+    if name == LOGIT_ROWS:
+        # A head over no rows at all is something that not every kernel expects: the last row stands in, and is dropped.
+        return np.arange(step.count - max(1, step.logits), step.count)
+    if name == POSITION_IDS:
+        return np.arange(step.start, stop)[None]
+    return np.ones((1, stop))
 
 
 def output_rows(roles: Roles, output: Output, step: SequenceStep) -> int:

@@ -37,11 +37,11 @@ def _compare(options: Options, threads: int) -> Values:
     home = imported_home(options)
     prompt = prompt_ids(options.gguf, PROMPT_TOKENS)
     asked = {"home": str(home), "gguf": str(options.gguf), "model": MODEL, "prompt": prompt, "threads": threads}
-    asked |= {"new_tokens": 16 if options.quick else NEW_TOKENS, "runs": 1 if options.quick else 2}
+    asked |= {"new_tokens": 16 if options.quick else NEW_TOKENS, "warm_tokens": 16}
     ours: list[Values] = []
     theirs: list[Values] = []
     peer = ""
-    for _ in range(2 if options.quick else 6):
+    for _ in range(2 if options.quick else 7):
         ours += _run([sys.executable, "-m", "bench.engine.shoal_engine"], asked, engine_environment({}, threads))
         if options.llama_python:
             said = _run([options.llama_python, str(_HERE / "llama_engine.py")], asked, {})

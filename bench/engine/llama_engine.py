@@ -14,8 +14,9 @@ def main() -> None:
     engine = llama_cpp.Llama(
         asked["gguf"], n_ctx=2048, n_threads=threads, n_threads_batch=threads, n_batch=512, verbose=False
     )
-    runs = [generate(engine, asked["prompt"], asked["new_tokens"]) for _ in range(asked["runs"] + 1)]
-    print(json.dumps({"version": llama_cpp.__version__, "runs": runs[1:]}))
+    generate(engine, asked["prompt"], asked["warm_tokens"])
+    runs = [generate(engine, asked["prompt"], asked["new_tokens"])]
+    print(json.dumps({"version": llama_cpp.__version__, "runs": runs}))
 
 
 def generate(engine: llama_cpp.Llama, prompt: list[int], new_tokens: int) -> dict[str, object]:

@@ -16,7 +16,16 @@ import msgspec
 from shoal.errors import SettingsError
 
 _PREFIX = "SHOAL_"
-_NOT_SETTINGS = ("SHOAL_DEBUG", "SHOAL_TEST_", "SHOAL_HOME")
+_NOT_SETTINGS = (
+    "SHOAL_DEBUG",
+    "SHOAL_TEST_",
+    "SHOAL_BENCH_",
+    "SHOAL_HOME",
+    "SHOAL_URL",
+    "SHOAL_API_KEY",
+    "SHOAL_PIP_PYTHON",
+)
+"""Read by others: switches of tests and benchmarks, and what the commands need to reach a gateway."""
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

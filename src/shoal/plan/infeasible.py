@@ -58,10 +58,9 @@ def _nearest(problem: Problem, budget: Budget) -> str:
     found = []
     if tokens := _largest_context(problem, budget):
         found.append(f"a context of {tokens} tokens (now {shape.context_tokens})")
-    slots = next(
-        (n for n in range(shape.slots - 1, shape.in_flight - 1, -1) if _fits(problem, budget, replace(shape, slots=n))),
-        0,
-    )
+    numbers = range(shape.in_flight, shape.slots)
+    fit = _last_true(len(numbers), lambda index: _fits(problem, budget, replace(shape, slots=numbers[index])))
+    slots = 0 if fit is None else numbers[fit]
     if slots:
         found.append(f"{slots} slot{'s' * (slots > 1)} (now {shape.slots})")
     if not found and shape.slots > shape.in_flight:

@@ -8,7 +8,7 @@ import pytest
 from shoal.ids import DeploymentId, RequestId
 from shoal.runtime.backend.null import NullBackend, null_shard
 from shoal.runtime.pipeline import LocalPipeline, LocalStage
-from shoal.runtime.request import GenerateRequest, SamplingParams
+from shoal.runtime.request import FinishReason, GenerateRequest, SamplingParams
 from shoal.runtime.scheduler import SchedulerSettings
 from shoal.runtime.settings import StageSettings
 
@@ -77,3 +77,14 @@ def make_pipeline() -> Callable[..., LocalPipeline]:
         return LocalPipeline(stages, **timing)
 
     return make
+
+
+@pytest.fixture
+def last_delta() -> Callable[[LocalPipeline, str], tuple[FinishReason | None, str]]:
+    """How a request's answer ended so far: its last delta's finish and error code."""
+
+    def find(pipeline: LocalPipeline, name: str) -> tuple[FinishReason | None, str]:
+        delta = pipeline.deltas[RequestId(name)][-1]
+        return delta.finish, delta.error_code
+
+    return find

@@ -10,33 +10,20 @@ from hypothesis import strategies as st
 from shoal.errors import InvalidRequestError
 from shoal.ids import DeploymentId, RequestId
 from shoal.runtime.effects import (
-    Abandon,
-    BatchArrived,
     InferArrived,
-    RunStep,
-    SendTokens,
-    StepDone,
-    Suspect,
-    Tick,
-    TokensArrived,
 )
-from shoal.runtime.frames import BatchFrame, OpenedSequence, RequestTokens, SubmitInfer, TokensFrame, encode
+from shoal.runtime.frames import SubmitInfer, encode
 from shoal.runtime.last import Sampler
 from shoal.runtime.pipeline import LocalPipeline, LocalStage
 from shoal.runtime.ports import SequenceStep
-from shoal.runtime.request import FinishReason, GenerateRequest, OutputDelta, SampledToken, SamplingParams
+from shoal.runtime.request import FinishReason, GenerateRequest, SamplingParams
 from shoal.runtime.sampling import sample
 from shoal.runtime.settings import StageSettings
-from shoal.runtime.stage import advance, start
 
 Pipelines = Callable[..., LocalPipeline]
 Requests = Callable[..., GenerateRequest]
+LastDelta = Callable[[LocalPipeline, str], tuple[FinishReason | None, str]]
 SEEDED = SamplingParams(temperature=0.9, top_p=0.95, seed=42, repetition_penalty=1.1, frequency_penalty=0.3)
-
-
-def last_delta(pipeline: LocalPipeline, name: str) -> tuple[FinishReason | None, str]:
-    delta = pipeline.deltas[RequestId(name)][-1]
-    return delta.finish, delta.error_code
 
 
 @pytest.mark.parametrize("cuts", [(3,), (2, 4), (1, 2, 3, 4, 5), (0, 6)])
@@ -101,7 +88,7 @@ def test_no_request_ever_disturbs_another(
 
 
 def test_a_finished_answer_frees_its_slot_and_pages_on_every_stage(
-    make_pipeline: Pipelines, make_request: Requests
+    last_delta: LastDelta, make_pipeline: Pipelines, make_request: Requests
 ) -> None:
     pipeline = make_pipeline((2, 4))
 
@@ -113,7 +100,7 @@ def test_a_finished_answer_frees_its_slot_and_pages_on_every_stage(
 
 
 def test_cancelling_in_the_middle_frees_the_slot_on_all_stages_and_the_next_in_line_gets_it(
-    make_pipeline: Pipelines, make_request: Requests
+    last_delta: LastDelta, make_pipeline: Pipelines, make_request: Requests
 ) -> None:
     pipeline = make_pipeline((2, 4), slots=1)
     pipeline.submit(make_request("a", max_tokens=100))
@@ -146,7 +133,9 @@ def test_a_cancelled_answer_reaches_the_last_stage_even_when_nothing_else_runs(
     assert last.samplers == {}
 
 
-def test_cancelling_a_waiting_or_unknown_request_is_harmless(make_pipeline: Pipelines, make_request: Requests) -> None:
+def test_cancelling_a_waiting_or_unknown_request_is_harmless(
+    last_delta: LastDelta, make_pipeline: Pipelines, make_request: Requests
+) -> None:
     pipeline = make_pipeline(slots=1)
     pipeline.submit(make_request("a"))
     pipeline.submit(make_request("b"))
@@ -158,7 +147,9 @@ def test_cancelling_a_waiting_or_unknown_request_is_harmless(make_pipeline: Pipe
     assert pipeline.tokens(RequestId("b")) == []
 
 
-def test_more_requests_than_slots_and_queue_are_told_at_once(make_pipeline: Pipelines, make_request: Requests) -> None:
+def test_more_requests_than_slots_and_queue_are_told_at_once(
+    last_delta: LastDelta, make_pipeline: Pipelines, make_request: Requests
+) -> None:
     pipeline = make_pipeline((3,), slots=2, queue=1)
     for name in ("a", "bb", "ccc", "dddd"):
         pipeline.submit(make_request(name))
@@ -180,7 +171,7 @@ def test_more_requests_than_slots_and_queue_are_told_at_once(make_pipeline: Pipe
     ],
 )
 def test_a_request_that_can_never_run_is_refused_with_its_reason(
-    make_pipeline: Pipelines, make_request: Requests, change: dict[str, object], code: str
+    last_delta: LastDelta, make_pipeline: Pipelines, make_request: Requests, change: dict[str, object], code: str
 ) -> None:
     pipeline = make_pipeline()
 
@@ -189,7 +180,9 @@ def test_a_request_that_can_never_run_is_refused_with_its_reason(
     assert last_delta(pipeline, "a") == (FinishReason.ERROR, code)
 
 
-def test_a_stop_token_ends_the_answer_and_is_not_delivered(make_pipeline: Pipelines, make_request: Requests) -> None:
+def test_a_stop_token_ends_the_answer_and_is_not_delivered(
+    last_delta: LastDelta, make_pipeline: Pipelines, make_request: Requests
+) -> None:
     tokens = make_pipeline().generate(make_request("a", max_tokens=12))
     stop = tokens[6]
     pipeline = make_pipeline((3,))
@@ -202,7 +195,9 @@ def test_a_stop_token_ends_the_answer_and_is_not_delivered(make_pipeline: Pipeli
     assert ignored == tokens
 
 
-def test_the_end_of_the_context_ends_the_answer(make_pipeline: Pipelines, make_request: Requests) -> None:
+def test_the_end_of_the_context_ends_the_answer(
+    last_delta: LastDelta, make_pipeline: Pipelines, make_request: Requests
+) -> None:
     pipeline = make_pipeline((3,), context=32)
 
     tokens = pipeline.generate(make_request("a", prompt=20, max_tokens=1000))
@@ -286,121 +281,6 @@ def test_never_more_frames_than_credits_are_on_their_way(make_pipeline: Pipeline
     assert len(pipeline.tokens(RequestId("a"))) == 2
 
 
-def test_frames_of_another_plan_epoch_are_dropped_and_counted(make_pipeline: Pipelines, make_request: Requests) -> None:
-    request = make_request("a")
-    pipeline = make_pipeline((3,))
-    pipeline.submit(request)
-    pipeline.turn()
-    rows = SequenceStep(request=RequestId("a"), slot=0, start=0, count=1, logits=1)
-    stale = BatchFrame(
-        plan_epoch=2, step=0, sequences=(rows,), opened=(OpenedSequence(request=RequestId("a"), slot=0, prompt=(1,)),)
-    )
-
-    pipeline.give(1, BatchArrived(frame=stale, tensors={}))
-    pipeline.give(0, TokensArrived(frame=TokensFrame(plan_epoch=2, step=0)))
-    pipeline.run()
-
-    assert [m.discarded for m in pipeline.machines] == [1, 1]
-    assert pipeline.tokens(RequestId("a")) == make_pipeline().generate(request)
-
-
-@pytest.mark.parametrize(
-    "rows",
-    [
-        {"slot": 99}, {"slot": -1}, {"start": -1}, {"count": 0}, {"count": 10_000}, {"logits": 2},
-    ],
-)  # fmt: skip
-def test_impossible_frames_are_dropped_and_counted(make_pipeline: Pipelines, rows: dict[str, int]) -> None:
-    pipeline = make_pipeline((3,))
-    values = {"slot": 0, "start": 0, "count": 1, "logits": 1} | rows
-    frame = BatchFrame(plan_epoch=3, step=0, sequences=(SequenceStep(request=RequestId("x"), **values),))
-
-    pipeline.give(1, BatchArrived(frame=frame, tensors={"hidden": np.zeros((1, 1, 4), np.float32)}))
-    pipeline.run()
-
-    assert pipeline.machines[1].discarded == 1
-
-
-def test_a_frame_that_comes_twice_is_run_once(make_pipeline: Pipelines, make_request: Requests) -> None:
-    pipeline = make_pipeline((3,))
-    pipeline.submit(make_request("a"))
-    while not pipeline.sent:
-        pipeline.turn()
-    (_, _, stage, given) = next(item for item in pipeline._queue if isinstance(item[3], BatchArrived))
-
-    pipeline.give(stage, given)
-    pipeline.run()
-
-    assert pipeline.machines[1].discarded == 1
-    assert pipeline.tokens(RequestId("a")) == make_pipeline().generate(make_request("a"))
-
-
-def lossy(pipeline: LocalPipeline, lost: int) -> None:
-    """Run, dropping the *lost*-th frame to the second stage."""
-    seen = 0
-    while pipeline._queue:
-        arrivals = [i for i in pipeline._queue if i[2] == 1 and isinstance(i[3], BatchArrived)]
-        if arrivals and min(pipeline._queue) is arrivals[0]:
-            seen += 1
-            if seen == lost:
-                pipeline._queue.remove(arrivals[0])
-                pipeline._queue.sort()
-                continue
-        pipeline.turn()
-
-
-def test_a_lost_frame_fails_its_request_as_shard_lost_and_no_other(
-    make_pipeline: Pipelines, make_request: Requests
-) -> None:
-    pipeline = make_pipeline((3,), slots=2, chunk=4)
-    pipeline.submit(make_request("a", prompt=8, max_tokens=3))
-    pipeline.submit(make_request("bb", prompt=4, max_tokens=6))
-
-    lossy(pipeline, lost=1)
-
-    assert last_delta(pipeline, "a") == (FinishReason.ERROR, "shard_lost")
-    assert pipeline.tokens(RequestId("bb")) == make_pipeline(chunk=4).generate(
-        make_request("bb", prompt=4, max_tokens=6)
-    )
-    assert [m.slots.held for m in pipeline.machines] == [{}, {}]
-
-
-def test_a_chunk_lost_from_the_middle_of_a_prompt_is_noticed(make_pipeline: Pipelines, make_request: Requests) -> None:
-    pipeline = make_pipeline((3,), chunk=4)
-    pipeline.submit(make_request("a", prompt=12, max_tokens=3))
-
-    lossy(pipeline, lost=2)
-
-    assert last_delta(pipeline, "a") == (FinishReason.ERROR, "shard_lost")
-    assert [m.slots.held for m in pipeline.machines] == [{}, {}]
-
-
-def test_a_request_whose_last_frame_was_lost_fails_in_the_end(make_pipeline: Pipelines, make_request: Requests) -> None:
-    pipeline = make_pipeline((3,))
-    pipeline.submit(make_request("a"))
-    lossy(pipeline, lost=1)
-    for now_s in (5000.0, 5100.0, 5121.0):
-        pipeline.give(0, Tick(now_s=now_s))
-    pipeline.run()
-
-    assert last_delta(pipeline, "a") == (FinishReason.ERROR, "shard_lost")
-
-
-def test_a_token_for_another_position_than_the_next_ends_the_answer_as_malformed(
-    make_pipeline: Pipelines, make_request: Requests
-) -> None:
-    pipeline = make_pipeline((3,))
-    pipeline.submit(make_request("a"))
-    while not pipeline.sent:
-        pipeline.turn()
-    wrong = RequestTokens(request=RequestId("a"), tokens=(SampledToken(token=1, position=9),))
-
-    pipeline.give(0, TokensArrived(frame=TokensFrame(plan_epoch=3, step=0, tokens=(wrong,))), after_s=-1.0)
-    pipeline.run()
-
-    assert last_delta(pipeline, "a") == (FinishReason.ERROR, "malformed_frame")
-
-
 def test_sampling_a_position_again_forgets_what_came_after_it() -> None:
     sampler = Sampler((1, 2), SamplingParams(frequency_penalty=2.0))
     logits = np.array([3.0, 2.0, 1.5], np.float32)
@@ -409,76 +289,6 @@ def test_sampling_a_position_again_forgets_what_came_after_it() -> None:
     again = [sampler.take(logits, p).token for p in (2, 3)]
 
     assert first == again == [0, 1]
-
-
-def test_rows_after_a_gap_are_not_run(make_pipeline: Pipelines) -> None:
-    settings = make_pipeline((3,)).stages[1].settings
-    state, name = start(settings), RequestId("a")
-
-    def frame(step: int, begin: int, *, opened: bool = False) -> BatchArrived:
-        rows = SequenceStep(request=name, slot=0, start=begin, count=4, logits=0)
-        new = (OpenedSequence(request=name, slot=0, prompt=(1,) * 12),) if opened else ()
-        hidden = {"hidden": np.zeros((1, 4, 4), np.float32)}
-        return BatchArrived(frame=BatchFrame(plan_epoch=3, step=step, sequences=(rows,), opened=new), tensors=hidden)
-
-    advance(state, frame(0, 0, opened=True))
-    advance(state, StepDone(outputs={}))
-    _, effects = advance(state, frame(2, 8))
-
-    answers = [e.frame for e in effects if isinstance(e, SendTokens)]
-    assert [f.code for f in answers[0].failed] == ["shard_lost"]
-    assert not any(isinstance(e, RunStep) for e in effects)
-
-
-def test_neighbours_in_the_frame_of_a_lost_sequence_go_on(make_pipeline: Pipelines, make_request: Requests) -> None:
-    """All sequences share each frame; the second stage has forgotten the first of three."""
-    pipeline = make_pipeline((3,), slots=3, in_flight=1)
-    names = ("a", "bb", "ccc")
-    for name in names:
-        pipeline.submit(make_request(name, max_tokens=12))
-    while len(pipeline.tokens(RequestId("ccc"))) < 3:
-        pipeline.turn()
-    while pipeline.machines[1].running:
-        pipeline.turn()
-    pipeline.machines[1].slots.close(1, RequestId("bb"))
-    pipeline.run()
-
-    assert any(len(f.sequences) == 3 for f in pipeline.sent)
-    assert last_delta(pipeline, "bb") == (FinishReason.ERROR, "shard_lost")
-    for name in ("a", "ccc"):
-        assert pipeline.tokens(RequestId(name)) == make_pipeline().generate(make_request(name, max_tokens=12))
-
-
-def test_every_request_gets_signs_of_life_while_it_waits(make_pipeline: Pipelines, make_request: Requests) -> None:
-    pipeline = make_pipeline(slots=1)
-    for name in ("a", "bb"):
-        pipeline.submit(make_request(name))
-    pipeline.turn()
-    pipeline.turn()
-    for now_s in (5000.0, 5001.0):
-        assert advance(pipeline.machines[0], Tick(now_s=now_s))[1] == ()
-    _, effects = advance(pipeline.machines[0], Tick(now_s=5002.0))
-
-    assert [e.delta for e in effects] == [OutputDelta(request=RequestId("bb")), OutputDelta(request=RequestId("a"))]
-
-
-def test_a_credit_that_does_not_come_back_makes_the_next_stage_suspect_once(
-    make_pipeline: Pipelines, make_request: Requests
-) -> None:
-    pipeline = make_pipeline((3,))
-    pipeline.submit(make_request("a"))
-    while not pipeline.sent:
-        pipeline.turn()
-    state = pipeline.machines[0]
-
-    suspected = [
-        now_s
-        for now_s in (5000.0, 5009.0, 5011.0, 5012.0)
-        for e in advance(state, Tick(now_s=now_s))[1]
-        if isinstance(e, Suspect)
-    ]
-
-    assert suspected == [5011.0]
 
 
 def test_a_plain_model_runs_through_the_stages(make_pipeline: Pipelines) -> None:
@@ -524,33 +334,6 @@ class AddOne:
 
     def close(self) -> None:
         pass
-
-
-def test_a_stage_whose_engine_fails_ends_the_answer_with_an_error_and_serves_the_next(
-    make_pipeline: Pipelines, make_request: Requests
-) -> None:
-    pipeline = make_pipeline((2, 4))
-    pipeline.submit(make_request("a", max_tokens=50))
-    while len(pipeline.tokens(RequestId("a"))) < 3:
-        pipeline.turn()
-    pipeline.stages[1].session.release(0)  # its cache is gone: the next step must fail
-    pipeline.run()
-
-    assert last_delta(pipeline, "a")[0] is FinishReason.ERROR
-    assert pipeline.generate(make_request("bb")) == make_pipeline().generate(make_request("bb"))
-
-
-def test_abandoning_fails_every_request_running_and_waiting(make_pipeline: Pipelines, make_request: Requests) -> None:
-    pipeline = make_pipeline((3,), slots=1)
-    for name in ("a", "bb"):
-        pipeline.submit(make_request(name, max_tokens=100))
-    while not pipeline.tokens(RequestId("a")):
-        pipeline.turn()
-
-    pipeline.give(0, Abandon(code="shard_lost", text="stage 1 died"))
-    pipeline.run()
-
-    assert last_delta(pipeline, "a") == last_delta(pipeline, "bb") == (FinishReason.ERROR, "shard_lost")
 
 
 def test_a_decode_frame_is_small_on_the_wire(make_pipeline: Pipelines, make_request: Requests) -> None:

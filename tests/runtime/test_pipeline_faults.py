@@ -1,0 +1,247 @@
+"""What goes wrong between stages ends the answers that it must, and no others."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from shoal.ids import RequestId
+from shoal.runtime.effects import (
+    Abandon,
+    BatchArrived,
+    RunStep,
+    SendTokens,
+    StepDone,
+    Suspect,
+    Tick,
+    TokensArrived,
+)
+from shoal.runtime.frames import BatchFrame, OpenedSequence, RequestTokens, TokensFrame
+from shoal.runtime.pipeline import LocalPipeline
+from shoal.runtime.ports import SequenceStep
+from shoal.runtime.request import FinishReason, GenerateRequest, OutputDelta, SampledToken
+from shoal.runtime.stage import advance, start
+
+Pipelines = Callable[..., LocalPipeline]
+Requests = Callable[..., GenerateRequest]
+LastDelta = Callable[[LocalPipeline, str], tuple[FinishReason | None, str]]
+
+
+def test_frames_of_another_plan_epoch_are_dropped_and_counted(make_pipeline: Pipelines, make_request: Requests) -> None:
+    request = make_request("a")
+    pipeline = make_pipeline((3,))
+    pipeline.submit(request)
+    pipeline.turn()
+    rows = SequenceStep(request=RequestId("a"), slot=0, start=0, count=1, logits=1)
+    stale = BatchFrame(
+        plan_epoch=2, step=0, sequences=(rows,), opened=(OpenedSequence(request=RequestId("a"), slot=0, prompt=(1,)),)
+    )
+
+    pipeline.give(1, BatchArrived(frame=stale, tensors={}))
+    pipeline.give(0, TokensArrived(frame=TokensFrame(plan_epoch=2, step=0)))
+    pipeline.run()
+
+    assert [m.discarded for m in pipeline.machines] == [1, 1]
+    assert pipeline.tokens(RequestId("a")) == make_pipeline().generate(request)
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        {"slot": 99}, {"slot": -1}, {"start": -1}, {"count": 0}, {"count": 10_000}, {"logits": 2},
+    ],
+)  # fmt: skip
+def test_impossible_frames_are_dropped_and_counted(make_pipeline: Pipelines, rows: dict[str, int]) -> None:
+    pipeline = make_pipeline((3,))
+    values = {"slot": 0, "start": 0, "count": 1, "logits": 1} | rows
+    frame = BatchFrame(plan_epoch=3, step=0, sequences=(SequenceStep(request=RequestId("x"), **values),))
+
+    pipeline.give(1, BatchArrived(frame=frame, tensors={"hidden": np.zeros((1, 1, 4), np.float32)}))
+    pipeline.run()
+
+    assert pipeline.machines[1].discarded == 1
+
+
+def test_a_frame_that_comes_twice_is_run_once(make_pipeline: Pipelines, make_request: Requests) -> None:
+    pipeline = make_pipeline((3,))
+    pipeline.submit(make_request("a"))
+    while not pipeline.sent:
+        pipeline.turn()
+    (_, _, stage, given) = next(item for item in pipeline._queue if isinstance(item[3], BatchArrived))
+
+    pipeline.give(stage, given)
+    pipeline.run()
+
+    assert pipeline.machines[1].discarded == 1
+    assert pipeline.tokens(RequestId("a")) == make_pipeline().generate(make_request("a"))
+
+
+def lossy(pipeline: LocalPipeline, lost: int) -> None:
+    """Run, dropping the *lost*-th frame to the second stage."""
+    seen = 0
+    while pipeline._queue:
+        arrivals = [i for i in pipeline._queue if i[2] == 1 and isinstance(i[3], BatchArrived)]
+        if arrivals and min(pipeline._queue) is arrivals[0]:
+            seen += 1
+            if seen == lost:
+                pipeline._queue.remove(arrivals[0])
+                pipeline._queue.sort()
+                continue
+        pipeline.turn()
+
+
+def test_a_lost_frame_fails_its_request_as_shard_lost_and_no_other(
+    last_delta: LastDelta, make_pipeline: Pipelines, make_request: Requests
+) -> None:
+    pipeline = make_pipeline((3,), slots=2, chunk=4)
+    pipeline.submit(make_request("a", prompt=8, max_tokens=3))
+    pipeline.submit(make_request("bb", prompt=4, max_tokens=6))
+
+    lossy(pipeline, lost=1)
+
+    assert last_delta(pipeline, "a") == (FinishReason.ERROR, "shard_lost")
+    assert pipeline.tokens(RequestId("bb")) == make_pipeline(chunk=4).generate(
+        make_request("bb", prompt=4, max_tokens=6)
+    )
+    assert [m.slots.held for m in pipeline.machines] == [{}, {}]
+
+
+def test_a_chunk_lost_from_the_middle_of_a_prompt_is_noticed(
+    last_delta: LastDelta, make_pipeline: Pipelines, make_request: Requests
+) -> None:
+    pipeline = make_pipeline((3,), chunk=4)
+    pipeline.submit(make_request("a", prompt=12, max_tokens=3))
+
+    lossy(pipeline, lost=2)
+
+    assert last_delta(pipeline, "a") == (FinishReason.ERROR, "shard_lost")
+    assert [m.slots.held for m in pipeline.machines] == [{}, {}]
+
+
+def test_a_request_whose_last_frame_was_lost_fails_in_the_end(
+    last_delta: LastDelta, make_pipeline: Pipelines, make_request: Requests
+) -> None:
+    pipeline = make_pipeline((3,))
+    pipeline.submit(make_request("a"))
+    lossy(pipeline, lost=1)
+    for now_s in (5000.0, 5100.0, 5121.0):
+        pipeline.give(0, Tick(now_s=now_s))
+    pipeline.run()
+
+    assert last_delta(pipeline, "a") == (FinishReason.ERROR, "shard_lost")
+
+
+def test_a_token_for_another_position_than_the_next_ends_the_answer_as_malformed(
+    last_delta: LastDelta, make_pipeline: Pipelines, make_request: Requests
+) -> None:
+    pipeline = make_pipeline((3,))
+    pipeline.submit(make_request("a"))
+    while not pipeline.sent:
+        pipeline.turn()
+    wrong = RequestTokens(request=RequestId("a"), tokens=(SampledToken(token=1, position=9),))
+
+    pipeline.give(0, TokensArrived(frame=TokensFrame(plan_epoch=3, step=0, tokens=(wrong,))), after_s=-1.0)
+    pipeline.run()
+
+    assert last_delta(pipeline, "a") == (FinishReason.ERROR, "malformed_frame")
+
+
+def test_rows_after_a_gap_are_not_run(make_pipeline: Pipelines) -> None:
+    settings = make_pipeline((3,)).stages[1].settings
+    state, name = start(settings), RequestId("a")
+
+    def frame(step: int, begin: int, *, opened: bool = False) -> BatchArrived:
+        rows = SequenceStep(request=name, slot=0, start=begin, count=4, logits=0)
+        new = (OpenedSequence(request=name, slot=0, prompt=(1,) * 12),) if opened else ()
+        hidden = {"hidden": np.zeros((1, 4, 4), np.float32)}
+        return BatchArrived(frame=BatchFrame(plan_epoch=3, step=step, sequences=(rows,), opened=new), tensors=hidden)
+
+    advance(state, frame(0, 0, opened=True))
+    advance(state, StepDone(outputs={}))
+    _, effects = advance(state, frame(2, 8))
+
+    answers = [e.frame for e in effects if isinstance(e, SendTokens)]
+    assert [f.code for f in answers[0].failed] == ["shard_lost"]
+    assert not any(isinstance(e, RunStep) for e in effects)
+
+
+def test_neighbours_in_the_frame_of_a_lost_sequence_go_on(
+    last_delta: LastDelta, make_pipeline: Pipelines, make_request: Requests
+) -> None:
+    """All sequences share each frame; the second stage has forgotten the first of three."""
+    pipeline = make_pipeline((3,), slots=3, in_flight=1)
+    names = ("a", "bb", "ccc")
+    for name in names:
+        pipeline.submit(make_request(name, max_tokens=12))
+    while len(pipeline.tokens(RequestId("ccc"))) < 3:
+        pipeline.turn()
+    while pipeline.machines[1].running:
+        pipeline.turn()
+    pipeline.machines[1].slots.close(1, RequestId("bb"))
+    pipeline.run()
+
+    assert any(len(f.sequences) == 3 for f in pipeline.sent)
+    assert last_delta(pipeline, "bb") == (FinishReason.ERROR, "shard_lost")
+    for name in ("a", "ccc"):
+        assert pipeline.tokens(RequestId(name)) == make_pipeline().generate(make_request(name, max_tokens=12))
+
+
+def test_every_request_gets_signs_of_life_while_it_waits(make_pipeline: Pipelines, make_request: Requests) -> None:
+    pipeline = make_pipeline(slots=1)
+    for name in ("a", "bb"):
+        pipeline.submit(make_request(name))
+    pipeline.turn()
+    pipeline.turn()
+    for now_s in (5000.0, 5001.0):
+        assert advance(pipeline.machines[0], Tick(now_s=now_s))[1] == ()
+    _, effects = advance(pipeline.machines[0], Tick(now_s=5002.0))
+
+    assert [e.delta for e in effects] == [OutputDelta(request=RequestId("bb")), OutputDelta(request=RequestId("a"))]
+
+
+def test_a_credit_that_does_not_come_back_makes_the_next_stage_suspect_once(
+    make_pipeline: Pipelines, make_request: Requests
+) -> None:
+    pipeline = make_pipeline((3,))
+    pipeline.submit(make_request("a"))
+    while not pipeline.sent:
+        pipeline.turn()
+    state = pipeline.machines[0]
+
+    suspected = [
+        now_s
+        for now_s in (5000.0, 5009.0, 5011.0, 5012.0)
+        for e in advance(state, Tick(now_s=now_s))[1]
+        if isinstance(e, Suspect)
+    ]
+
+    assert suspected == [5011.0]
+
+
+def test_a_stage_whose_engine_fails_ends_the_answer_with_an_error_and_serves_the_next(
+    last_delta: LastDelta, make_pipeline: Pipelines, make_request: Requests
+) -> None:
+    pipeline = make_pipeline((2, 4))
+    pipeline.submit(make_request("a", max_tokens=50))
+    while len(pipeline.tokens(RequestId("a"))) < 3:
+        pipeline.turn()
+    pipeline.stages[1].session.release(0)  # its cache is gone: the next step must fail
+    pipeline.run()
+
+    assert last_delta(pipeline, "a")[0] is FinishReason.ERROR
+    assert pipeline.generate(make_request("bb")) == make_pipeline().generate(make_request("bb"))
+
+
+def test_abandoning_fails_every_request_running_and_waiting(
+    last_delta: LastDelta, make_pipeline: Pipelines, make_request: Requests
+) -> None:
+    pipeline = make_pipeline((3,), slots=1)
+    for name in ("a", "bb"):
+        pipeline.submit(make_request(name, max_tokens=100))
+    while not pipeline.tokens(RequestId("a")):
+        pipeline.turn()
+
+    pipeline.give(0, Abandon(code="shard_lost", text="stage 1 died"))
+    pipeline.run()
+
+    assert last_delta(pipeline, "a") == last_delta(pipeline, "bb") == (FinishReason.ERROR, "shard_lost")

@@ -6,6 +6,7 @@ from functools import partial
 
 import anyio
 import anyio.to_thread
+import msgspec
 
 from shoal.errors import CorruptFileError, InfeasibleError, InvalidRequestError, UnavailableError, UnknownModelError
 from shoal.fleet.reconcile import Phase
@@ -22,6 +23,7 @@ from shoal.fleet.views import (
     ProfileRequest,
 )
 from shoal.ids import DeploymentId, NodeId
+from shoal.model.spec import ModelSpec
 from shoal.node.calls import Caller
 from shoal.node.messages import (
     AskEvents,
@@ -36,7 +38,7 @@ from shoal.node.messages import (
     Preview,
     Previewed,
 )
-from shoal.plan.problem import Answer, Infeasible, Plan
+from shoal.plan.problem import Answer, Infeasible, Plan, RequestShape
 from shoal.profile.fleet import FleetProfile
 from shoal.store.home import Store
 
@@ -147,12 +149,13 @@ class FleetApi:
 
     async def _spec(self, wanted: PlanRequest, name: DeploymentId) -> DeploymentSpec:
         manifest = await anyio.to_thread.run_sync(partial(self.store.library.digest, wanted.model))
+        model = await anyio.to_thread.run_sync(partial(self.store.library.read, wanted.model))
         return DeploymentSpec(
             deployment=name,
             model=wanted.model,
             manifest=manifest,
             source=self.me,
-            shape=wanted.shape,
+            shape=fitting(wanted.shape, model.spec),
             objective=wanted.objective,
             stages_exactly=wanted.stages,
             pins=wanted.pins,
@@ -200,3 +203,20 @@ def check_name(name: str) -> None:
             hint=f"at most {NAME_MAX} printable characters, none of the parts between slashes empty, . or ..",
             param="name",
         )
+
+
+def fitting(shape: RequestShape, model: ModelSpec) -> RequestShape:
+    """*shape* within the context that *model* was made for: the default is cut to it, a wish beyond it is refused."""
+    limit = model.context_tokens
+    if not limit or shape.context_tokens <= limit:
+        return shape
+    if shape.context_tokens != RequestShape().context_tokens:
+        raise InvalidRequestError(
+            f"{model.name} was made for a context of {limit} tokens, {shape.context_tokens} are asked for",
+            hint=f"ask for at most --context {limit}",
+            param="context_tokens",
+        )
+    tokens_in = min(shape.tokens_in, limit // 2)
+    return msgspec.structs.replace(
+        shape, context_tokens=limit, tokens_in=tokens_in, tokens_out=min(shape.tokens_out, limit - tokens_in)
+    )

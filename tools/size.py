@@ -30,9 +30,9 @@ def main() -> None:
         everything += found if folder.name != "tests" else []
         sizes = sorted(n for n, _ in found) or [0]
         p90 = sizes[int(0.9 * (len(sizes) - 1))]
-        print(
-            f"{folder.name:12} {lines:6} {len(files):5} {max(files, default=(0, ''))[0]:13} {statistics.median(sizes):13.0f} {p90:4} {sizes[-1]:4}"
-        )
+        longest, _ = max(files, default=(0, ""))
+        middle = statistics.median(sizes)
+        print(f"{folder.name:12} {lines:6} {len(files):5} {longest:13} {middle:13.0f} {p90:4} {sizes[-1]:4}")
     print("longest functions:", *(f"  {n:4} {name}" for n, name in sorted(everything)[-8:][::-1]), sep="\n")
 
 

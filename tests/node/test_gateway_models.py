@@ -1,110 +1,208 @@
-"""Which models a gateway answers for, and what it says of the others."""
+"""The models that a gateway answers for: it follows the coordinator's view, and ends what a lost pipeline cannot."""
 
-import io
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Awaitable, Callable
 
 import anyio
+import msgspec
 import pytest
+from structlog.typing import FilteringBoundLogger
 
 from shoal.clock import ManualClock
-from shoal.errors import InvalidRequestError, ShoalError, UnavailableError, UnknownModelError
+from shoal.errors import InfeasibleError, UnavailableError, UnknownModelError
 from shoal.fleet.reconcile import Phase
+from shoal.fleet.report import NodeFacts, NodeReport, ShardId, ShardReport, ShardState
 from shoal.fleet.spec import DeploymentSpec
 from shoal.fleet.state import Deployment
 from shoal.fleet.view import CoordinatorView, DeploymentStatus, Lease
-from shoal.ids import DeploymentId, Digest, NodeId
-from shoal.node.fleet_api import check_name
+from shoal.ids import DeploymentId, Digest, NodeId, RequestId
 from shoal.node.gateway import Models
+from shoal.node.journal import Journal
+from shoal.node.last_plan import alone, recall, remember, says_the_same
 from shoal.node.pipeline import AnswerDesk
-from shoal.observe.log import set_up_logs
-from shoal.plan.problem import Estimate, Objective, Plan, RequestShape, Stage
-from shoal.store.home import open_store
-from shoal.transport.memory import MemoryFabric
+from shoal.plan.problem import Estimate, Infeasible, Objective, Plan, RequestShape, Stage
+from shoal.runtime.request import FinishReason
+from shoal.store.home import Store
+from shoal.transport.memory import MemoryBus
 
-HERE, ELSEWHERE = NodeId("h" * 32), NodeId("e" * 32)
-CHAT = DeploymentId("chat")
-
-
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
+ME, OTHER, CHAT = NodeId("m" * 32), NodeId("o" * 32), DeploymentId("chat")
+SHAPE = RequestShape(context_tokens=48)
+Tiny = tuple[Store, Digest]
 
 
-@pytest.fixture
-def said() -> io.StringIO:
-    return io.StringIO()
-
-
-@pytest.fixture
-def make(tmp_path: Path, said: io.StringIO) -> Iterator[Callable[[], Models]]:
-    bus = MemoryFabric().attach("h")
-
-    def models() -> Models:
-        log, clock = set_up_logs(said), ManualClock()
-        desk = AnswerDesk(bus, "shoal", HERE, clock, log)
-        return Models(HERE, open_store(tmp_path), desk, clock, lambda: 0.0, lambda: "id", log)
-
-    yield models
-    bus.close()
-
-
-def view(source: NodeId, phase: Phase = Phase.SERVING, sequence: int = 1) -> CoordinatorView:
-    stage = Stage(
-        node=source, start=0, stop=1, weights_bytes=1, kv_bytes=1, memory_bytes=1, prefill_s=1, decode_s=1,
-        send_prefill_s=0, send_decode_s=0,
-    )  # fmt: skip
+def plan(*nodes: NodeId) -> Plan:
+    stages = [
+        Stage(
+            node=node, start=i, stop=i + 1, weights_bytes=1, kv_bytes=1, memory_bytes=2,
+            prefill_s=1, decode_s=1, send_prefill_s=0, send_decode_s=0,
+        )
+        for i, node in enumerate(nodes)
+    ]  # fmt: skip
     figures = Estimate(time_to_first_token_s=1, time_per_output_token_s=1, tokens_per_s=1, latency_s=1)
-    plan = Plan(
-        stages=(stage,), objective=Objective.LATENCY, shape=RequestShape(), estimate=figures, lower_bound=1, gap=0,
+    return Plan(
+        stages=tuple(stages), objective=Objective.LATENCY, shape=SHAPE, estimate=figures, lower_bound=1, gap=0,
         solver="test",
     )  # fmt: skip
-    spec = DeploymentSpec(deployment=CHAT, model="m", manifest=Digest("0" * 64), source=source)
-    status = DeploymentStatus(
-        deployment=Deployment(spec=spec, plan_epoch=1, answer=plan), phase=phase, gateway="http://there:8400"
-    )
-    return CoordinatorView(lease=Lease(holder=HERE, fencing_epoch=1), sequence=sequence, deployments=(status,))
 
 
-pytestmark = pytest.mark.anyio
+def view(
+    sequence: int,
+    manifest: Digest,
+    phase: Phase,
+    *,
+    plan_epoch: int = 1,
+    answer: Plan | Infeasible | None = None,
+    reason: str = "",
+) -> CoordinatorView:
+    """One deployment, this node its gateway."""
+    spec = DeploymentSpec(deployment=CHAT, model="tiny", manifest=manifest, source=ME, shape=SHAPE)
+    deployment = Deployment(spec=spec, plan_epoch=plan_epoch, answer=answer or plan(ME, OTHER))
+    status = DeploymentStatus(deployment=deployment, phase=phase, reason=reason)
+    return CoordinatorView(lease=Lease(holder=OTHER, fencing_epoch=1), sequence=sequence, deployments=(status,))
 
 
-async def test_a_model_of_another_gateway_is_refused_with_that_gateways_address(make: Callable[[], Models]) -> None:
-    models = make()
-    models.hear(view(ELSEWHERE))
+@pytest.fixture
+def run(
+    tiny_store: Tiny, bus_of: Callable[[str], MemoryBus], log: FilteringBoundLogger
+) -> Callable[[Callable[[Models], Awaitable[None]]], None]:
+    """Run a scenario with models at work."""
 
-    with pytest.raises(UnknownModelError) as refused:
-        models.get("chat")
+    def with_models(use: Callable[[Models], Awaitable[None]]) -> None:
+        async def scenario() -> None:
+            clock = ManualClock()
+            desk = AnswerDesk(bus_of("gateway"), "f", ME, clock, log)
+            models = Models(ME, tiny_store[0], desk, clock, lambda: 1.0, lambda: "id", log)
+            with anyio.fail_after(20):
+                async with anyio.create_task_group() as group:
+                    group.start_soon(models.run)
+                    await use(models)
+                    group.cancel_scope.cancel()
 
-    assert "http://there:8400" in refused.value.hint
-    assert (await models.report()).deployments == (), "its health is its own gateway's to tell"
+        anyio.run(scenario)
+
+    return with_models
 
 
-async def test_a_model_that_cannot_be_opened_says_why_and_the_log_says_it_once(
-    make: Callable[[], Models], said: io.StringIO
+async def opened(models: Models, told: CoordinatorView) -> None:
+    models.hear(told)
+    while not models.answers(CHAT):  # noqa: ASYNC110 - opening happens in a task of its own
+        await anyio.sleep(0.005)
+
+
+def test_a_model_is_answered_for_once_it_serves_with_the_context_of_its_plan(
+    run: Callable[..., None], tiny_store: Tiny
 ) -> None:
-    models = make()
-    async with anyio.create_task_group() as group:
-        group.start_soon(models.run)
-        for sequence in range(1, 4):
-            models.hear(view(HERE, sequence=sequence))
-            await anyio.sleep(0.1)
-        group.cancel_scope.cancel()
+    async def use(models: Models) -> None:
+        with pytest.raises(UnknownModelError, match="none yet"):
+            models.get("chat")
+        models.hear(view(1, tiny_store[1], Phase.LOADING))
+        with pytest.raises(UnavailableError, match="loading"):
+            models.get("chat")
 
-    with pytest.raises(UnavailableError, match="not on this node"):
-        models.get("chat")
-    assert said.getvalue().count("model.not_opened") == 1
+        await opened(models, view(2, tiny_store[1], Phase.SERVING))
+
+        assert [m.name for m in models.served()] == [CHAT]
+        assert models.get("chat").spec.context_tokens == 48
+        with pytest.raises(UnknownModelError, match="deployed are: chat"):
+            models.get("chart")
+
+    run(use)
 
 
-@pytest.mark.parametrize("name", ["chat", "org/name", "a b", "Modell für uns", "x*y", "#q?", "%2f"])
-async def test_names_may_be_nearly_anything(name: str) -> None:
-    check_name(name)
+@pytest.mark.parametrize(("phase", "plan_epoch"), [(Phase.RECOVERING, 1), (Phase.SERVING, 2), (None, 1)])
+def test_requests_are_broken_off_when_their_pipeline_is_no_more(
+    run: Callable[..., None], tiny_store: Tiny, phase: Phase | None, plan_epoch: int
+) -> None:
+    async def use(models: Models) -> None:
+        await opened(models, view(1, tiny_store[1], Phase.SERVING))
+        heard: list[object] = []
+        client = models.get("chat").executor.client  # type: ignore[attr-defined]
+        client.listen(RequestId("r"), heard.append)
+
+        later = view(2, tiny_store[1], phase or Phase.SERVING, plan_epoch=plan_epoch, reason="stage 1 died")
+        models.hear(later if phase else msgspec.structs.replace(later, deployments=()))
+
+        assert [(d.finish, d.error_code) for d in heard] == [(FinishReason.ERROR, "shard_lost")]
+        assert not models.answers(CHAT)
+
+    run(use)
 
 
-@pytest.mark.parametrize("name", ["", " ", ".", "..", "a//b", "../b", "a/..", "a\nb", "x" * 201, "/a", "a/"])
-async def test_names_that_would_spoil_an_address_are_refused(name: str) -> None:
-    with pytest.raises(InvalidRequestError) as refused:
-        check_name(name)
+def test_a_pipeline_that_drains_ends_what_runs_and_takes_nothing_new(
+    run: Callable[..., None], tiny_store: Tiny
+) -> None:
+    async def use(models: Models) -> None:
+        await opened(models, view(1, tiny_store[1], Phase.SERVING))
+        heard: list[object] = []
+        models.get("chat").executor.client.listen(RequestId("r"), heard.append)  # type: ignore[attr-defined]
 
-    assert isinstance(refused.value, ShoalError)
-    assert refused.value.param == "name"
+        models.hear(view(2, tiny_store[1], Phase.DRAINING))
+
+        assert heard == []
+        with pytest.raises(UnavailableError, match="draining"):
+            models.get("chat")
+
+    run(use)
+
+
+def test_what_is_older_than_the_newest_view_is_ignored(run: Callable[..., None], tiny_store: Tiny) -> None:
+    async def use(models: Models) -> None:
+        await opened(models, view(5, tiny_store[1], Phase.SERVING))
+
+        models.hear(view(4, tiny_store[1], Phase.RECOVERING))
+
+        assert models.answers(CHAT)
+
+    run(use)
+
+
+def test_a_model_without_a_place_says_what_is_missing(run: Callable[..., None], tiny_store: Tiny) -> None:
+    async def use(models: Models) -> None:
+        refused = Infeasible(reason="too big", needed_bytes=2, available_bytes=1)
+        models.hear(view(1, tiny_store[1], Phase.REFUSED, answer=refused, reason="3 MB are missing"))
+        with pytest.raises(InfeasibleError, match="3 MB are missing"):
+            models.get("chat")
+
+    run(use)
+
+
+def report(*states: ShardState) -> NodeReport:
+    facts = NodeFacts(name="box", version="1", locators=(), cores=1, memory_total_bytes=1, memory_budget_bytes=1)
+    shards = [
+        ShardReport(shard=ShardId(deployment=CHAT, plan_epoch=1, stage=i), state=state, start=i, stop=i + 1)
+        for i, state in enumerate(states)
+    ]
+    return NodeReport(node=ME, incarnation=1, sequence=1, facts=facts, shards=tuple(shards))
+
+
+@pytest.mark.parametrize(
+    ("state", "phase"),
+    [(ShardState.LOADING, Phase.LOADING), (ShardState.WIRED, Phase.SERVING), (ShardState.FAILED, Phase.RECOVERING)],
+)
+def test_without_a_coordinator_a_plan_on_this_node_alone_stands_where_its_shards_stand(
+    state: ShardState, phase: Phase
+) -> None:
+    last = view(7, Digest("d"), Phase.SERVING, answer=plan(ME))
+
+    derived = alone(last, report(state))
+
+    assert [s.phase for s in derived.deployments] == [phase]
+    assert view(1, Digest("d"), Phase.SERVING).newer_than(derived), "whatever the coordinator says is newer"
+
+
+def test_without_a_coordinator_a_plan_on_several_nodes_waits_for_one() -> None:
+    derived = alone(view(7, Digest("d"), Phase.SERVING), report(ShardState.WIRED))
+
+    assert derived.deployments[0].phase is Phase.RECOVERING
+    assert "no coordinator" in derived.deployments[0].reason
+
+
+def test_the_last_view_is_kept_and_only_plans_make_it_another_one(journal: Journal) -> None:
+    first = view(1, Digest("d"), Phase.SERVING)
+    assert recall(journal) is None
+
+    remember(journal, first)
+
+    assert recall(journal) == first
+    assert says_the_same(view(2, Digest("d"), Phase.RECOVERING), first)
+    assert not says_the_same(view(2, Digest("d"), Phase.SERVING, plan_epoch=2), first)
+    assert not says_the_same(first, None)

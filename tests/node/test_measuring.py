@@ -1,0 +1,110 @@
+"""What a node finds out about itself and its neighbours: links, blocks; and how it starts and ends a worker."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import anyio
+import pytest
+
+from shoal.clock import SystemClock
+from shoal.fleet.report import ShardId
+from shoal.ids import DeploymentId, Digest, NodeId
+from shoal.node.artifacts import open_artifact
+from shoal.node.launch import launch
+from shoal.node.probe import answer_echoes, measure_links
+from shoal.node.trials import TrialSpec, run_trials
+from shoal.node.worker_spec import WorkerSpec
+from shoal.runtime.backend.onnx import OnnxBackend
+from shoal.store.home import Store
+from shoal.transport.memory import MemoryBus, MemoryFabric, Weather
+
+A, B, C = NodeId("a"), NodeId("b"), NodeId("c")
+Attach = Callable[[str], MemoryBus]
+
+
+def test_a_link_is_measured_with_its_delay_and_a_missing_node_is_left_out(fabric: MemoryFabric, bus_of: Attach) -> None:
+    asking, answering = bus_of("a"), bus_of("b")
+    answer_echoes(answering, "f", B)
+    fabric.weather("a", "b", Weather(delay_s=0.03))
+
+    links = anyio.run(measure_links, asking, "f", A, (C, B), SystemClock())
+
+    assert [(link.source, link.target) for link in links] == [(A, B)]
+    assert links[0].rtt_p50_s >= 0.03
+    assert links[0].rtt_p99_s >= links[0].rtt_p50_s
+
+
+def test_every_kind_of_block_is_timed_in_prefill_and_decode(tiny_store: tuple[Store, Digest]) -> None:
+    store, manifest = tiny_store
+    kinds = {block.kind for block in open_artifact(store, manifest).blocks}
+
+    result = run_trials(store, TrialSpec(home="", manifest=manifest, threads=1), OnnxBackend(), SystemClock())
+
+    assert {trial.kind for trial in result.trials} == kinds
+    assert result.fault is None
+    assert result.step_overhead_s >= 0
+    for kind in kinds:
+        mine = [t for t in result.trials if t.kind == kind]
+        assert {t.rows for t in mine} > {1}, "decode is one row, prefill are many"
+        assert all(t.time_s > 0 for t in mine)
+
+
+def spec(tmp_path: Path) -> WorkerSpec:
+    return WorkerSpec(
+        fleet="f", node=A, home=str(tmp_path), agent_locator="tcp/127.0.0.1:1", data_listen="tcp/127.0.0.1:0",
+        shard=ShardId(deployment=DeploymentId("m"), plan_epoch=1, stage=0), stages=1, manifest=Digest("d"), start=0,
+        stop=1, slots=1, context_tokens=8, in_flight=1, threads=1,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str]:
+    """Make a module of this source that `python -m` finds."""
+
+    def make(source: str) -> str:
+        (tmp_path / "stand_in.py").write_text(source)
+        monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+        return "stand_in"
+
+    return make
+
+
+def test_a_worker_gets_its_spec_and_ends_when_its_input_closes(tmp_path: Path, module: Callable[[str], str]) -> None:
+    told = tmp_path / "told"
+    name = module(f"import sys\nline = sys.stdin.readline()\nsys.stdin.read()\nopen({str(told)!r}, 'w').write(line)\n")
+
+    async def scenario() -> None:
+        worker = await launch(spec(tmp_path), name)
+        await worker.stop()
+        await worker.stop()
+        assert await worker.wait() == f"worker {worker.pid} ended with exit code 0"
+
+    anyio.run(scenario)
+    assert '"plan_epoch":1' in told.read_text()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
+def test_the_reason_of_a_workers_end_is_told_in_words(tmp_path: Path, module: Callable[[str], str]) -> None:
+    name = module("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)\n")
+
+    async def scenario() -> None:
+        worker = await launch(spec(tmp_path), name)
+        with anyio.fail_after(20):
+            assert await worker.wait() == f"worker {worker.pid} was ended by SIGKILL"
+        await worker.stop()
+
+    anyio.run(scenario)
+
+
+def test_a_real_worker_whose_agent_is_not_there_says_so_and_ends(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    async def scenario() -> None:
+        worker = await launch(spec(tmp_path))
+        with anyio.fail_after(30):
+            assert "exit code 1" in await worker.wait()
+        await worker.stop()
+
+    anyio.run(scenario)
+    assert "nothing answers at tcp/127.0.0.1:1" in capfd.readouterr().err

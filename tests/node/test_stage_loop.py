@@ -1,0 +1,257 @@
+"""Stage loops on threads, joined by an in-memory fabric to a gateway: answers, strangers, cancellations, endings."""
+
+import io
+import threading
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import anyio
+import pytest
+from structlog.typing import FilteringBoundLogger
+
+from shoal.clock import SystemClock
+from shoal.errors import ContextLengthError, ShardLostError
+from shoal.fleet.report import ShardId
+from shoal.ids import DeploymentId, NodeId, RequestId
+from shoal.node.pipeline import AnswerDesk, Pipeline
+from shoal.node.stage_loop import StageLoop, Stopped, Wired, submit_topic
+from shoal.runtime import frames
+from shoal.runtime.backend.null import NullBackend, null_shard
+from shoal.runtime.executor.staged import StagedExecutor
+from shoal.runtime.request import GenerateRequest, SamplingParams
+from shoal.runtime.scheduler import SchedulerSettings
+from shoal.runtime.settings import StageSettings
+from shoal.transport.bus import Bus
+from shoal.transport.frame import pack
+from shoal.transport.keys import EventTopic, FrameTopic, TokensTopic, key_of
+from shoal.transport.memory import MemoryBus, MemoryFabric
+
+FLEET, NODE, M = "f", NodeId("n" * 32), DeploymentId("m")
+LAYERS, VOCABULARY, SLOTS, CONTEXT = 6, 64, 2, 256
+Attach = Callable[[str], MemoryBus]
+
+
+@dataclass
+class Stages:
+    """Stages at work.  Data travels on a fabric of its own, as it does over sessions of its own."""
+
+    loops: list[StageLoop]
+    data: MemoryFabric
+    outside: Bus
+
+    def shard(self, stage: int = 0) -> ShardId:
+        return self.loops[stage].shard
+
+
+@contextmanager
+def stages_of(count: int, bus_of: Attach, log: FilteringBoundLogger, *, step_s: float = 0.0) -> Iterator[Stages]:
+    data = MemoryFabric()
+    wait = threading.Event()
+    engine = NullBackend(cost_s=lambda _: step_s, wait=wait.wait) if step_s else NullBackend()
+    with ExitStack() as stack:
+        loops = []
+        for index in range(count):
+            start, stop = LAYERS * index // count, LAYERS * (index + 1) // count
+            last = index == count - 1
+            piece = null_shard(start, stop, embeds=index == 0, vocabulary=VOCABULARY if last else 0, slots=SLOTS)
+            settings = StageSettings(
+                plan_epoch=1, index=index, stages=count, slots=SLOTS, context_tokens=CONTEXT, vocabulary=VOCABULARY,
+                scheduler=SchedulerSettings(in_flight=2),
+            )  # fmt: skip
+            inbound = data.attach(f"in{index}")
+            stack.callback(inbound.close)
+            loops.append(
+                StageLoop(
+                    fleet=FLEET,
+                    shard=ShardId(deployment=M, plan_epoch=1, stage=index),
+                    settings=settings,
+                    session=engine.load(piece),
+                    control=bus_of(f"worker{index}"),
+                    inbound=inbound,
+                    clock=SystemClock(),
+                    told=lambda: None,
+                    log=log,
+                )
+            )
+        threads = []
+        for index, loop in enumerate(loops):
+            loop.listen(key_of(submit_topic(FLEET, NODE, loop.shard)))
+            if count > 1:
+                outbound = data.attach(f"out{index}")
+                stack.callback(outbound.close)
+                loop.inbox.put(Wired(outbound))
+            threads.append(threading.Thread(target=loop.run))
+        outside = data.attach("outside")
+        stack.callback(outside.close)
+        for thread in threads:
+            thread.start()
+        try:
+            yield Stages(loops, data, outside)
+        finally:
+            for loop, thread in zip(loops, threads, strict=True):
+                loop.inbox.put(Stopped())
+                thread.join(10)
+
+
+def asked(name: str, prompt: int = 5, max_tokens: int = 12, **sampling: float) -> GenerateRequest:
+    ids = tuple((7 * i + 3) % VOCABULARY for i in range(prompt))
+    return GenerateRequest(
+        request=RequestId(name), deployment=M, prompt=ids, max_tokens=max_tokens, sampling=SamplingParams(**sampling)
+    )
+
+
+def use(
+    bus_of: Attach,
+    log: FilteringBoundLogger,
+    stages: Stages,
+    then: Callable[[StagedExecutor, Pipeline], Awaitable[None]],
+) -> None:
+    """Run *then* with a gateway's executor."""
+
+    async def scenario() -> None:
+        desk = AnswerDesk(bus_of("gateway"), FLEET, NODE, SystemClock(), log)
+        desk.open()
+        pipeline = Pipeline(desk, M, NODE, stages.shard())
+        try:
+            with anyio.fail_after(30):
+                await then(StagedExecutor(client=pipeline), pipeline)
+        finally:
+            desk.close()
+
+    anyio.run(scenario)
+
+
+async def tokens(executor: StagedExecutor, request: GenerateRequest) -> list[int]:
+    return [t.token async for delta in executor.generate(request) for t in delta.tokens]
+
+
+def answers(
+    count: int, bus_of: Attach, log: FilteringBoundLogger, requests: list[GenerateRequest]
+) -> dict[RequestId, list[int]]:
+    """What *count* stages say to *requests*, all asked at once."""
+    found: dict[RequestId, list[int]] = {}
+
+    async def then(executor: StagedExecutor, _: Pipeline) -> None:
+        async def one(request: GenerateRequest) -> None:
+            found[request.request] = await tokens(executor, request)
+
+        async with anyio.create_task_group() as group:
+            for request in requests:
+                group.start_soon(one, request)
+
+    with stages_of(count, bus_of, log) as stages:
+        use(bus_of, log, stages, then)
+    return found
+
+
+REQUESTS = [
+    asked("greedy", temperature=0.0),
+    asked("long", prompt=150),
+    asked("seeded", seed=5),
+    asked("more", prompt=9),
+]
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_stages_over_a_fabric_answer_like_one_whatever_else_is_asked(
+    count: int, bus_of: Attach, log: FilteringBoundLogger
+) -> None:
+    alone: dict[RequestId, list[int]] = {}
+    for request in REQUESTS:
+        # A fabric each: the names of its buses are free again.
+        fabric = MemoryFabric()
+        alone |= answers(1, fabric.attach, log, [request])
+
+    assert answers(count, bus_of, log, REQUESTS) == alone
+    assert all(len(found) == 12 for found in alone.values())
+
+
+def test_garbage_is_dropped_and_counted_and_said_once(
+    bus_of: Attach, log: FilteringBoundLogger, logged: io.StringIO
+) -> None:
+    def rubbish() -> list[bytes]:
+        odd = pack(frames.encode(frames.Cancel(request=RequestId("x"))), {})
+        return [b"", b"\x00", bytes(range(256)) * 3, odd[: len(odd) // 2]]
+
+    async def then(executor: StagedExecutor, pipeline: Pipeline) -> None:
+        before = await tokens(executor, asked("before", temperature=0.0))
+        outside = bus_of("stranger")
+        answer = pack(frames.encode(frames.InferDone(request=RequestId("x"))), {})
+        for payload in [*rubbish(), answer]:
+            outside.put(key_of(submit_topic(FLEET, NODE, stages.shard())), payload)
+        for payload in rubbish():
+            stages.outside.put(key_of(TokensTopic(fleet=FLEET, deployment=M, plan_epoch=1)), payload)
+            stages.outside.put(key_of(FrameTopic(fleet=FLEET, deployment=M, plan_epoch=1, stage=1)), payload)
+            outside.put(key_of(EventTopic(fleet=FLEET, node=NODE, kind="answers")), payload)
+        assert await tokens(executor, asked("after", temperature=0.0)) == before
+        while (  # noqa: ASYNC110 - counted on other threads
+            [loop.malformed for loop in stages.loops] != [9, 4] or logged.getvalue().count("answer.dropped") < 4
+        ):
+            await anyio.sleep(0.01)
+
+    with stages_of(2, bus_of, log) as stages:
+        use(bus_of, log, stages, then)
+
+    assert [loop.malformed for loop in stages.loops] == [9, 4]
+    assert logged.getvalue().count("frame.dropped") == 2
+    assert logged.getvalue().count("answer.dropped") == 4
+
+
+def test_a_request_that_nobody_listens_to_any_more_gives_its_slot_up(bus_of: Attach, log: FilteringBoundLogger) -> None:
+    async def then(executor: StagedExecutor, _: Pipeline) -> None:
+        running = [executor.generate(asked(f"left{n}", max_tokens=240)) for n in range(SLOTS)]
+        for one in running:
+            await anext(one)
+            await one.aclose()
+
+        assert len(await tokens(executor, asked("next", max_tokens=3))) == 3
+
+    with stages_of(2, bus_of, log, step_s=0.02) as stages:  # 240 tokens would take five seconds
+        use(bus_of, log, stages, then)
+        assert stages.loops[0].steps < 120
+
+
+def test_a_prompt_that_cannot_fit_comes_back_as_that_error(bus_of: Attach, log: FilteringBoundLogger) -> None:
+    async def then(executor: StagedExecutor, _: Pipeline) -> None:
+        with pytest.raises(ContextLengthError, match="256"):
+            await tokens(executor, asked("long", prompt=CONTEXT))
+
+    with stages_of(2, bus_of, log) as stages:
+        use(bus_of, log, stages, then)
+
+
+def test_a_stage_that_is_stopped_ends_its_requests_with_an_error(bus_of: Attach, log: FilteringBoundLogger) -> None:
+    async def then(executor: StagedExecutor, _: Pipeline) -> None:
+        running = executor.generate(asked("cut", max_tokens=240))
+        await anext(running)
+        stages.loops[0].inbox.put(Stopped())
+        with pytest.raises(ShardLostError, match="stopping"):
+            async for _delta in running:
+                pass
+
+    with stages_of(2, bus_of, log, step_s=0.02) as stages:
+        use(bus_of, log, stages, then)
+
+
+def test_a_pipeline_that_is_no_more_breaks_its_answers_off_and_no_others(
+    bus_of: Attach, log: FilteringBoundLogger
+) -> None:
+    async def then(executor: StagedExecutor, pipeline: Pipeline) -> None:
+        other = Pipeline(pipeline.desk, M, NODE, stages.shard())
+        kept = StagedExecutor(client=other).generate(asked("kept", max_tokens=30))
+        broken = executor.generate(asked("broken", max_tokens=240))
+        await anext(kept)
+        await anext(broken)
+
+        pipeline.break_off("its node died")
+
+        with pytest.raises(ShardLostError, match="its node died"):
+            async for _delta in broken:
+                pass
+        assert len([t async for delta in kept for t in delta.tokens]) >= 20
+        assert not pipeline.running
+        assert other.last_token_s is not None
+
+    with stages_of(2, bus_of, log, step_s=0.01) as stages:
+        use(bus_of, log, stages, then)

@@ -65,6 +65,29 @@ class Stopped:
 Item = StageInput | Wired | Stopped
 
 
+@dataclass(frozen=True, slots=True)
+class _Keys:
+    """Where a stage sends and listens: built once, for escaping names at every frame costs as much as sending it."""
+
+    frames_in: str
+    frames_out: str
+    tokens: str
+    credits_in: str
+    credits_out: str
+
+
+def _keys(fleet: str, shard: ShardId) -> _Keys:
+    name, epoch, index = shard.deployment, shard.plan_epoch, shard.stage
+    before = max(0, index - 1)
+    return _Keys(
+        frames_in=key_of(FrameTopic(fleet=fleet, deployment=name, plan_epoch=epoch, stage=index)),
+        frames_out=key_of(FrameTopic(fleet=fleet, deployment=name, plan_epoch=epoch, stage=index + 1)),
+        tokens=key_of(TokensTopic(fleet=fleet, deployment=name, plan_epoch=epoch)),
+        credits_in=key_of(CreditTopic(fleet=fleet, deployment=name, plan_epoch=epoch, stage=index)),
+        credits_out=key_of(CreditTopic(fleet=fleet, deployment=name, plan_epoch=epoch, stage=before)),
+    )
+
+
 @dataclass(slots=True)
 class StageLoop:
     """One stage at work.  `inbox` may be fed from any thread; `run` belongs to one."""
@@ -89,14 +112,18 @@ class StageLoop:
     _open: list[Closable] = field(default_factory=list)
     _messages: int = 0
     _joiner: Joiner = field(default_factory=Joiner)
+    _keys: _Keys = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._keys = _keys(self.fleet, self.shard)
 
     def listen(self, submit_key: str) -> None:
         """Subscribe to everything that this stage is told; *submit_key* is where gateways send requests."""
         if self.settings.is_first:
             self._open.append(self.control.subscribe(submit_key, self._from_gateway))
-            self._open.append(self.inbound.subscribe(self._tokens_key(), self._from_stage))
+            self._open.append(self.inbound.subscribe(self._keys.tokens, self._from_stage))
         else:
-            self._open.append(self.inbound.subscribe(self._frame_key(self.shard.stage), self._from_stage))
+            self._open.append(self.inbound.subscribe(self._keys.frames_in, self._from_stage))
 
     def run(self) -> None:
         """Work until told to stop; closes nothing that it was given."""
@@ -143,11 +170,11 @@ class StageLoop:
             case RunStep():
                 return self._step(effect)
             case SendFrame(frame=frame, tensors=tensors):
-                self._send(self._frame_key(self.shard.stage + 1), pack(frames.encode(frame), tensors))
+                self._send(self._keys.frames_out, pack(frames.encode(frame), tensors))
             case SendTokens(frame=tokens):
-                self._send(self._tokens_key(), pack(frames.encode(tokens), {}))
+                self._send(self._keys.tokens, pack(frames.encode(tokens), {}))
             case SendCredit(frame=credit):
-                self.inbound.put(self._credit_key(self.shard.stage - 1), pack(frames.encode(credit), {}))
+                self.inbound.put(self._keys.credits_out, pack(frames.encode(credit), {}))
             case Emit(reply_to=reply_to, delta=delta):
                 self.control.put(reply_to, pack(frames.encode(frames.Delta(delta=delta)), {}), lane=Lane.DECODE)
             case EmitResult(reply_to=reply_to, done=done, tensors=tensors):
@@ -181,19 +208,7 @@ class StageLoop:
     def _connect(self, outbound: Bus) -> None:
         self._outbound = outbound
         if not self.settings.is_last:
-            self._open.append(outbound.subscribe(self._credit_key(self.shard.stage), self._from_stage))
-
-    def _frame_key(self, stage_index: int) -> str:
-        name, epoch = self.shard.deployment, self.shard.plan_epoch
-        return key_of(FrameTopic(fleet=self.fleet, deployment=name, plan_epoch=epoch, stage=stage_index))
-
-    def _credit_key(self, stage_index: int) -> str:
-        name, epoch = self.shard.deployment, self.shard.plan_epoch
-        return key_of(CreditTopic(fleet=self.fleet, deployment=name, plan_epoch=epoch, stage=stage_index))
-
-    def _tokens_key(self) -> str:
-        name, epoch = self.shard.deployment, self.shard.plan_epoch
-        return key_of(TokensTopic(fleet=self.fleet, deployment=name, plan_epoch=epoch))
+            self._open.append(outbound.subscribe(self._keys.credits_in, self._from_stage))
 
     def _from_stage(self, sample: Sample) -> None:
         try:

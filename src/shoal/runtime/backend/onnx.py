@@ -158,8 +158,10 @@ class OnnxSession:
     ) -> None:
         self._session: ort.InferenceSession | None = session
         self._roles = roles
+        self._settled = roles.settled
         self._context_tokens = context_tokens
         self._weights = weights
+        self._cacheless = _Slot()
         self._slots: dict[int, _Slot] = {slot: _Slot() for slot in range(slots)}
 
     def step(self, sequences: Sequence[SequenceStep], tensors: Mapping[str, Array]) -> dict[str, Array]:
@@ -189,6 +191,7 @@ class OnnxSession:
     def close(self) -> None:
         """See `Session.close`."""
         self._slots.clear()
+        self._cacheless = _Slot()
         self._session = None
         self._weights.clear()
 
@@ -213,9 +216,10 @@ class OnnxSession:
 
     def _run(self, step: SequenceStep, given: Mapping[str, Array]) -> dict[str, Array]:
         slot = self._slot(step)
-        if slot.binding is not None and self._roles.settled:
-            return self._run_bound(step, given, slot, slot.binding)
         binding = slot.binding or self._engine.io_binding()
+        if self._settled:
+            slot.binding = binding
+            return self._run_bound(step, given, slot, binding)
         for name, array in {**given, **derived_inputs(self._roles, step)}.items():
             binding.bind_cpu_input(name, np.ascontiguousarray(array, self._roles.dtypes[name]))
         outputs = {output.name: self._bind_output(binding, output, step) for output in self._roles.outputs}
@@ -257,7 +261,7 @@ class OnnxSession:
 
     def _slot(self, step: SequenceStep) -> _Slot:
         if not self._roles.caches:
-            return _Slot()
+            return self._cacheless
         slot = self._slots.get(step.slot)
         stop = step.start + step.count
         if slot is None or stop > self._context_tokens or step.start > slot.length:

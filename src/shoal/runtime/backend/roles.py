@@ -56,7 +56,7 @@ class Roles:
 
     `shared`: past and present are one buffer of the whole context; otherwise each step returns a cache that is longer.
     `exact_cuts`: the graph is a piece of a model whose cuts must not change a bit (ADR 1).
-    `settled`: with the shared cache bound, all other shapes follow from the number of rows in and out.
+    `settled`: apart from a shared cache, all shapes follow from the number of rows in and out.
     """
 
     caches: tuple[CacheTensor, ...]
@@ -69,7 +69,8 @@ class Roles:
 
     @property
     def settled(self) -> bool:
-        return self.shared and ATTENTION_MASK not in self.derived and all(o.tail is not None for o in self.outputs)
+        growing = bool(self.caches) and not self.shared
+        return not growing and ATTENTION_MASK not in self.derived and all(o.tail is not None for o in self.outputs)
 
 
 def roles_of(model: onnx.ModelProto) -> Roles:

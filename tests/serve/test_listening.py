@@ -3,8 +3,10 @@
 import contextlib
 import json
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
@@ -152,6 +154,28 @@ def test_stopping_waits_for_a_running_answer_and_frees_the_port(gateway: "Gatewa
     assert [line for line in lines if line][-1] == "data: [DONE]"
     with contextlib.closing(bind("127.0.0.1", port)):
         pass
+
+
+def test_stopping_cuts_a_call_that_outlasts_the_grace_without_a_traceback(
+    gateway: "Gateway", caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def never(_: object) -> None:
+        begun.set()
+        await anyio.sleep_forever()
+        raise AssertionError
+
+    begun = threading.Event()
+    monkeypatch.setattr(gateway.fleet, "plan", never)
+    with start_blocking_portal() as portal, ThreadPoolExecutor(1) as pool:
+        running, url = portal.start_task(partial(serve, gateway.app(), bind("127.0.0.1", 0), grace_s=0.1))
+        asked = pool.submit(httpx.post, f"{url}/shoal/v1/plan", json={"model": "m"})
+        assert begun.wait(10)
+        running.cancel()
+        with contextlib.suppress(httpx.TransportError):
+            asked.result(timeout=20)
+
+    assert "shutdown exceeded" in caplog.text
+    assert "Traceback" not in caplog.text
 
 
 def test_stopping_cuts_an_answer_that_outlasts_the_grace(gateway: "Gateway") -> None:

@@ -1,7 +1,6 @@
 """shoal serve: measure, plan, deploy a model; starts a node first when none runs here."""
 
 import os
-import signal
 import threading
 from collections.abc import Callable
 from typing import Annotated
@@ -22,7 +21,7 @@ from shoal.cli.deploy import (
     options,
     show_plan,
 )
-from shoal.cli.start import run
+from shoal.cli.start import Stop, run
 from shoal.client import Shoal
 from shoal.errors import ShoalError
 from shoal.node.assemble import Running
@@ -67,13 +66,13 @@ def _serve_here(deploy: Callable[[Shoal, str], None]) -> None:
     """Run a node in the foreground and deploy on it."""
     failed: list[ShoalError] = []
 
-    def work(running: Running) -> None:
+    def work(running: Running, stop: Stop) -> None:
         try:
             with Shoal(running.url, api_key=api_key()) as shoal:
                 deploy(shoal, running.url)
         except ShoalError as error:
             failed.append(error)
-            os.kill(os.getpid(), signal.SIGTERM)
+            stop()
 
     flags = {
         "http": ("127.0.0.1", DEFAULT_HTTP_PORT),
@@ -88,6 +87,10 @@ def _serve_here(deploy: Callable[[Shoal, str], None]) -> None:
         "coordinates": True,
         "eager": True,
     }
-    run(flags, expose=False, then=lambda running: threading.Thread(target=work, args=(running,), daemon=True).start())
-    if failed:
+
+    def begin(running: Running, stop: Stop) -> None:
+        threading.Thread(target=work, args=(running, stop), daemon=True).start()
+
+    interrupted = run(flags, expose=False, then=begin)
+    if failed and not interrupted:
         raise failed[0]

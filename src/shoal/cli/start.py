@@ -1,14 +1,18 @@
 """What `up` and `join` share: their options, and running a node until a signal ends it."""
 
+import asyncio
+import contextlib
 import re
 import signal
 import socket
 import sys
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Annotated, Any
 
 import anyio
 import typer
+from anyio.abc import TaskStatus
 
 from shoal.errors import SettingsError, ShoalError
 from shoal.node.assemble import Running, run_node
@@ -35,33 +39,40 @@ _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 _UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 
 
-def run(flags: Mapping[str, Any], *, expose: bool, then: Callable[[Running], None] = lambda _: None) -> None:
-    """Start a node with *flags* and stay until SIGINT or SIGTERM; *then* is called once it runs.
+Stop = Callable[[], None]
+"""Ends the node; may be called from any thread, and when it has ended."""
+
+
+def run(flags: Mapping[str, Any], *, expose: bool, then: Callable[[Running, Stop], None] = lambda *_: None) -> bool:
+    """Start a node with *flags* and stay until it ends; *then* is called once it runs.  True when a signal ended it.
 
     Raises ShoalError as `run_node` does.
     """
+    signalled = anyio.Event()
     options = options_from(flags)
     warning = check_exposed(options.listen, expose=expose)
     if warning:
         typer.secho(f"warning: {warning}", fg="yellow", err=True)
     log = set_up_logs(sys.stderr, LogStyle.CONSOLE, "info" if sys.stderr.isatty() else "warning")
 
-    def started(running: Running) -> None:
+    def started(stop: Stop, running: Running) -> None:
         where = f"; API at {running.url}/v1" if running.url else ""
         typer.echo(f"node {running.name} ({running.node}) listens at {', '.join(running.locators)}{where}")
         sys.stdout.flush()
-        then(running)
+        then(running, stop)
 
     async def until_signal() -> None:
         async with anyio.create_task_group() as group:
-            group.start_soon(_cancel_on_signal, group.cancel_scope)
-            await run_node(options, log, started)
+            stop = partial(_call_soon, asyncio.get_running_loop(), group.cancel_scope.cancel)
+            await group.start(partial(_cancel_on_signal, group.cancel_scope, signalled))
+            await run_node(options, log, partial(started, stop))
             group.cancel_scope.cancel()
 
     try:
         anyio.run(until_signal)
     except BaseExceptionGroup as several:
         raise _first_of_ours(several) from several
+    return signalled.is_set()
 
 
 def options_from(flags: Mapping[str, Any]) -> NodeOptions:
@@ -97,9 +108,16 @@ def parse_size(text: str) -> int:
     return int(float(found["number"]) * _UNITS[(found["unit"] or "").lower()])
 
 
-async def _cancel_on_signal(scope: anyio.CancelScope) -> None:
+def _call_soon(loop: asyncio.AbstractEventLoop, call: Callable[[], None]) -> None:
+    with contextlib.suppress(RuntimeError):  # the loop is closed: what was to end has ended
+        loop.call_soon_threadsafe(call)
+
+
+async def _cancel_on_signal(scope: anyio.CancelScope, signalled: anyio.Event, *, task_status: TaskStatus[None]) -> None:
     with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+        task_status.started()
         async for _ in signals:
+            signalled.set()
             scope.cancel()
             return
 

@@ -16,7 +16,7 @@ import anyio.to_thread
 import msgspec
 
 from shoal.clock import Clock
-from shoal.errors import InvalidRequestError, ShoalError, UnknownModelError
+from shoal.errors import InvalidRequestError, NodeUnreachableError, ShoalError, UnknownModelError
 from shoal.fleet.order import Refused, Reply
 from shoal.fleet.reconcile import Addressed, Phase, broken, heard, missing_orders, phase, promised_bytes
 from shoal.fleet.report import NodeReport
@@ -173,6 +173,12 @@ class Coordinator:
                 break
             await anyio.sleep(self.tick_s)
         reports = self._usable()
+        source = self.state.members.get(spec.source)
+        if source is not None and standing(source, self.clock.now_s()) is Standing.SUSPECT:
+            # Not "there is no plan": that would refuse requests for good, and unload what still answers.
+            raise NodeUnreachableError(
+                f"source node {source.report.facts.name} has not been heard for a moment", hint="try again"
+            )
         promised = promised_bytes(reports.values(), self.state.deployments.values(), spec.deployment)
         answer = await self.planner.plan(spec, reports, promised)
         if isinstance(answer, Infeasible):

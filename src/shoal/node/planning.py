@@ -9,7 +9,7 @@ import anyio.to_thread
 from structlog.typing import FilteringBoundLogger
 
 from shoal.clock import Clock
-from shoal.errors import ShoalError
+from shoal.errors import ShoalError, UnavailableError
 from shoal.fleet.report import NodeReport
 from shoal.fleet.spec import DeploymentSpec
 from shoal.ids import Digest, NodeId
@@ -58,12 +58,16 @@ class FleetPlanner:
     ) -> Problem | Infeasible:
         """The problem that *spec* poses to this fleet."""
         fleet = await self.profile(spec.manifest, spec.source, reports)
-        if all(device.node != spec.source for device in fleet.devices):
+        if spec.source in reports and all(device.node != spec.source for device in fleet.devices):
+            raise UnavailableError(
+                f"source node {reports[spec.source].facts.name} could not be measured", hint="its log says why"
+            )
+        if spec.source not in reports:
             return Infeasible(
-                reason=f"source node {spec.source} is not there or could not be measured",
+                reason=f"source node {spec.source} is not there",
                 needed_bytes=0,
                 available_bytes=0,
-                hint="see `shoal nodes`; the log of that node says why",
+                hint="see `shoal nodes`",
             )
         known = await self._blocks_of(spec.manifest, spec.source)
         demands = Demands(pins=spec.pins, stages_exactly=spec.stages_exactly, exclude=spec.exclude)

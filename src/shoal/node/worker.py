@@ -112,6 +112,8 @@ def stage_settings(spec: WorkerSpec, artifact: Artifact) -> StageSettings:
 def serve(spec: WorkerSpec, control: Bus, backend: Backend, store: Store, log: FilteringBoundLogger) -> None:
     """Load the shard and work until the agent closes our input."""
     clock = SystemClock()
+    life = _Life()
+    threading.Thread(target=life.watch, name="input", daemon=True).start()
     reporter = Reporter(spec=spec, control=control, clock=clock)
     try:
         artifact = open_artifact(store, spec.manifest)
@@ -132,7 +134,7 @@ def serve(spec: WorkerSpec, control: Bus, backend: Backend, store: Store, log: F
         log=log,
     )
     reporter.loop, reporter.locators = loop, inbound.locators
-    _end_with_input(loop)
+    life.loop = loop
     wiring = _Wiring(spec=spec, reporter=reporter, loop=loop)
     listening = control.subscribe(worker_key(spec, WIRE), wiring.on_wire)
     loop.listen(key_of(submit_topic(spec.fleet, spec.node, spec.shard)))
@@ -211,16 +213,18 @@ def shaped(bus: Bus, spec: WorkerSpec, wiring: Wiring) -> Bus:
     return bus
 
 
-def _end_with_input(loop: StageLoop) -> None:
-    """Stop the loop when standard input closes; exit hard if that does not help."""
+@dataclass(slots=True)
+class _Life:
+    """As long as standard input is open; then the loop is stopped, and the process ends hard if that does not help."""
 
-    def watch() -> None:
+    loop: StageLoop | None = None
+
+    def watch(self) -> None:
         sys.stdin.read()
-        loop.inbox.put(Stopped())
-        threading.Event().wait(2.5)
+        if self.loop is not None:  # else it still loads: nothing is lost by ending at once
+            self.loop.inbox.put(Stopped())
+            threading.Event().wait(2.5)
         os._exit(0)
-
-    threading.Thread(target=watch, name="input", daemon=True).start()
 
 
 def make_backend(spec: WorkerSpec) -> Backend:

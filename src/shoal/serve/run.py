@@ -4,7 +4,9 @@ The socket is bound before anything is started, so that "port in use" is an erro
 that port 0 gives a port that can be told to others.  The server installs no signal handlers: whoever cancels the task stops it.
 """
 
+import asyncio
 import errno
+import logging
 import os
 import socket
 from collections.abc import Generator
@@ -60,6 +62,7 @@ async def serve(
     task_status: TaskStatus[str] = anyio.TASK_STATUS_IGNORED,
 ) -> None:
     """Answer on *listener* until cancelled; then running answers get *grace_s* to end.  Reports the URL once it answers."""
+    logging.getLogger("uvicorn.error").addFilter(_worth_saying)
     server = _Server(_config(app, grace_s))
     async with anyio.create_task_group() as group:
         group.start_soon(_shielded, server, listener)
@@ -69,6 +72,11 @@ async def serve(
             await server.stopped.wait()
         finally:
             server.should_exit = True
+
+
+def _worth_saying(record: logging.LogRecord) -> bool:
+    """An answer that outlasted the grace was cut on purpose: its traceback tells nobody anything."""
+    return not (record.exc_info and isinstance(record.exc_info[1], asyncio.CancelledError))
 
 
 class _Server(uvicorn.Server):

@@ -9,10 +9,11 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
+from onnx import TensorProto, helper, numpy_helper
 
 from shoal.model.affine import Array
 from shoal.model.derive import derive
-from shoal.model.lower import lower
+from shoal.model.lower import Lowered, lower
 from shoal.model.spec import ImportedModel
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
@@ -24,19 +25,27 @@ def golden() -> Path:
     return GOLDEN
 
 
-def _value(array: np.ndarray) -> ort.OrtValue:
-    if array.dtype.name == "bfloat16":
-        return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array.view(np.uint16), onnx.TensorProto.BFLOAT16)
-    return ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
+@pytest.fixture(scope="session")
+def engine_value() -> Callable[[np.ndarray], ort.OrtValue]:
+    """An array as the engine takes it, bfloat16 included."""
+
+    def make(array: np.ndarray) -> ort.OrtValue:
+        if array.dtype.name == "bfloat16":
+            return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array.view(np.uint16), onnx.TensorProto.BFLOAT16)
+        return ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
+
+    return make
 
 
 @pytest.fixture(scope="session")
-def open_session() -> Callable[[ImportedModel], ort.InferenceSession]:
+def open_session(
+    engine_value: Callable[[np.ndarray], ort.OrtValue],
+) -> Callable[[ImportedModel], ort.InferenceSession]:
     """An engine session over the graph as imported, one thread."""
 
     def make(model: ImportedModel) -> ort.InferenceSession:
         stubs = [i.name for i in model.graph.graph.initializer if i.data_location == onnx.TensorProto.EXTERNAL]
-        values = [_value(model.tensors[name]()) for name in stubs]
+        values = [engine_value(model.tensors[name]()) for name in stubs]
         options = ort.SessionOptions()
         options.intra_op_num_threads = 1
         options.log_severity_level = 3
@@ -47,18 +56,25 @@ def open_session() -> Callable[[ImportedModel], ort.InferenceSession]:
 
 
 @pytest.fixture(scope="session")
-def lowered() -> Callable[[ImportedModel, str], ImportedModel]:
-    """The model with its graph lowered for a target, and the arrays that the lowering derives."""
+def with_derived() -> Callable[[ImportedModel, Lowered], ImportedModel]:
+    """The lowered graph as a model of its own, the arrays that its lowering derives included."""
 
-    def make(model: ImportedModel, target: str) -> ImportedModel:
+    def join(model: ImportedModel, lowered: Lowered) -> ImportedModel:
         def computed(op: str, inputs: tuple[str, ...]) -> Array:
             return derive(op, [model.tensors[name]() for name in inputs])
 
-        result = lower(model.graph, target=target)
-        derived = {d.name: partial(computed, d.op, d.inputs) for d in result.derived}
-        return dataclasses.replace(model, graph=result.graph, tensors={**model.tensors, **derived})
+        derived = {d.name: partial(computed, d.op, d.inputs) for d in lowered.derived}
+        return dataclasses.replace(model, graph=lowered.graph, tensors={**model.tensors, **derived})
 
-    return make
+    return join
+
+
+@pytest.fixture(scope="session")
+def lowered(
+    with_derived: Callable[[ImportedModel, Lowered], ImportedModel],
+) -> Callable[[ImportedModel, str], ImportedModel]:
+    """The model with its graph lowered for a target, and the arrays that the lowering derives."""
+    return lambda model, target: with_derived(model, lower(model.graph, target=target))
 
 
 @pytest.fixture(scope="session")
@@ -84,3 +100,23 @@ def causal_logits(open_session: Callable[[ImportedModel], ort.InferenceSession])
         return np.concatenate(rows)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def decoder_graph() -> Callable[..., onnx.ModelProto]:
+    """A graph with the ends of a decoder of two layers; nothing sensible inside."""
+
+    def make(*, cache: str = "past_key_values.{}.{}", present: str = "present.{}.{}") -> onnx.ModelProto:
+        value = helper.make_tensor_value_info
+        parts = [(i, part) for i in range(2) for part in ("key", "value")]
+        caches = [value(cache.format(*p), TensorProto.FLOAT, [1, 3, "P", 8]) for p in parts]
+        presents = [value(present.format(*p), TensorProto.FLOAT, [1, 3, "P", 8]) for p in parts]
+        inputs = [value("input_ids", TensorProto.INT64, [1, "T"]), *caches]
+        outputs = [value("logits", TensorProto.FLOAT, [1, "T", 64]), *presents]
+        nodes = [helper.make_node("Gather", ["w", "input_ids"], ["logits"])]
+        nodes += [helper.make_node("Identity", [c.name], [p.name]) for c, p in zip(caches, presents, strict=True)]
+        weights = np.arange(64 * 64, dtype=np.float32).reshape(64, 64)
+        graph = helper.make_graph(nodes, "g", inputs, outputs, [numpy_helper.from_array(weights, "w")])
+        return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+
+    return make

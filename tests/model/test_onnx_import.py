@@ -1,7 +1,6 @@
 """ONNX files of every kind become models that compute what the file computes, and damaged ones say where."""
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,12 +12,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
-from shoal.errors import CorruptFileError, InvalidRequestError, ShoalError, UnknownModelError, UnsupportedModelError
-from shoal.model.load import import_model
+from shoal.errors import CorruptFileError, ShoalError, UnsupportedModelError
 from shoal.model.onnx import import_onnx
 from shoal.model.spec import ImportedModel, ModelKind
 
 Sessions = Callable[[ImportedModel], ort.InferenceSession]
+Graphs = Callable[..., onnx.ModelProto]
 W = np.arange(64 * 64, dtype=np.float32).reshape(64, 64) / 4096
 X = np.linspace(-1, 1, 128, dtype=np.float32).reshape(2, 64)
 
@@ -107,20 +106,8 @@ def test_an_encoder_with_int8_weights_is_known_and_computes_the_same(minilm_int8
     assert_same_results(minilm_int8, open_session(model), feeds)
 
 
-def causal(*, cache: str = "past_key_values.{}.{}", present: str = "present.{}.{}") -> onnx.ModelProto:
-    """A graph with the ends of a decoder of two layers; nothing sensible inside."""
-    parts = [(i, part) for i in range(2) for part in ("key", "value")]
-    shape: list[int | str] = [1, 3, "P", 8]
-    inputs = [value("input_ids", [1, "T"], TensorProto.INT64), *(value(cache.format(*p), shape) for p in parts)]
-    outputs = [value("logits", [1, "T", 64]), *(value(present.format(*p), shape) for p in parts)]
-    nodes = [helper.make_node("Gather", ["w", "input_ids"], ["logits"])]
-    nodes += [helper.make_node("Identity", [cache.format(*p)], [present.format(*p)]) for p in parts]
-    graph = helper.make_graph(nodes, "g", inputs, outputs, [numpy_helper.from_array(W, "w")])
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-
-
-def test_a_decoder_is_known_by_its_ends_and_completed_from_its_folder(tmp_path: Path) -> None:
-    path = saved(causal(), tmp_path)
+def test_a_decoder_is_known_by_its_ends_and_completed_from_its_folder(decoder_graph: Graphs, tmp_path: Path) -> None:
+    path = saved(decoder_graph(), tmp_path)
     said = {
         "model_type": "llama",
         "max_position_embeddings": 512,
@@ -140,8 +127,8 @@ def test_a_decoder_is_known_by_its_ends_and_completed_from_its_folder(tmp_path: 
     assert model.files.keys() == {"config.json", "tokenizer.json"}
 
 
-def test_a_decoder_whose_caches_do_not_pair_is_a_plain_model(tmp_path: Path) -> None:
-    assert import_onnx(saved(causal(present="present.1{}.{}"), tmp_path), name="m").spec.kind is ModelKind.TENSOR
+def test_a_decoder_whose_caches_do_not_pair_is_a_plain_model(decoder_graph: Graphs, tmp_path: Path) -> None:
+    assert import_onnx(saved(decoder_graph(present="present.1{}.{}"), tmp_path), name="m").spec.kind is ModelKind.TENSOR
 
 
 def test_data_beside_the_file_is_mapped_from_its_place(tmp_path: Path, open_session: Sessions) -> None:
@@ -380,132 +367,3 @@ def test_a_flipped_byte_is_an_error_of_ours_or_harmless(at: int, byte: int, tmp_
         return
     for read in model.tensors.values():
         read()
-
-
-GENAI = {
-    "model": {
-        "type": "llama",
-        "context_length": 4096,
-        "vocab_size": 64,
-        "bos_token_id": 1,
-        "eos_token_id": [2, 3],
-        "decoder": {
-            "filename": "model.onnx",
-            "head_size": 8,
-            "hidden_size": 24,
-            "session_options": {"provider_options": []},
-        },
-    },
-    "search": {"top_k": 1},
-}
-
-
-def genai_folder(folder: Path, **decoder: object) -> Path:
-    said = json.loads(json.dumps(GENAI))
-    said["model"]["decoder"] |= decoder
-    (folder / "genai_config.json").write_text(json.dumps(said))
-    (folder / "tokenizer.json").write_text("{}")
-    saved(causal(), folder)
-    return folder
-
-
-def test_a_genai_folder_is_taken_as_lowered(tmp_path: Path) -> None:
-    model = import_model(genai_folder(tmp_path), name="m")
-
-    spec = model.spec
-    assert (spec.kind, spec.architecture, spec.lowered_for) == (ModelKind.CAUSAL_LM, "llama", "cpu")
-    assert (spec.context_tokens, spec.vocabulary, spec.hidden) == (4096, 64, 24)
-    assert (spec.bos_token_id, spec.eos_token_ids, spec.layers) == (1, (2, 3), 2)
-    assert {"genai_config.json", "tokenizer.json"} <= model.files.keys()
-
-
-def test_a_genai_folder_for_another_provider_says_so(tmp_path: Path) -> None:
-    options = {"provider_options": [{"cuda": {"enable_cuda_graph": "0"}}]}
-
-    assert import_model(genai_folder(tmp_path, session_options=options), name="m").spec.lowered_for == "cuda"
-
-
-@pytest.mark.parametrize(
-    ("decoder", "error", "said"),
-    [
-        ({"inputs": {"past_key_names": "past_%d"}}, UnsupportedModelError, "past_key_names 'past_%d'"),
-        ({"filename": "../model.onnx"}, CorruptFileError, r"\.\./model\.onnx"),
-        ({"filename": "other.onnx"}, UnknownModelError, r"other\.onnx"),
-        ({"head_size": "wide"}, CorruptFileError, r"genai_config\.json"),
-    ],
-)
-def test_a_genai_folder_that_does_not_fit_says_why(
-    decoder: dict[str, object], error: type[Exception], said: str, tmp_path: Path
-) -> None:
-    with pytest.raises(error, match=said):
-        import_model(genai_folder(tmp_path, **decoder), name="m")
-
-
-def test_content_decides_which_importer_reads_a_path(
-    tmp_path: Path, golden: Path, smollm2_gguf: Path, minilm_folder: Path
-) -> None:
-    disguised = tmp_path / "weights"
-    disguised.symlink_to(smollm2_gguf)
-    unnamed = tmp_path / "graph"
-    unnamed.write_bytes(product().SerializeToString())
-
-    kinds = {
-        path: import_model(path, name="m").spec
-        for path in (disguised, unnamed, golden / "qwen2", golden / "bert", minilm_folder)
-    }
-
-    assert [(spec.kind.value, spec.architecture) for spec in kinds.values()] == [
-        ("causal_lm", "llama"),
-        ("tensor", "onnx"),
-        ("causal_lm", "qwen2"),
-        ("encoder", "bert"),
-        ("encoder", "bert"),
-    ]
-
-
-def test_a_folder_with_one_graph_is_that_graph_and_with_two_a_question(tmp_path: Path) -> None:
-    saved(product(), tmp_path)
-    assert import_model(tmp_path, name="m").spec.kind is ModelKind.TENSOR
-
-    shutil.copy(tmp_path / "model.onnx", tmp_path / "other.onnx")
-    with pytest.raises(UnsupportedModelError, match=r"several models: model\.onnx, other\.onnx"):
-        import_model(tmp_path, name="m")
-
-
-@pytest.mark.parametrize("head", [b"", b"PK\x03\x04", b"\x89PNG\r\n", b"{}", b"<html>"])
-def test_anything_else_is_refused_with_what_it_begins_with(head: bytes, tmp_path: Path) -> None:
-    path = tmp_path / "thing"
-    path.write_bytes(head)
-
-    with pytest.raises(UnsupportedModelError, match="begins with") as caught:
-        import_model(path, name="m")
-    assert "GGUF" in caught.value.hint
-
-
-def test_nothing_and_an_empty_folder_are_told_apart(tmp_path: Path) -> None:
-    with pytest.raises(UnknownModelError, match="nothing at"):
-        import_model(tmp_path / "absent", name="m")
-    with pytest.raises(UnsupportedModelError, match="holds no model"):
-        import_model(tmp_path, name="m")
-
-
-def test_safetensors_alone_point_to_their_folder(golden: Path) -> None:
-    with pytest.raises(UnsupportedModelError) as caught:
-        import_model(golden / "llama" / "model.safetensors", name="m")
-    assert str(golden / "llama") in caught.value.hint
-
-
-def test_only_checkpoints_are_rounded(tmp_path: Path, golden: Path) -> None:
-    path = saved(product(), tmp_path)
-
-    with pytest.raises(InvalidRequestError, match="int8") as caught:
-        import_model(path, name="m", quantise="int8")
-
-    assert caught.value.param == "quantise"
-    assert import_model(golden / "llama", name="m", quantise="int8").spec.quantisation == "int8"
-
-
-def test_an_unknown_rounding_lists_the_known_ones(golden: Path) -> None:
-    with pytest.raises(UnsupportedModelError, match="int3") as caught:
-        import_model(golden / "llama", name="m", quantise="int3")
-    assert "int4" in caught.value.hint

@@ -1,7 +1,6 @@
 """Small random GGUF files of every architecture and type, and running canonical and lowered graphs in ONNX Runtime."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import gguf
@@ -14,9 +13,8 @@ from gguf.constants import GGML_QUANT_SIZES
 from gguf.constants import GGMLQuantizationType as Type
 
 from shoal.model.affine import FLOAT_DTYPES, Blocks, Dense, Format, dequantise, part_shape
-from shoal.model.derive import derive
 from shoal.model.gguf import import_gguf
-from shoal.model.lower import Lowered, lower
+from shoal.model.lower import lower
 from shoal.model.rope import Rope, YarnScaling, inverse_frequencies
 from shoal.model.spec import PAST_PREFIX, PRESENT_PREFIX, ImportedModel, ModelKind, ModelSpec
 from shoal.model.transformer import Activation, TransformerConfig, build, matrix_shapes, vector_sizes
@@ -139,7 +137,9 @@ def tiny(write_gguf: Callable[..., Path]) -> Callable[..., ImportedModel]:
 
 
 @pytest.fixture(scope="session")
-def engine() -> Callable[[onnx.ModelProto, Mapping[str, Array]], ort.InferenceSession]:
+def engine(
+    engine_value: Callable[[Array], ort.OrtValue],
+) -> Callable[[onnx.ModelProto, Mapping[str, Array]], ort.InferenceSession]:
     """A session over a graph and its arrays: one thread, nothing fused."""
     kept: list[list[Array]] = []  # the engine reads them in place
 
@@ -149,28 +149,10 @@ def engine() -> Callable[[onnx.ModelProto, Mapping[str, Array]], ort.InferenceSe
         options = ort.SessionOptions()
         options.intra_op_num_threads = 1
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-        options.add_external_initializers(names, [_value(array) for array in kept[-1]])
+        options.add_external_initializers(names, [engine_value(array) for array in kept[-1]])
         return ort.InferenceSession(graph.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
     return open_session
-
-
-def _value(array: Array) -> ort.OrtValue:
-    if array.dtype.name == "bfloat16":
-        return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array.view(np.uint16), onnx.TensorProto.BFLOAT16)
-    return ort.OrtValue.ortvalue_from_numpy(array)
-
-
-@pytest.fixture(scope="session")
-def with_derived() -> Callable[[ImportedModel, Lowered], ImportedModel]:
-    """The lowered graph as a model of its own, derived arrays included."""
-
-    def join(model: ImportedModel, lowered: Lowered) -> ImportedModel:
-        made = {d.name: derive(d.op, [model.tensors[name]() for name in d.inputs]) for d in lowered.derived}
-        tensors = dict(model.tensors) | {name: lambda array=array: array for name, array in made.items()}
-        return replace(model, graph=lowered.graph, tensors=tensors)
-
-    return join
 
 
 class _Buffers:

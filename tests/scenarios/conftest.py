@@ -258,12 +258,23 @@ class Fleet:
         wait: bool = True,
     ) -> DeploymentView | None:
         """Serve *model* as *name*, one stage on each of *places* (*free*: that many stages, wherever the planner likes)."""
-        shape = RequestShape(tokens_in=16, tokens_out=32, context_tokens=context_tokens, slots=slots)
+        shape = RequestShape(tokens_in=8, tokens_out=16, context_tokens=context_tokens, slots=slots)
         pins = () if free else tuple(Pin(block=i, node=m.id) for i, m in enumerate(places[:1]))
         pins += () if free or len(places) < 2 else (Pin(block=self.stock.blocks(model) - 1, node=places[-1].id),)
         with self.asking(at) as shoal:
             shoal.deploy(model, name=name, shape=shape, stages=len(places), pins=pins)
         return self.wait_ready(name, at=at) if wait else None
+
+    def stop(self, name: str) -> None:
+        """End a deployment and wait until its workers are gone."""
+        before = self._workers()
+        stages = len(self.deployment(name).plan.stages)
+        with self.asking() as shoal:
+            shoal.stop(name)
+        self.wait(lambda: self._workers() <= before - stages, f"the workers of {name} have ended")
+
+    def _workers(self) -> int:
+        return sum(len(m.workers()) for m in self.machines)
 
     def wait_ready(self, name: str, *, after_epoch: int = 0, at: Machine | None = None) -> DeploymentView:
         def ready() -> DeploymentView | None:
@@ -271,6 +282,11 @@ class Fleet:
             return view if view and view.state is DeploymentState.READY and view.plan_epoch > after_epoch else None
 
         return self.wait(ready, f"deployment {name} is ready with an epoch above {after_epoch}")
+
+    def dismiss(self, machine: Machine) -> None:
+        """End a node for good."""
+        machine.end()
+        self.machines.remove(machine)
 
     def close(self) -> None:
         self.clients.close()
@@ -457,3 +473,13 @@ def fleet(fleets: Callable[[ExitStack], Fleet]) -> Iterator[Fleet]:
     """An empty fleet for one test."""
     with ExitStack() as stack:
         yield fleets(stack)
+
+
+@pytest.fixture(scope="session")
+def three_nodes(fleets: Callable[[ExitStack], Fleet]) -> Iterator[Fleet]:
+    """Nodes a, b, c, and the tiny model as `two` in two stages of which the first is on a.  Whoever borrows it gives it back so."""
+    with ExitStack() as stack:
+        fleet = fleets(stack)
+        first, *_ = fleet.site("b", "c")
+        fleet.deploy("two", first, first, free=True)
+        yield fleet

@@ -124,8 +124,7 @@ def test_a_cancelled_answer_frees_its_slot_at_once(site: Fleet) -> None:
 
     assert short.usage.completion_tokens == 5
     assert waited_s < 15 * pace_s, f"waited {waited_s:.2f} s; fifty tokens took {pace_s:.2f} s"
-    with site.asking() as shoal:
-        shoal.stop("narrow")
+    site.stop("narrow")
 
 
 def test_a_client_that_vanishes_leaves_a_deployment_that_answers(site: Fleet) -> None:
@@ -190,8 +189,8 @@ def test_where_no_plan_fits_the_error_says_what_is_missing_and_what_would_fit(si
 def test_two_models_answer_at_once_and_an_encoder_may_be_cut_too(site: Fleet) -> None:
     a, b, _ = site.machines
     site.stock.put(a.home, "bert")
-    site.deploy("vectors", a, model="bert", context_tokens=64, wait=False)
-    site.deploy("vectors-of-two", a, b, model="bert", context_tokens=64)
+    site.deploy("vectors", a, model="bert", context_tokens=32, wait=False)
+    site.deploy("vectors-of-two", a, b, model="bert", context_tokens=32)
     site.wait_ready("vectors")
     client = site.openai()
 

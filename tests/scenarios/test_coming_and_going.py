@@ -5,8 +5,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -27,17 +26,12 @@ def shoal(*flags: str, home: Path, **more: str) -> subprocess.CompletedProcess[s
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=30, check=False)
 
 
-@pytest.fixture(scope="module")
-def site(fleets: Callable[[ExitStack], Fleet]) -> Iterator[Fleet]:
-    """Nodes a, b, c; the tiny model in two stages, the first on a."""
-    with ExitStack() as stack:
-        fleet = fleets(stack)
-        first, *_ = fleet.site("b", "c")
-        fleet.deploy("two", first, first, free=True)
-        yield fleet
+@pytest.fixture
+def site(three_nodes: Fleet) -> Fleet:
+    return three_nodes
 
 
-def test_a_node_that_leaves_ends_its_answers_first_then_its_stage_moves(site: Fleet) -> None:
+def test_a_node_that_leaves_ends_its_answers_first_then_its_stage_moves_and_it_may_come_back(site: Fleet) -> None:
     plan = site.deployment("two")
     leaver = next(m for m in site.machines if m.id == plan.plan.stages[-1].node)
     client = site.openai()
@@ -55,6 +49,10 @@ def test_a_node_that_leaves_ends_its_answers_first_then_its_stage_moves(site: Fl
     assert leaver.id not in {s.node for s in view.plan.stages}
     assert leaver.process.wait(timeout=20) == 0
     assert client.chat.completions.create(**ASKED, max_tokens=600).choices[0].message.content == whole
+
+    leaver.start()
+    leaver.wait_up()
+    site.wait_alive(leaver.name)
 
 
 def test_a_fetch_that_was_killed_goes_on_where_it_stopped(site: Fleet) -> None:
@@ -89,18 +87,15 @@ def test_a_fetch_that_was_killed_goes_on_where_it_stopped(site: Fleet) -> None:
         for m in ("two", "fetched")
     ]
     assert answers[0] == answers[1]
-    with site.asking() as asked:
-        asked.stop("fetched")
+    site.stop("fetched")
+    site.dismiss(slow)
 
 
 def test_a_chunk_that_was_damaged_on_disk_is_fetched_again(site: Fleet) -> None:
     a = site.machines[0]
-    other = next(m for m in site.machines[1:] if m.process.poll() is None)
-    before = len(other.workers())
+    other = site.machines[1]
     site.deploy("mended", a, other)
-    with site.asking() as asked:
-        asked.stop("mended")
-    site.wait(lambda: len(other.workers()) == before, "the shard is gone")
+    site.stop("mended")
     store = open_store(other.home)
     weights = {e.chunk.digest: e.chunk.size_bytes for e in site.stock.artifact("tiny").manifest.tensors}
     digest = max((d for d in store.disk.sizes_bytes() if d in weights), key=lambda d: weights[d])
@@ -116,6 +111,7 @@ def test_a_chunk_that_was_damaged_on_disk_is_fetched_again(site: Fleet) -> None:
         for m in ("two", "mended")
     ]
     assert asked_both[0] == asked_both[1]
+    site.stop("mended")
 
 
 def test_a_node_whose_fleet_is_not_there_yet_waits_for_it_and_says_so(fleet: Fleet) -> None:
@@ -167,15 +163,14 @@ def test_commands_find_a_fleet_by_its_address(site: Fleet, tmp_path: Path) -> No
 
 def test_a_stopped_model_that_is_deployed_again_differently_answers_the_same(site: Fleet) -> None:
     a = site.machines[0]
-    other = next(m for m in site.machines[1:] if m.process.poll() is None)
+    other = site.machines[1]
     expected = site.openai().chat.completions.create(**ASKED, max_tokens=30).choices[0].message.content
     epochs = []
     for places in ((a, other), (a,), (a, other)):
         epochs.append(site.deploy("again", *places).plan_epoch)
         answer = site.openai().chat.completions.create(**{**ASKED, "model": "again"}, max_tokens=30)
         assert answer.choices[0].message.content == expected
-        with site.asking() as asked:
-            asked.stop("again")
+        site.stop("again")
 
     assert epochs == sorted(set(epochs)), "an epoch is never used twice: old shards may still lie somewhere"
 
@@ -184,10 +179,9 @@ def test_a_stopped_model_is_gone_and_its_memory_with_it(site: Fleet) -> None:
     a = site.machines[0]
     before = len(a.workers())
     site.deploy("short", a)
-    with site.asking() as asked:
-        asked.stop("short")
+    site.stop("short")
 
-    site.wait(lambda: len(a.workers()) == before, "its worker has ended")
+    assert len(a.workers()) == before
     with pytest.raises(openai.NotFoundError):
         site.openai().chat.completions.create(**{**ASKED, "model": "short"})
     began_s = time.monotonic()

@@ -1,8 +1,8 @@
 """Workers die, nodes die, freeze and come back: it is seen in time, and the service recovers by itself."""
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from queue import SimpleQueue
 from threading import Thread
 from typing import Any
@@ -25,14 +25,9 @@ LOST_S = 2 * 3.0
 ASKED = {"model": "two", "messages": [{"role": "user", "content": "hi"}], "temperature": 0}
 
 
-@pytest.fixture(scope="module")
-def site(fleets: Callable[[ExitStack], Fleet]) -> Iterator[Fleet]:
-    """Nodes a, b, c; the tiny model in two stages, the first on a."""
-    with ExitStack() as stack:
-        fleet = fleets(stack)
-        first, *_ = fleet.site("b", "c")
-        fleet.deploy("two", first, first, free=True)
-        yield fleet
+@pytest.fixture
+def site(three_nodes: Fleet) -> Fleet:
+    return three_nodes
 
 
 def text_of(fleet: Fleet) -> str:

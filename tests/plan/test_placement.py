@@ -8,7 +8,7 @@ from msgspec.structs import replace
 from shoal.ids import NodeId
 from shoal.plan.budget import DeadlineBudget, StepBudget
 from shoal.plan.placement import place
-from shoal.plan.problem import Answer, BlockSpec, Infeasible, Objective, Pin, Plan, Problem, RequestShape
+from shoal.plan.problem import Answer, BlockSpec, Infeasible, Objective, Pin, Plan, Problem, RequestShape, SharedTensor
 
 Chain = Callable[..., Problem]
 N0, N1, N2 = NodeId("n0"), NodeId("n1"), NodeId("n2")
@@ -40,6 +40,15 @@ def test_memory_that_a_layer_wise_search_forgets_is_kept_to_the_end(chain: Chain
 
     assert homes(plan) == "0211"
     assert plan.estimate.latency_s == pytest.approx(51 + 5)
+
+
+def test_a_tied_tensor_takes_its_memory_once_where_its_blocks_meet(chain: Chain) -> None:
+    """Embedding, layer and head of 10, 5 and 10, of which embedding and head share 8: together 17."""
+    tied = (SharedTensor(size_bytes=8, blocks=(0, 2)),)
+
+    assert homes(planned(solve(chain([10, 5, 10], [1, 1], [17, 9], {(0, 1): 1}, shared=tied)))) == "000"
+    assert refused(solve(chain([10, 5, 10], [1, 1], [16, 9], {(0, 1): 1}, shared=tied))).missing_bytes == 1
+    assert refused(solve(chain([10, 5, 10], [1, 1], [17, 9], {(0, 1): 1}))).missing_bytes > 0
 
 
 def test_filling_the_source_first_beats_the_greedy_first_step(chain: Chain) -> None:

@@ -70,7 +70,7 @@ def problems(draw: st.DrawFn) -> Problem:
         shared=tuple(
             SharedTensor(size_bytes=size, blocks=tuple(sorted(uses)))
             for size, uses in draw(
-                st.lists(st.tuples(small, st.sets(st.integers(0, blocks - 1), min_size=2)), max_size=2)
+                st.lists(st.tuples(st.integers(0, 40), st.sets(st.integers(0, blocks - 1), min_size=2)), max_size=1)
             )
         ),
     )
@@ -85,7 +85,7 @@ def _block(index: int) -> st.SearchStrategy[BlockSpec]:
     return st.builds(
         BlockSpec,
         name=st.just(f"block {index}"),
-        weights_bytes=small.map(lambda value: 12 + value * 10),
+        weights_bytes=small.map(lambda value: 40 + value * 10),
         kv_bytes_per_token=st.integers(0, 1),
         output_bytes_per_token=small,
         output_bytes_fixed=small,

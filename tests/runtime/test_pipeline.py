@@ -9,9 +9,7 @@ from hypothesis import strategies as st
 
 from shoal.errors import InvalidRequestError
 from shoal.ids import DeploymentId, RequestId
-from shoal.runtime.effects import (
-    InferArrived,
-)
+from shoal.runtime.effects import CreditArrived, InferArrived
 from shoal.runtime.frames import SubmitInfer, encode
 from shoal.runtime.last import Sampler
 from shoal.runtime.pipeline import LocalPipeline, LocalStage
@@ -279,6 +277,21 @@ def test_never_more_frames_than_credits_are_on_their_way(make_pipeline: Pipeline
 
     assert most == 4
     assert len(pipeline.tokens(RequestId("a"))) == 2
+
+
+@pytest.mark.parametrize(("cuts", "with_credits"), [((3,), False), ((2, 4), True)])
+def test_between_two_stages_answers_are_the_credits(
+    make_pipeline: Pipelines, make_request: Requests, cuts: tuple[int, ...], with_credits: bool
+) -> None:
+    pipeline = make_pipeline(cuts)
+    pipeline.submit(make_request("a", max_tokens=9))
+    told: set[bool] = set()
+    while pipeline.turn() and len(pipeline.tokens(RequestId("a"))) < 9:
+        told |= {isinstance(item, CreditArrived) for *_, item in pipeline._queue}
+    pipeline.run()
+
+    assert (True in told) == with_credits
+    assert all(not machine.unacked for machine in pipeline.machines)
 
 
 def test_sampling_a_position_again_forgets_what_came_after_it() -> None:

@@ -124,6 +124,7 @@ def _take_first(
         return []
     match given:
         case TokensArrived(frame=frame):
+            _acknowledge(state, frame.plan_epoch, frame.step)
             known = frame.plan_epoch == state.settings.plan_epoch and frame.step in first.flights
             state.discarded += not known
             return first.take_tokens(frame) if known else []
@@ -157,13 +158,18 @@ def _plausible(frame: BatchFrame, settings: StageSettings) -> bool:
 
 
 def _credit(state: StageState, frame: CreditFrame) -> list[Effect]:
-    if frame.plan_epoch != state.settings.plan_epoch:
-        state.discarded += 1
-        return []
-    while state.unacked and state.unacked[0][0] <= frame.step:
+    state.discarded += not _acknowledge(state, frame.plan_epoch, frame.step)
+    return []
+
+
+def _acknowledge(state: StageState, plan_epoch: int, step: int) -> bool:
+    """Forget what the next stage is done with: all up to *step*; False when it speaks of another plan."""
+    if plan_epoch != state.settings.plan_epoch:
+        return False
+    while state.unacked and state.unacked[0][0] <= step:
         state.unacked.popleft()
     state.suspected = False
-    return []
+    return True
 
 
 def _tick(state: StageState, now_s: float) -> list[Effect]:
@@ -218,7 +224,9 @@ def _complete(state: StageState, frame: BatchFrame, inputs: Tensors, outputs: Te
     else:
         state.outbox.append((frame, _outgoing(state.settings, frame, inputs, outputs)))
         effects += _flush(state)
-    if state.first is None:
+    # Between two stages the answer says as much as a credit would, and nothing is to be read beside it.
+    answered = state.settings.stages == 2 and frame.wants_answer()
+    if state.first is None and not answered:
         effects.append(SendCredit(frame=CreditFrame(plan_epoch=frame.plan_epoch, step=frame.step)))
     return effects
 

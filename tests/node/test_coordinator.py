@@ -289,7 +289,9 @@ def test_an_order_that_is_refused_for_a_newer_lease_ends_ours(journal: Journal) 
     run(journal, use)
 
 
-def test_a_standby_takes_over_what_was_wanted_and_plans_nothing_anew(tmp_path: Path, journal: Journal) -> None:
+def test_a_standby_takes_over_what_was_wanted_and_plans_anew_only_when_it_must(
+    tmp_path: Path, journal: Journal
+) -> None:
     heard: list[CoordinatorView] = []
     nodes = Nodes(ManualClock(100))
 
@@ -297,21 +299,28 @@ def test_a_standby_takes_over_what_was_wanted_and_plans_nothing_anew(tmp_path: P
         await office.leads()
         await office.coordinator.want(SPEC)
         await office.until(Phase.SERVING)
+        await office.coordinator.drop(CHAT)
+        await office.coordinator.want(SPEC)
+        await office.until(Phase.SERVING)
         heard.append(office.said[-1])
 
     async def standby(office: Office) -> None:
         office.coordinator.hear_view(heard[0])
+        before = len(nodes.orders)
         await office.until(Phase.SERVING)
+        last = heard[0].find(CHAT).deployment
         assert office.coordinator.lease.fencing_epoch > heard[0].lease.fencing_epoch
-        status = office.said[-1].find(CHAT)
-        assert status.deployment == heard[0].find(CHAT).deployment, "what works is not planned again"
+        assert office.said[-1].find(CHAT).deployment == last, "what works is not planned again"
+        assert nodes.orders[before:] == []
+
+        nodes.alive = {B}
+        await office.until(Phase.SERVING, B)
+        assert office.said[-1].find(CHAT).deployment.plan_epoch > last.plan_epoch > 1
 
     run(journal, leader, nodes=nodes)
-    before = len(nodes.orders)
     other = Journal(tmp_path / "other.db")
     run(other, standby, eager=False, nodes=nodes, me=B)
     other.close()
-    assert nodes.orders[before:] == []
 
 
 def test_a_coordinator_that_was_replaced_while_it_was_away_forgets_what_it_wanted(journal: Journal) -> None:

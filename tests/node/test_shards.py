@@ -45,6 +45,7 @@ class Worker:
         return self.reason
 
     async def stop(self) -> None:
+        await anyio.sleep(0.02)  # giving memory back takes a while
         self.log.append("stopped")
         self.ended.set()
 
@@ -151,7 +152,8 @@ def test_a_wiring_that_comes_before_the_worker_is_ready_waits_for_it(journal: Jo
         assert not bench.told
 
         bench.says(shard(), ShardState.READY)
-        assert [w.next_locators for w in bench.told] == [("tcp/1.1.1.1:1",)]
+        await bench.until(lambda: bench.told)
+        assert {w.next_locators for w in bench.told} == {("tcp/1.1.1.1:1",)}
 
     run(journal, use)
 

@@ -31,6 +31,7 @@ def site(three_nodes: Fleet) -> Fleet:
     return three_nodes
 
 
+@pytest.mark.slow
 def test_a_node_that_leaves_ends_its_answers_first_then_its_stage_moves_and_it_may_come_back(site: Fleet) -> None:
     plan = site.deployment("two")
     leaver = next(m for m in site.machines if m.id == plan.plan.stages[-1].node)
@@ -55,6 +56,7 @@ def test_a_node_that_leaves_ends_its_answers_first_then_its_stage_moves_and_it_m
     site.wait_alive(leaver.name)
 
 
+@pytest.mark.slow
 def test_a_fetch_that_was_killed_goes_on_where_it_stopped(site: Fleet) -> None:
     a = site.machines[0]
     slow = site.join("slow", "--link", f"{a.id}=20ms,4mbit")
@@ -91,6 +93,7 @@ def test_a_fetch_that_was_killed_goes_on_where_it_stopped(site: Fleet) -> None:
     site.dismiss(slow)
 
 
+@pytest.mark.slow
 def test_a_chunk_that_was_damaged_on_disk_is_fetched_again(site: Fleet) -> None:
     a = site.machines[0]
     other = site.machines[1]
@@ -114,6 +117,7 @@ def test_a_chunk_that_was_damaged_on_disk_is_fetched_again(site: Fleet) -> None:
     site.stop("mended")
 
 
+@pytest.mark.slow
 def test_a_node_whose_fleet_is_not_there_yet_waits_for_it_and_says_so(fleet: Fleet) -> None:
     with closing(socket.socket()) as probe:
         probe.bind(("127.0.0.1", 0))
@@ -161,6 +165,7 @@ def test_commands_find_a_fleet_by_its_address(site: Fleet, tmp_path: Path) -> No
     assert "two" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_stopped_model_that_is_deployed_again_differently_answers_the_same(site: Fleet) -> None:
     a = site.machines[0]
     other = site.machines[1]

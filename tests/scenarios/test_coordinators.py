@@ -74,6 +74,7 @@ def site(fleets: Callable[[ExitStack], Fleet]) -> Iterator[Fleet]:
         yield fleet
 
 
+@pytest.mark.slow
 def test_a_standby_takes_over_and_what_is_served_goes_on(site: Fleet) -> None:
     a, b, c = site.machines
     before = {name: (text_of(site, b, name), site.deployment(name, b).plan_epoch) for name in ("mine", "solo")}
@@ -97,6 +98,7 @@ def test_a_standby_takes_over_and_what_is_served_goes_on(site: Fleet) -> None:
     assert text_of(site, b, "mine") == before["mine"][0]
 
 
+@pytest.mark.slow
 def test_a_coordinator_that_comes_back_follows_the_one_that_took_over(site: Fleet) -> None:
     a, b, _ = site.machines
     site.wait(lambda: (v := lease_at(b)) and v.lease.holder == b.id, "b leads", 15)
@@ -122,6 +124,7 @@ def _deployments(fleet: Fleet, at: Machine) -> Any:  # noqa: ANN401
         return shoal.deployments()
 
 
+@pytest.mark.slow
 def test_a_fleet_without_coordinator_serves_on_and_a_node_that_restarts_serves_its_last_plan(fleet: Fleet) -> None:
     a = fleet.up("a")
     a.wait_up()

@@ -95,6 +95,7 @@ def test_when_a_worker_is_killed_the_stream_ends_with_an_error_and_the_service_r
     assert text_of(site) == before
 
 
+@pytest.mark.slow
 def test_a_killed_node_is_seen_in_time_and_its_stage_moves(site: Fleet) -> None:
     before, epoch = text_of(site), site.deployment("two").plan_epoch
     lost = second_of(site)
@@ -135,6 +136,7 @@ def test_a_node_that_was_killed_comes_back_as_itself(site: Fleet) -> None:
         assert first.incarnation > (before.incarnation if before else 1)
 
 
+@pytest.mark.slow
 def test_a_frozen_node_is_seen_in_time_and_is_itself_again_afterwards(site: Fleet) -> None:
     before, epoch = text_of(site), site.deployment("two").plan_epoch
     frozen = second_of(site)

@@ -156,6 +156,7 @@ def test_ctrl_c_ends_a_pull_with_130_and_leaves_nothing(tmp_path: Path) -> None:
     program = """
 import os, signal, sys
 import shoal.node.pull
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that runs us in the background ignores it for us
 def interrupted(ref, *rest):
     os.kill(os.getpid(), signal.SIGINT)
     signal.pause()

@@ -267,12 +267,12 @@ async def test_signs_of_life_keep_a_waiting_request_alive_and_are_not_passed_on(
     deltas: list[OutputDelta] = []
 
     async def read() -> None:
-        deltas.extend(await collect(StagedExecutor(client, silence_s=0.4), request("a", max_tokens=2)))
+        deltas.extend(await collect(StagedExecutor(client, silence_s=2.0), request("a", max_tokens=2)))
 
     async with anyio.create_task_group() as group:
         group.start_soon(read)
         for _ in range(4):  # longer in all than the silence that would end it
-            await anyio.sleep(0.15)
+            await anyio.sleep(0.6)
             client.ears[RequestId("a")](OutputDelta(request=RequestId("a")))
         client.awake = True
 

@@ -15,6 +15,7 @@ from shoal.fleet.spec import DeploymentSpec
 from shoal.fleet.state import Deployment
 from shoal.fleet.view import CoordinatorView, DeploymentStatus, Lease
 from shoal.ids import DeploymentId, Digest, NodeId, RequestId
+from shoal.node.artifacts import Artifacts
 from shoal.node.gateway import Models
 from shoal.node.journal import Journal
 from shoal.node.last_plan import alone, recall, remember, says_the_same
@@ -70,7 +71,7 @@ def run(
         async def scenario() -> None:
             clock = ManualClock()
             desk = AnswerDesk(bus_of("gateway"), "f", ME, clock, log)
-            models = Models(ME, tiny_store[0], desk, clock, lambda: 1.0, lambda: "id", log)
+            models = Models(ME, tiny_store[0], Artifacts(tiny_store[0]), desk, clock, lambda: 1.0, lambda: "id", log)
             with anyio.fail_after(20):
                 async with anyio.create_task_group() as group:
                     group.start_soon(models.run)

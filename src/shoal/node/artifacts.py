@@ -1,5 +1,7 @@
 """From a manifest in the store to what an engine loads: the one path that agents (fetching) and workers (loading) share."""
 
+import threading
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -19,6 +21,8 @@ from shoal.store.library import decode_manifest
 from shoal.store.manifest import Manifest, TensorEntry
 from shoal.store.peer import Fetcher
 from shoal.store.tensor import open_array
+
+_KEPT = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,10 +47,32 @@ def open_artifact(store: Store, digest: Digest) -> Artifact:
     return Artifact(digest=digest, manifest=manifest, graph=graph, blocks=blocks(graph))
 
 
-def fetch_artifact(fetcher: Fetcher, store: Store, digest: Digest, sources: Sequence[NodeId]) -> Artifact:
+class Artifacts:
+    """The artifacts that a node opened last, for any thread.
+
+    A digest's manifest never changes, and cutting its graph into blocks keeps the interpreter busy for a fifth of a second.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._opened: OrderedDict[Digest, Artifact] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def open(self, digest: Digest) -> Artifact:
+        """As `open_artifact`."""
+        with self._lock:
+            if digest not in self._opened:
+                self._opened[digest] = open_artifact(self._store, digest)
+            self._opened.move_to_end(digest)
+            if len(self._opened) > _KEPT:
+                self._opened.popitem(last=False)
+            return self._opened[digest]
+
+
+def fetch_artifact(fetcher: Fetcher, artifacts: Artifacts, digest: Digest, sources: Sequence[NodeId]) -> Artifact:
     """Have manifest, graph and small files here, from here or from *sources*.  Blocks: run it on a thread."""
     fetcher.model(digest, sources, lambda manifest: [manifest.graph, *(f.chunk for f in manifest.files)])
-    return open_artifact(store, digest)
+    return artifacts.open(digest)
 
 
 def shard_tensors(artifact: Artifact, start: int, stop: int) -> tuple[TensorEntry, ...]:

@@ -25,7 +25,7 @@ from shoal.fleet.report import NodeFacts
 from shoal.fleet.views import JoinView
 from shoal.ids import Digest, NodeId
 from shoal.node.agent import Agent
-from shoal.node.artifacts import fetch_artifact, fetch_shard
+from shoal.node.artifacts import Artifacts, fetch_artifact, fetch_shard
 from shoal.node.calls import Caller, Handler
 from shoal.node.coordinator import Coordinator
 from shoal.node.desk import CoordinatorDesk
@@ -140,6 +140,7 @@ class _Parts:
     clock: Clock
     me: NodeId
     store: Store
+    artifacts: Artifacts
     journal: Journal
     fabric: ZenohBus
     bus: Bus
@@ -167,6 +168,7 @@ def _open_parts(options: NodeOptions, log: FilteringBoundLogger, url: str) -> _P
         clock=SystemClock(),
         me=me,
         store=store,
+        artifacts=Artifacts(store),
         journal=journal,
         fabric=fabric,
         bus=bus,
@@ -180,7 +182,7 @@ def _open_parts(options: NodeOptions, log: FilteringBoundLogger, url: str) -> _P
 async def _run(parts: _Parts, gateway: _Gateway | None, started: Callable[[Running], None]) -> None:
     options, fleet, me = parts.options, parts.options.fleet, parts.me
     desk = AnswerDesk(parts.bus, fleet, me, parts.clock, parts.log)
-    models = Models(me, parts.store, desk, parts.clock, time.time, new_id, parts.log)
+    models = Models(me, parts.store, parts.artifacts, desk, parts.clock, time.time, new_id, parts.log)
     voice, bell = Voice(parts.bus, fleet, me, models.hear), Bell()
     agent = _agent(parts, voice, bell, models)
     serving: list[Closable] = [
@@ -221,7 +223,7 @@ def _agent(parts: _Parts, voice: Voice, bell: Bell, models: Models) -> Agent:
     options, facts = parts.options, parts.facts
     keeper = ShardKeeper(
         parts.journal,
-        partial(fetch_hold, parts.fetcher, parts.store),
+        partial(fetch_hold, parts.fetcher, parts.artifacts),
         partial(launch_hold, options, parts.me, parts.fabric.locators[0]),
         voice.tell_worker,
         bell.ring,
@@ -231,6 +233,7 @@ def _agent(parts: _Parts, voice: Voice, bell: Bell, models: Models) -> Agent:
         fleet=options.fleet,
         bus=parts.bus,
         store=parts.store,
+        artifacts=parts.artifacts,
         fetcher=parts.fetcher,
         clock=parts.clock,
         threads=engine_threads(options, facts.cores),
@@ -353,7 +356,7 @@ async def launch_hold(options: NodeOptions, me: NodeId, agent_locator: str, hold
     return await launch(spec)
 
 
-async def fetch_hold(fetcher: Fetcher, store: Store, hold: Hold, arrived: Callable[[int], None]) -> None:
+async def fetch_hold(fetcher: Fetcher, artifacts: Artifacts, hold: Hold, arrived: Callable[[int], None]) -> None:
     """Bring the chunks of a shard here; *arrived* is called on the event loop.  Cancelled, it ends with the next piece."""
 
     def tell(size_bytes: int) -> None:
@@ -361,7 +364,7 @@ async def fetch_hold(fetcher: Fetcher, store: Store, hold: Hold, arrived: Callab
         anyio.from_thread.run_sync(arrived, size_bytes)
 
     def work() -> None:
-        artifact = fetch_artifact(fetcher, store, hold.manifest, hold.sources)
+        artifact = fetch_artifact(fetcher, artifacts, hold.manifest, hold.sources)
         fetch_shard(fetcher, artifact, (hold.start, hold.stop), hold.sources, tell)
 
     await anyio.to_thread.run_sync(work)

@@ -15,10 +15,10 @@ from shoal.fleet.reconcile import Phase
 from shoal.fleet.report import ShardId
 from shoal.fleet.view import CoordinatorView, DeploymentStatus
 from shoal.fleet.views import ComponentHealth, DeploymentHealth, HealthView
-from shoal.ids import DeploymentId, NodeId, RequestId
+from shoal.ids import DeploymentId, Digest, NodeId, RequestId
 from shoal.model.codec import ModelCodec
 from shoal.model.spec import ModelKind, ModelSpec
-from shoal.node.artifacts import Artifact, open_artifact
+from shoal.node.artifacts import Artifact, Artifacts
 from shoal.node.pipeline import AnswerDesk, Pipeline
 from shoal.plan.problem import Plan
 from shoal.runtime.executor.staged import StagedExecutor
@@ -44,6 +44,7 @@ class Models:
 
     me: NodeId
     store: Store
+    artifacts: Artifacts
     desk: AnswerDesk
     clock: Clock
     unix_s: Callable[[], float]
@@ -53,6 +54,7 @@ class Models:
     _open: dict[DeploymentId, _Open] = field(default_factory=dict)
     _closed: dict[DeploymentId, str] = field(default_factory=dict)
     """Why those that serve cannot be opened here."""
+    _codecs: dict[Digest, ModelCodec | None] = field(default_factory=dict)
     _news: anyio.Event = field(default_factory=anyio.Event)
 
     def hear(self, view: CoordinatorView) -> None:
@@ -76,16 +78,16 @@ class Models:
         self._news.set()
 
     async def run(self) -> None:
-        """Open pipelines that begin to serve, until cancelled."""
+        """Open pipelines that begin to serve, until cancelled; their text is prepared while their engines load."""
         while True:
             self._news = anyio.Event()
-            for status in self.view.deployments if self.view is not None else ():
-                name = status.deployment.spec.deployment
-                if (
-                    status.phase is Phase.SERVING
-                    and name not in self._open
-                    and status.deployment.spec.source == self.me
-                ):
+            statuses = self.view.deployments if self.view is not None else ()
+            mine = [s for s in statuses if s.deployment.spec.source == self.me]
+            wanted = {s.deployment.spec.manifest for s in mine}
+            self._codecs = {digest: codec for digest, codec in self._codecs.items() if digest in wanted}
+            for status in mine:
+                opening = status.phase in {Phase.LOADING, Phase.SERVING}
+                if opening and status.deployment.spec.deployment not in self._open:
                     await self._try_open(status)
             await self._news.wait()
 
@@ -196,14 +198,14 @@ class Models:
         self._closed.pop(name, None)
         current = self.view.find(name) if self.view is not None else None
         if current is not None and _epoch(current) == _epoch(status) and current.phase is Phase.SERVING:
-            self._open[name] = opened
+            self._open[name] = _Open(current, opened.pipeline, opened.served)
 
     def _make(self, status: DeploymentStatus) -> _Open:
         deployment = status.deployment
         spec, answer = deployment.spec, deployment.answer
         if not isinstance(answer, Plan):
             raise UnavailableError(f"{spec.deployment} has no plan")
-        artifact = open_artifact(self.store, spec.manifest)
+        artifact = self.artifacts.open(spec.manifest)
         shard = ShardId(deployment=spec.deployment, plan_epoch=deployment.plan_epoch, stage=0)
         pipeline = Pipeline(self.desk, spec.deployment, answer.stages[0].node, shard)
         model = artifact.manifest.spec
@@ -222,6 +224,11 @@ class Models:
         return _Open(status, pipeline, served)
 
     def _codec(self, artifact: Artifact) -> ModelCodec | None:
+        if artifact.digest not in self._codecs:
+            self._codecs[artifact.digest] = self._read_codec(artifact)
+        return self._codecs[artifact.digest]
+
+    def _read_codec(self, artifact: Artifact) -> ModelCodec | None:
         files = {f.name: read_file(self.store.chunks, artifact.manifest, f.name) for f in artifact.manifest.files}
         present = {name: data for name, data in files.items() if data is not None}
         return ModelCodec.from_files(present, self.unix_s) if "tokenizer.json" in present else None

@@ -17,7 +17,7 @@ from shoal.errors import DeadlineExceededError, UnavailableError
 from shoal.fleet.faults import restore
 from shoal.fleet.report import NodeFacts
 from shoal.ids import Digest, NodeId
-from shoal.node.artifacts import Artifact, fetch_artifact, open_artifact
+from shoal.node.artifacts import Artifact, Artifacts, fetch_artifact
 from shoal.node.messages import BlocksOf, Links, ModelBlocks, ProbeLinks, Profiled, ProfileModel
 from shoal.node.probe import measure_links
 from shoal.node.trials import COLD_BYTES, TrialResult, TrialSpec
@@ -37,6 +37,7 @@ class Measurer:
     fleet: str
     bus: Bus
     store: Store
+    artifacts: Artifacts
     fetcher: Fetcher
     clock: Clock
     threads: int
@@ -62,12 +63,12 @@ class Measurer:
     async def blocks(self, body: bytes) -> bytes:
         """The blocks of a model that this node has."""
         wanted = msgspec.msgpack.decode(body, type=ModelBlocks)
-        artifact = await anyio.to_thread.run_sync(open_artifact, self.store, wanted.manifest)
+        artifact = await anyio.to_thread.run_sync(self.artifacts.open, wanted.manifest)
         return msgspec.msgpack.encode(BlocksOf(spec=artifact.manifest.spec, blocks=artifact.blocks))
 
     def _fetch_samples(self, wanted: ProfileModel) -> None:
         """Weights to time: of each kind as many blocks as take turns, no more than half of what this node may hold."""
-        artifact = fetch_artifact(self.fetcher, self.store, wanted.manifest, wanted.sources)
+        artifact = fetch_artifact(self.fetcher, self.artifacts, wanted.manifest, wanted.sources)
         names = _sample_tensors(artifact, self.facts().memory_budget_bytes)
         chunks = [entry.chunk for entry in artifact.manifest.tensors if entry.name in names]
         arrived = anyio.from_thread.check_cancelled  # a node that stops does not wait for the rest

@@ -16,7 +16,7 @@ from shoal.fleet.report import NodeFacts, NodeReport, ShardId, ShardReport, Shar
 from shoal.fleet.spec import DeploymentSpec
 from shoal.fleet.view import CoordinatorView, Lease
 from shoal.ids import DeploymentId, Digest, NodeId
-from shoal.node.coordinator import LEASE_S, Coordinator
+from shoal.node.coordinator import LEASE_S, RETRY_PLAN_S, Coordinator
 from shoal.node.journal import Journal
 from shoal.node.last_plan import remember
 from shoal.plan.problem import Answer, Estimate, Infeasible, Objective, Plan, RequestShape, Stage
@@ -400,3 +400,27 @@ def test_a_standby_that_restarts_alone_still_knows_what_the_fleet_wanted(tmp_pat
     run(journal, leader, nodes=nodes)
     run(other, standby, eager=False, nodes=nodes, me=B)
     other.close()
+
+
+def test_what_had_no_place_is_planned_at_once_when_a_node_comes_however_often_it_was_tried(journal: Journal) -> None:
+    async def use(office: Office) -> None:
+        tries: list[float] = []
+
+        def answer(usable: list[NodeId]) -> Answer:
+            tries.append(office.clock.now_s())
+            if C not in usable:
+                raise UnavailableError("not measured")
+            return plan(*sorted(usable))
+
+        office.nodes.answer = answer
+        await office.leads()
+        await office.coordinator.want(SPEC)
+        await office.see(lambda: len(tries) == 4)
+        assert tries[3] - tries[2] > 2 * RETRY_PLAN_S, "it is tried ever more rarely"
+
+        office.nodes.alive.add(C)
+        came_s = office.clock.now_s()
+        await office.until(Phase.SERVING)
+        assert tries[-1] - came_s < RETRY_PLAN_S
+
+    run(journal, use)

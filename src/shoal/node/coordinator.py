@@ -282,6 +282,10 @@ class Coordinator:
             now = standing(member, now_s)
             if self._standings.get(node) is not now:
                 self.note(f"node.{now.value}", member.report.facts.name, node=node)
+                if now is Standing.ALIVE and self._standings.get(node) is not Standing.SUSPECT:
+                    # It has come, or come back: what had no place may have one now.
+                    self._refused_until_s.clear()
+                    self._vain_plans.clear()
                 self._standings[node] = now
             if now_s - member.heard_s > (LOST_AFTER_S if member.report.leaving else FORGET_AFTER_S):
                 forgotten = NodeForgotten(node=node, incarnation=member.report.incarnation)

@@ -140,6 +140,21 @@ def test_a_manifest_from_elsewhere_does_not_replace_another_version(store: Store
     assert store.library.read(names[1]) == theirs
 
 
+def test_a_model_that_is_here_already_is_not_published_again(tmp_path: Path, small_model: Make) -> None:
+    store = open_store(tmp_path)
+    manifest = write_model(store, small_model(seed=1))
+    store.library.write("small", manifest)
+    [path] = (tmp_path / "models").glob("*.json")
+    before = path.stat().st_ino
+
+    assert store.library.adopt(manifest) == "small"
+    assert path.stat().st_ino == before
+
+    store.disk.drop(store.library.digest("small"))
+    store.library.adopt(manifest)
+    assert store.chunks.get(store.library.digest("small")) is not None
+
+
 def test_a_model_that_cannot_fit_is_refused_before_a_byte_is_written(tmp_path: Path, small_model: Make) -> None:
     store = open_store(tmp_path, quota_bytes=9000)
 

@@ -117,10 +117,13 @@ class Library:
 
         That is its own, or with its digest appended where another version has that name here.
         """
-        digest = digest_of(encode_manifest(manifest))
+        data = encode_manifest(manifest)
+        digest = digest_of(data)
         own = manifest.spec.name
-        name = own if self._bytes(own) is None or self.digest(own) == digest else f"{own[:80]}-{digest[:8]}"
-        self.write(name, manifest)
+        name = own if self._bytes(own) in {None, data} else f"{own[:80]}-{digest[:8]}"
+        # Publishing waits for the disk: what is here as it should be is left alone.
+        if self._bytes(name) != data or self._chunks.get(digest) is None:
+            self.write(name, manifest)
         return name
 
     def remove(self, name: str) -> None:

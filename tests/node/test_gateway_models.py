@@ -89,6 +89,23 @@ async def opened(models: Models, told: CoordinatorView) -> None:
         await anyio.sleep(0.005)
 
 
+def test_a_model_is_made_ready_while_its_engine_loads_and_answers_when_that_is_there(
+    run: Callable[..., None], tiny_store: Tiny
+) -> None:
+    async def use(models: Models) -> None:
+        for sequence in (1, 2):
+            models.hear(view(sequence, tiny_store[1], Phase.LOADING))
+            await anyio.wait_all_tasks_blocked()
+            assert not models._codecs or sequence == 2
+        while not models._codecs:  # noqa: ASYNC110 - made ready in a task of its own
+            await anyio.sleep(0.005)
+        assert not models.answers(CHAT)
+
+        await opened(models, view(3, tiny_store[1], Phase.SERVING))
+
+    run(use)
+
+
 def test_a_model_is_answered_for_once_it_serves_with_the_context_of_its_plan(
     run: Callable[..., None], tiny_store: Tiny
 ) -> None:

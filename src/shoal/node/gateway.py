@@ -79,6 +79,7 @@ class Models:
 
     async def run(self) -> None:
         """Open pipelines that begin to serve, until cancelled; their text is prepared while their engines load."""
+        loading: set[tuple[DeploymentId, int, int]] = set()
         while True:
             self._news = anyio.Event()
             statuses = self.view.deployments if self.view is not None else ()
@@ -86,9 +87,12 @@ class Models:
             wanted = {s.deployment.spec.manifest for s in mine}
             self._codecs = {digest: codec for digest, codec in self._codecs.items() if digest in wanted}
             for status in mine:
-                opening = status.phase in {Phase.LOADING, Phase.SERVING}
-                if opening and status.deployment.spec.deployment not in self._open:
+                known = (status.deployment.spec.deployment, *_epoch(status))
+                # Not at the first view that says loading: reading a tokenizer would hold up the start of the worker.
+                early = status.phase is Phase.LOADING and known in loading
+                if (early or status.phase is Phase.SERVING) and status.deployment.spec.deployment not in self._open:
                     await self._try_open(status)
+            loading = {(s.deployment.spec.deployment, *_epoch(s)) for s in mine if s.phase is Phase.LOADING}
             await self._news.wait()
 
     def served(self) -> Sequence[ServedModel]:

@@ -130,7 +130,7 @@ def _running(home: Path, process: subprocess.Popen[bytes]) -> Running:
     return said
 
 
-def wait_until(asked: Callable[[], object], what: str, limit_s: float, *, every_s: float = 0.02) -> object:
+def wait_until(asked: Callable[[], object], what: str, limit_s: float, *, every_s: float = 0.05) -> object:
     """The first true answer of *asked*; ends the benchmark when none comes."""
     began_s = time.monotonic()
     while time.monotonic() - began_s < limit_s:

@@ -160,8 +160,9 @@ def spread(values: Sequence[float]) -> Values:
 
 
 def child_environment() -> dict[str, str]:
-    """Ours without what only the benchmarks read: a node refuses settings that it does not know."""
-    return {key: value for key, value in os.environ.items() if not key.startswith("SHOAL_BENCH_")}
+    """Ours without what only the benchmarks read (a node would refuse it), and with bytecode kept, as users have it."""
+    unwanted = ("SHOAL_BENCH_", "PYTHONDONTWRITEBYTECODE")
+    return {key: value for key, value in os.environ.items() if not key.startswith(unwanted)}
 
 
 @contextmanager

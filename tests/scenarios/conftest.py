@@ -255,12 +255,17 @@ class Fleet:
         context_tokens: int = TINY_CONTEXT,
         slots: int = 2,
         free: bool = False,
+        most_on_last: bool = False,
         wait: bool = True,
     ) -> DeploymentView | None:
-        """Serve *model* as *name*, one stage on each of *places* (*free*: that many stages, wherever the planner likes)."""
+        """Serve *model* as *name*, one stage on each of *places* (*free*: that many stages, wherever the planner likes).
+
+        *most_on_last*: the last of two places has all blocks but the first.
+        """
         shape = RequestShape(tokens_in=8, tokens_out=16, context_tokens=context_tokens, slots=slots)
         pins = () if free else tuple(Pin(block=i, node=m.id) for i, m in enumerate(places[:1]))
         pins += () if free or len(places) < 2 else (Pin(block=self.stock.blocks(model) - 1, node=places[-1].id),)
+        pins += (Pin(block=1, node=places[-1].id),) if most_on_last else ()
         with self.asking(at) as shoal:
             shoal.deploy(model, name=name, shape=shape, stages=len(places), pins=pins)
         return self.wait_ready(name, at=at) if wait else None

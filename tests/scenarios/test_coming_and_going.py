@@ -62,7 +62,7 @@ def test_a_fetch_that_was_killed_goes_on_where_it_stopped(site: Fleet) -> None:
     slow = site.join("slow", "--link", f"{a.id}=20ms,4mbit")
     slow.wait_up()
     site.wait_alive("slow")
-    site.deploy("fetched", a, slow, wait=False)
+    site.deploy("fetched", a, slow, most_on_last=True, wait=False)
     store = open_store(slow.home)
     weights = {e.chunk.digest for e in site.stock.artifact("tiny").manifest.tensors}
 

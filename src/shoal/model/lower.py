@@ -28,7 +28,7 @@ from shoal.model.functions import CACHED_ATTENTION, DOMAIN, SILU, UNBOUNDED
 from shoal.model.products import Rounding, Stack, emit_stack, stacks_of
 from shoal.model.spec import LOGITS, PAST_PREFIX, PRESENT_PREFIX, SEQLENS_K, TOTAL_SEQUENCE_LENGTH
 
-VERSION = 2
+VERSION = 3
 ROTATED_MULTIPLE = 16
 """What the size of a head, and how much of it is rotated, must be whole multiples of (ONNX Runtime, CPU)."""
 
@@ -75,7 +75,7 @@ def lower(graph: onnx.ModelProto, *, target: str = "cpu", context_tokens: int | 
     taken_in = {name for stack in stacks for product in stack.products for name in (product.call, product.output)}
     for node in source.node:
         if stack := first_calls.get(node.output[0]):
-            fine = lowering.accuracy_level > 0 and (stack in packed.values() or stack.output == LOGITS)
+            fine = lowering.accuracy_level > 0 and stack.output == LOGITS
             rounding = Rounding(accuracy_level=lowering.accuracy_level, fine=fine)
             emit_stack(emitter, stack, rounding=rounding, split=stack not in packed.values())
         elif node.output[0] in taken_in:

@@ -3,10 +3,10 @@
 `MatMulNBits` computes d * (q - Z) with Z = 8 (4 bits) or 128 (8 bits).  What an affine block has beyond that, m + (Z - z) d, is one
 number per block, so its product with the input is a product with the input's block sums: K / 32 columns instead of K.
 
-The fast kernel rounds the input to int8 with one scale per block of the weights.  Where that rounding costs the answer most (what
-attention is made of, and the head), each block of 32 is given to the engine as two of 16 with the same scale: the numbers of
-the weights stay what they are, the input is rounded with twice as many scales.  On SmolLM2 the two took the mean KL from 3.4e-3 to
-2.6e-3 nats per token, for about 5 MB of repeated scales.
+The fast kernel rounds the input to int8 with one scale per block of the weights.  Where that rounding costs the answer most (the
+head), each block of 32 is given to the engine as two of 16 with the same scale: the numbers of the weights stay what they are, the
+input is rounded with twice as many scales.  On SmolLM2 this took the mean KL over 2,048 tokens from 3.46e-3 to 2.97e-3 nats per
+token for 3 % of a decode step; the inputs of attention on top of it would give 2.60e-3 for another 4 %.
 """
 
 from collections import Counter, defaultdict

@@ -222,8 +222,8 @@ def test_a_graph_that_is_not_canonical_passes_unchanged() -> None:
 def test_targets_are_named_and_versioned(tiny: Tiny) -> None:
     graph = tiny("llama").graph
 
-    assert lower(graph).name == "cpu/2"
-    assert lower(graph, target="cpu-exact").name == "cpu-exact/2"
+    assert lower(graph).name == "cpu/3"
+    assert lower(graph, target="cpu-exact").name == "cpu-exact/3"
     with pytest.raises(UnsupportedModelError, match="tpu"):
         lower(graph, target="tpu")
 

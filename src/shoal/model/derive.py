@@ -8,6 +8,9 @@ arguments carry them in the name, after colons.
     scales:PARTS            d of several matrices stacked, each PARTS times in a row, fp32 [rows * blocks * PARTS]
     vectors                 vectors one after another, fp32
     dense                   matrices stacked and transposed, fp32 [columns, rows]
+    folded:BITS:BLOCK:Z:PARTS   numbers of affine matrices (q1, d1, m1, q2, ...) stacked on their rows, with their offsets behind
+                            (`shoal.model.offsets`), each block taken as PARTS blocks; Z is the stored numbers' zero point
+    folded_scales, folded_zeros   what belongs to them, with the same arguments, flat
     correction:Z            m + Z d of several matrices (d1, m1, d2, m2, ...) stacked and transposed, fp32 [blocks, rows]
     cos:POSITIONS:SCALE     rotary table times SCALE from inverse frequencies, fp32 [positions, dims / 2]; sin likewise
 """
@@ -18,6 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from shoal.model.affine import Array, Floats
+from shoal.model.offsets import folded_numbers, folded_scales, folded_zeros, offsets_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +53,11 @@ def derive(op: str, arrays: Sequence[Array]) -> Array:
             return np.concatenate([a.astype(np.float32).ravel() for a in arrays])
         case "dense":
             return _transposed([a.astype(np.float32) for a in arrays])
+        case "folded" | "folded_scales" | "folded_zeros":
+            bits, block, parts = int(arguments[0]), int(arguments[1]), int(arguments[3])
+            triples = zip(arrays[0::3], arrays[1::3], arrays[2::3], strict=True)
+            folds = [_fold(kind, qdm, (bits, block, parts), float(arguments[2])) for qdm in triples]
+            return np.concatenate(folds)
         case "correction":
             return _transposed(
                 [_correction(d, m, float(arguments[0])) for d, m in zip(arrays[0::2], arrays[1::2], strict=True)]
@@ -64,6 +73,21 @@ def _transposed(matrices: Sequence[Floats]) -> Array:
     rows = sum(len(m) for m in matrices)
     out = np.empty((matrices[0].shape[1], rows), np.float32)
     return np.concatenate([m.T for m in matrices], axis=1, out=out)
+
+
+def _fold(kind: str, qdm: tuple[Array, Array, Array], layout: tuple[int, int, int], zero_point: float) -> Array:
+    q, d, m = qdm
+    bits, block, parts = layout
+    offsets = offsets_of(d, m, zero_point=zero_point, bits=bits, block=block)
+    match kind:
+        case "folded":
+            numbers = folded_numbers(q.view(np.uint8), offsets, bits)
+            rows, blocks, size = numbers.shape
+            return numbers.reshape(rows, blocks * parts, size // parts)
+        case "folded_scales":
+            return folded_scales(d, offsets, parts)
+        case _:
+            return folded_zeros(offsets, bits, parts)
 
 
 def _correction(d: Array, m: Array, zero_point: float) -> Floats:

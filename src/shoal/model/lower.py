@@ -3,8 +3,8 @@
 A pure, named, versioned pass.  Every call of a canonical function is replaced in its place:
 
 - products in blocks become `MatMulNBits`; products of one input and one format (q, k, v; gate, up) become one.  Its fast kernel
-  has no float zero points, so an affine block d * q + m is split into d * (q - z) and (m + z d), the second part being a small
-  product of the per-block sums of the input;
+  has no float zero points, so an affine block d * q + m is split into d * (q - z) and an offset, which is multiplied by the sum
+  of the block's inputs (`shoal.model.products`);
 - `CachedAttention` becomes `GroupQueryAttention` with rotation inside, taking q, k and v packed when they come out of one product;
   the engine rotates multiples of 16 dimensions only and says so at the first step, so that the lowering refuses others;
 - norms become `SimplifiedLayerNormalization`, SiLU `QuickGelu(alpha=1)`; embeddings stay functions of standard operators.
@@ -28,7 +28,7 @@ from shoal.model.functions import CACHED_ATTENTION, DOMAIN, SILU, UNBOUNDED
 from shoal.model.products import Rounding, Stack, emit_stack, stacks_of
 from shoal.model.spec import LOGITS, PAST_PREFIX, PRESENT_PREFIX, SEQLENS_K, TOTAL_SEQUENCE_LENGTH
 
-VERSION = 3
+VERSION = 4
 ROTATED_MULTIPLE = 16
 """What the size of a head, and how much of it is rotated, must be whole multiples of (ONNX Runtime, CPU)."""
 

@@ -1,7 +1,9 @@
 """Matrix products on a CPU: one `MatMulNBits` or `MatMul` for all matrices that multiply the same input.
 
-`MatMulNBits` computes d * (q - Z) with Z = 8 (4 bits) or 128 (8 bits).  What an affine block has beyond that, m + (Z - z) d, is one
-number per block, so its product with the input is a product with the input's block sums: K / 32 columns instead of K.
+`MatMulNBits` computes d * (q - Z) with Z = 8 (4 bits) or 128 (8 bits) where nothing else is said.  What an affine block has
+beyond that, m + (Z - z) d, is one number per block, to be multiplied by the sum of the block's inputs.  Where inputs are
+rounded these numbers become further columns of the same matrix (`shoal.model.offsets`); where they are not, a product of their own
+in fp32.
 
 The fast kernel rounds the input to int8 with one scale per block of the weights.  Where that rounding costs the answer most (the
 head), each block of 32 is given to the engine as two of 16 with the same scale: the numbers of the weights stay what they are, the
@@ -10,12 +12,14 @@ token for 3 % of a decode step; the inputs of attention on top of it would give 
 """
 
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import onnx
 
 from shoal.model.emit import MICROSOFT, Emitter, attribute
 from shoal.model.functions import DOMAIN, LINEAR
+from shoal.model.offsets import DIGITS, extra_blocks
 
 DEFAULT_ZERO_POINTS = {4: 8, 8: 128}
 COARSE_BLOCK, FINE_BLOCK = 32, 16
@@ -114,47 +118,119 @@ def _dense(emitter: Emitter, stack: Stack, output: str, rows: int) -> None:
     emitter.node("MatMul", [stack.first.x, weight], [output])
 
 
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    """How the matrices of a stack lie in memory."""
+
+    bits: int
+    block: int
+    blocks: int
+    """In a row, as stored."""
+    rows: int
+    """Of all matrices together."""
+    parts: int
+    """As how many blocks the engine is given one."""
+
+
 def _blocked(emitter: Emitter, stack: Stack, output: str, rounding: Rounding) -> None:
-    first = stack.products[0].weight
-    count = len(stack.products)
+    first = stack.first.weight
     _, blocks, packed_bytes = emitter.shapes[first[0]]
     bits = int(stack.first.op[-1])
     block = packed_bytes * 8 // bits
     rows = sum(emitter.shapes[p.weight[0]][0] for p in stack.products)
-    parts = rounding.parts(block)
-    q = first[0]
-    if count > 1 or parts > 1:
-        shape = (rows, blocks * parts, packed_bytes // parts)
-        op = f"bytes:{parts}" if count > 1 else f"view:{parts}"
-        q = emitter.derive(
-            f"{q}.stack{count}.{parts}", op, [p.weight[0] for p in stack.products], shape, bytes_only=True
-        )
-    scales = emitter.derive(
-        f"{first[1]}.scales{count}.{parts}",
-        f"scales:{parts}",
-        [p.weight[1] for p in stack.products],
-        (rows * blocks * parts,),
-    )
-    affine = len(first) > 2
+    layout = _Layout(bits, block, blocks, rows, rounding.parts(block))
+    if len(first) == 2:
+        _multiply(emitter, stack.first.x, _plain(emitter, stack, layout), output, (layout, rounding.accuracy_level))
+    elif rounding.accuracy_level:
+        _folded(emitter, stack, output, layout, rounding.accuracy_level)
+    else:
+        _corrected(emitter, stack, output, layout)
+
+
+def _multiply(
+    emitter: Emitter, x: str, arrays: Sequence[str], output: str, how: tuple[_Layout, int], *, more_blocks: int = 0
+) -> None:
+    """Multiply by W', with *arrays* the numbers, the scales and perhaps the zero points of W."""
+    layout, accuracy_level = how
     emitter.node(
         "MatMulNBits",
-        [stack.first.x, q, scales],
-        [f"{output}.quantised" if affine else output],
+        [x, *arrays],
+        [output],
         domain=MICROSOFT,
-        K=blocks * block,
-        N=rows,
-        bits=bits,
-        block_size=block // parts,
-        accuracy_level=rounding.accuracy_level,
+        K=(layout.blocks + more_blocks) * layout.block,
+        N=layout.rows,
+        bits=layout.bits,
+        block_size=layout.block // layout.parts,
+        accuracy_level=accuracy_level,
     )
-    if affine:
-        shift = DEFAULT_ZERO_POINTS[bits] - stack.first.zero_point
-        pairs = [name for p in stack.products for name in p.weight[1:]]
-        correction = emitter.derive(f"{first[2]}.correction{count}", f"correction:{shift:g}", pairs, (blocks, rows))
-        product = emitter.node(
-            "MatMul", [_block_sums(emitter, stack.first.x, block), correction], [f"{output}.correction"]
+
+
+def _plain(emitter: Emitter, stack: Stack, layout: _Layout) -> tuple[str, str]:
+    """Numbers and scales without offsets: the stored bytes themselves where that is possible."""
+    count, parts = len(stack.products), layout.parts
+    q, d = stack.first.weight[:2]
+    if count > 1 or parts > 1:
+        shape = (layout.rows, layout.blocks * parts, layout.block * layout.bits // 8 // parts)
+        op = f"bytes:{parts}" if count > 1 else f"view:{parts}"
+        names = [p.weight[0] for p in stack.products]
+        q = emitter.derive(f"{q}.stack{count}.{parts}", op, names, shape, bytes_only=True)
+    scales = [p.weight[1] for p in stack.products]
+    size = (layout.rows * layout.blocks * parts,)
+    return q, emitter.derive(f"{d}.scales{count}.{parts}", f"scales:{parts}", scales, size)
+
+
+def _folded(emitter: Emitter, stack: Stack, output: str, layout: _Layout, accuracy_level: int) -> None:
+    bits, block, parts = layout.bits, layout.block, layout.parts
+    extra = extra_blocks(layout.blocks, block, bits)
+    count = (layout.blocks + extra) * parts
+    zeros = layout.rows * (count if bits == 8 else -(-count // 2))
+    shapes = {
+        "folded": (layout.rows, count, block * bits // 8 // parts),
+        "folded_scales": (layout.rows * count,),
+        "folded_zeros": (zeros,),
+    }
+    names = [name for p in stack.products for name in p.weight]
+    arguments = f"{bits}:{block}:{stack.first.zero_point:g}:{parts}"
+    arrays = [
+        emitter.derive(
+            f"{names[0]}.{op}{len(stack.products)}.{parts}",
+            f"{op}:{arguments}",
+            names,
+            shape,
+            bytes_only=op != "folded_scales",
         )
-        emitter.node("Add", [f"{output}.quantised", product], [output])
+        for op, shape in shapes.items()
+    ]
+    x = _with_sums(emitter, stack.first.x, layout)
+    _multiply(emitter, x, arrays, output, (layout, accuracy_level), more_blocks=extra)
+
+
+def _corrected(emitter: Emitter, stack: Stack, output: str, layout: _Layout) -> None:
+    arrays = _plain(emitter, stack, layout)
+    _multiply(emitter, stack.first.x, arrays, f"{output}.quantised", (layout, 0))
+    shift = DEFAULT_ZERO_POINTS[layout.bits] - stack.first.zero_point
+    pairs = [name for p in stack.products for name in p.weight[1:]]
+    shape = (layout.blocks, layout.rows)
+    name = f"{stack.first.weight[2]}.correction{len(stack.products)}"
+    correction = emitter.derive(name, f"correction:{shift:g}", pairs, shape)
+    sums = _block_sums(emitter, stack.first.x, layout.block)
+    product = emitter.node("MatMul", [sums, correction], [f"{output}.correction"])
+    emitter.node("Add", [f"{output}.quantised", product], [output])
+
+
+def _with_sums(emitter: Emitter, x: str, layout: _Layout) -> str:
+    """*x* followed by its block sums, once per digit of an offset and filled up to whole blocks."""
+    digits = DIGITS[layout.bits]
+    joined = f"{x}.with{digits}sums{layout.block}"
+    if joined not in emitter.emitted:
+        sums = _block_sums(emitter, x, layout.block)
+        room = -layout.blocks % layout.block
+        if room:
+            sums = emitter.node(
+                "Pad", [sums, emitter.integers(f"pad.{room}", (0, 0, 0, 0, 0, room))], [f"{joined}.pad"]
+            )
+        emitter.node("Concat", [x, *[sums] * digits], [joined], axis=-1)
+    return joined
 
 
 def _block_sums(emitter: Emitter, x: str, block: int) -> str:

@@ -81,7 +81,7 @@ def test_every_variant_survives(
     np.testing.assert_allclose(run_lowered(model, ids, (12, 1, 7)), reference, atol=1e-3 * reference.std())
 
 
-@pytest.mark.parametrize("kind", [Type.Q4_1, Type.Q8_0, Type.Q6_K], ids=lambda k: k.name)
+@pytest.mark.parametrize("kind", [Type.Q4_1, Type.Q5_1, Type.Q4_K, Type.Q8_0, Type.Q6_K], ids=lambda k: k.name)
 def test_the_served_lowering_rounds_activations_and_no_more(
     kind: Type, tiny: Tiny, run_model: Logits, run_lowered: Logits, token_ids: np.ndarray
 ) -> None:
@@ -114,6 +114,13 @@ def test_products_of_one_input_and_format_are_one(tiny: Tiny) -> None:
     assert operators(plain).count("Split") == 2
     assert operators(mixed).count("MatMulNBits") == 2 * 4 + 2
     assert operators(mixed).count("Split") == 3
+
+
+def test_a_served_product_is_one_product_whatever_its_blocks_offsets(tiny: Tiny) -> None:
+    affine = tiny("llama", Type.Q4_1).graph
+
+    assert operators(lower(affine)).count("MatMul") == 0
+    assert operators(lower(affine, target="cpu-exact")).count("MatMul") == 2 * 4 + 1
 
 
 def test_stored_bytes_are_used_as_they_are_where_nothing_is_stacked(tiny: Tiny) -> None:
@@ -222,8 +229,8 @@ def test_a_graph_that_is_not_canonical_passes_unchanged() -> None:
 def test_targets_are_named_and_versioned(tiny: Tiny) -> None:
     graph = tiny("llama").graph
 
-    assert lower(graph).name == "cpu/3"
-    assert lower(graph, target="cpu-exact").name == "cpu-exact/3"
+    assert lower(graph).name == "cpu/4"
+    assert lower(graph, target="cpu-exact").name == "cpu-exact/4"
     with pytest.raises(UnsupportedModelError, match="tpu"):
         lower(graph, target="tpu")
 

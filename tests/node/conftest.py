@@ -1,6 +1,7 @@
 """Parts of a node on an in-memory fabric."""
 
 import io
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from shoal.observe.log import set_up_logs
 from shoal.store.home import Store, open_store
 from shoal.transport.memory import MemoryBus, MemoryFabric
 
-GOLDEN = Path(__file__).resolve().parent.parent / "golden"
+Pulled = tuple[Store, Digest]
 
 
 @pytest.fixture
@@ -57,8 +58,22 @@ def log(logged: io.StringIO) -> FilteringBoundLogger:
 
 
 @pytest.fixture(scope="session")
-def tiny_store(tmp_path_factory: pytest.TempPathFactory) -> tuple[Store, Digest]:
+def pulled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[Path], Pulled]]:
+    """Pull a model of this machine into a store of its own; the model's digest there.  Stores of real models are big."""
+    homes: list[Path] = []
+
+    def make(file: Path) -> Pulled:
+        homes.append(tmp_path_factory.mktemp("home"))
+        store = open_store(homes[-1])
+        pull(store, PullRequest(reference=str(file), name="it"), import_files, Quiet())
+        return store, store.library.digest("it")
+
+    yield make
+    for home in homes:
+        shutil.rmtree(home)
+
+
+@pytest.fixture(scope="session")
+def tiny_store(pulled: Callable[[Path], Pulled], golden: Path) -> Pulled:
     """A store with the recorded tiny llama in it, and the model's digest."""
-    store = open_store(tmp_path_factory.mktemp("home"))
-    pull(store, PullRequest(reference=str(GOLDEN / "llama"), name="tiny"), import_files, Quiet())
-    return store, store.library.digest("tiny")
+    return pulled(golden / "llama")

@@ -12,7 +12,7 @@ from shoal.model.spec import ImportedModel
 from shoal.store.chunk import digest_of
 from shoal.store.derived import DerivedKey
 from shoal.store.garbage import collect
-from shoal.store.home import Store, missing_bytes, open_store, writing
+from shoal.store.home import Store, fetching, missing_bytes, open_store, writing
 from shoal.store.write import write_model
 
 Make = Callable[..., ImportedModel]
@@ -68,6 +68,22 @@ def test_it_refuses_while_a_model_is_being_written(store: Store) -> None:
         collect(store)
 
     collect(store)
+
+
+def test_it_refuses_while_chunks_come_from_another_node(store: Store) -> None:
+    with fetching(store), pytest.raises(UnavailableError, match="a fetch from another node"):
+        collect(store)
+
+    collect(store)
+
+
+@pytest.mark.parametrize("name", ["fetch", "fetches", "gate"])
+def test_a_model_of_any_name_can_be_written_while_chunks_come_from_another_node(store: Store, name: str) -> None:
+    def refuse() -> None:
+        pytest.fail(f"a pull of {name} waits for the fetch")
+
+    with fetching(store), writing(store, name, waiting=refuse) as folder:
+        assert folder.exists()
 
 
 def test_a_manifest_that_does_not_parse_stops_it(store: Store, small_model: Make) -> None:

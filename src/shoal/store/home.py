@@ -2,11 +2,11 @@
 
     <home>/models/<name>.json   manifests                   <home>/partial/   downloads that can be resumed
     <home>/chunks/ab/<digest>   chunks                      <home>/tmp/       files being written; dead ones are swept
-    <home>/derived/             what lowerings computed     <home>/locks/     one file per model, and `gate`
+    <home>/derived/             what lowerings computed     <home>/locks/     one file per model, one for fetches, and `gate`
 
 Two rules make collecting safe without a database.  Who writes chunks of a model holds that model's lock until its manifest is
-published.  Locks are taken while holding `gate` for a moment; the collector holds `gate` throughout and refuses to run while
-any model is locked.  So it never sees a chunk whose manifest is still to come, nor a temporary file of a live writer.
+published; who fetches them from other nodes, the lock of fetches.  Locks are taken while holding `gate` for a moment; the
+collector holds `gate` throughout and refuses to run while any is taken.  So it never sees a chunk whose manifest is still to come, nor a temporary file of a live writer.
 Reading takes no lock: files appear whole, and a mapped file that is removed stays readable.
 """
 
@@ -32,6 +32,8 @@ from shoal.store.tier import Tier
 from shoal.store.verified import Verified
 
 _POLL_S = 0.1
+_FETCHES = "+fetches"
+"""The lock of fetches; no model can be called so (`check_name`)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,7 +100,20 @@ def writing(store: Store, name: str, *, waiting: Callable[[], None] | None = Non
 
     Waits for another writer of the same model, calling *waiting* once; sweeps what dead writers left when nobody else writes.
     """
-    path = store.home / "locks" / f"{check_name(name)}.lock"
+    with _alone(store, check_name(name), waiting) as folder:
+        yield folder
+
+
+@contextlib.contextmanager
+def fetching(store: Store) -> Iterator[None]:
+    """Be the only one who fetches for the block: partial files have one writer, and the link is not shared with ourselves."""
+    with _alone(store, _FETCHES, None):
+        yield
+
+
+@contextlib.contextmanager
+def _alone(store: Store, name: str, waiting: Callable[[], None] | None) -> Iterator[Path]:
+    path = store.home / "locks" / f"{name}.lock"
     with full_disk_named(store.home), contextlib.ExitStack() as held:
         while not _enter(store, path, held):
             if waiting is not None:
@@ -140,9 +155,9 @@ def nobody_writing(store: Store) -> Iterator[None]:
 
 
 def _writers(store: Store, *, besides: Path | None = None) -> list[str]:
-    """Names of the models that somebody holds; to be asked at the gate."""
+    """Who holds a lock, in words; to be asked at the gate."""
     return [
-        f"a pull of {path.stem}"
+        "a fetch from another node" if path.stem == _FETCHES else f"a pull of {path.stem}"
         for path in sorted((store.home / "locks").glob("*.lock"))
         if path != besides and _is_locked(path)
     ]

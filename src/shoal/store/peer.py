@@ -18,7 +18,7 @@ from shoal.clock import Clock, SystemClock
 from shoal.errors import DigestMismatchError, MalformedFrameError, NodeUnreachableError, ShoalError, UnavailableError
 from shoal.ids import Digest, NodeId
 from shoal.store.disk import full_disk_named
-from shoal.store.home import Store, writing
+from shoal.store.home import Store, fetching
 from shoal.store.library import decode_manifest
 from shoal.store.manifest import ChunkRef, Manifest
 from shoal.store.tier import Tier
@@ -28,9 +28,6 @@ from shoal.transport.keys import ChunkTopic, key_of, pattern_of, topic_of
 PIECE_BYTES = 256 * 1024
 IN_FLIGHT = 2
 MANIFEST_MAX_BYTES = 64 * 1024 * 1024
-
-_LOCK = "fetch"
-"""One fetch at a time per home: partial files have one writer, and the link is not shared with ourselves."""
 
 
 class Wanted(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
@@ -108,7 +105,7 @@ class Fetcher:
 
         *arrived* gets the bytes of each piece.  Blocks: run it on a thread.  Raises what `chunk` raises.
         """
-        with writing(self._store, _LOCK):
+        with fetching(self._store):
             manifest = self.manifest(digest, sources)
             self._store.library.adopt(manifest)
             self._fetch(wanted(manifest), sources, arrived)
@@ -122,7 +119,7 @@ class Fetcher:
         arrived: Callable[[int], None] = lambda _: None,
     ) -> None:
         """Have every chunk of *wanted* on disk; their manifest should be in the library, or they are garbage."""
-        with writing(self._store, _LOCK):
+        with fetching(self._store):
             self._fetch(wanted, sources, arrived)
 
     def _fetch(self, wanted: Iterable[ChunkRef], sources: Sequence[NodeId], arrived: Callable[[int], None]) -> None:

@@ -1,10 +1,12 @@
 """ONNX Runtime as an engine: the only module that knows it.
 
 Weights.  Pieces of models that we cut (`Roles.exact_cuts`) get theirs as they lie: initializers in mapped files are neither
-copied nor kept in private memory, only what the engine packs is.  The engine's constant folding would want to read them from
-the files that the graph names, so it is switched off there; it also insists on a file behind every stub of a graph that was
-loaded from bytes, although it never reads it: an empty one stands in while the session is built.  Everything else goes in by
-`add_external_initializers`, which folding understands: the engine copies what it does not pack, and ours can go.
+copied nor kept in private memory, only what the engine packs is.  Once it has, their pages are dropped (`mapped`): the mappings
+stay for what it reads as it lies, such as a table of embeddings, whose pages come back as they are used.  The engine's constant
+folding would want to read them from the files that the graph names, so it is switched off there; it also insists on a file behind
+every stub of a graph that was loaded from bytes, although it never reads it: an empty one stands in while the session is built.
+Everything else goes in by `add_external_initializers`, which folding understands: the engine copies what it does not pack, and
+ours can go.
 
 Cache.  Each slot has its own mapping (`pages`), bound once as past and as present of every layer when the graph updates its
 cache in place (GroupQueryAttention).  What is small is bound, too, and stays so while steps have the same number of rows: after a
@@ -31,6 +33,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as native
 
 from shoal.errors import InvalidRequestError, OverloadedError, ShoalError, UnsupportedModelError
 from shoal.model.spec import LOGITS
+from shoal.runtime.backend.mapped import drop_pages, is_mapped
 from shoal.runtime.backend.pages import SlotPages
 from shoal.runtime.backend.roles import CacheTensor, Output, Roles, derived_inputs, derived_value, output_rows, roles_of
 from shoal.runtime.ports import SequenceStep, Shard
@@ -91,6 +94,7 @@ class OnnxBackend:
                 session = ort.InferenceSession(model, options, providers=chosen, disabled_optimizers=unwanted)
         except _ENGINE_ERRORS as error:
             raise _unsupported(error) from error
+        drop_pages(shard.tensors.values())
         return OnnxSession(session, roles, shard.slots, shard.context_tokens, weights.mapped)
 
 
@@ -116,7 +120,7 @@ class _Weights:
             value = _value(array.reshape(tuple(stub.dims)), stub.data_type)
             del stub.external_data[:]
             stub.external_data.add(key="location", value=STUB_FILE)
-            if self.keep_mapped and _is_mapped(array):
+            if self.keep_mapped and is_mapped(array):
                 options.add_initializer(stub.name, value)
                 self.mapped.append(value)
             else:
@@ -348,16 +352,6 @@ def _inline(stub: onnx.TensorProto, packed: Array) -> None:
     del stub.external_data[:]
     stub.data_location = onnx.TensorProto.DEFAULT
     stub.raw_data = packed.tobytes()
-
-
-def _is_mapped(array: Array) -> bool:
-    """Whether the array's memory belongs to a mapping or another buffer, rather than to numpy's heap."""
-    base: object = array
-    while isinstance(base, np.ndarray):
-        if isinstance(base, np.memmap):
-            return True
-        base = base.base
-    return base is not None
 
 
 def _empty(cache: CacheTensor) -> Array:

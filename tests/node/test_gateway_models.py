@@ -106,6 +106,23 @@ def test_a_model_is_made_ready_while_its_engine_loads_and_answers_when_that_is_t
     run(use)
 
 
+@pytest.mark.parametrize(
+    ("phase", "served"),
+    [(phase, phase in {Phase.SERVING, Phase.DRAINING}) for phase in Phase],
+)
+def test_a_node_knows_whether_any_model_of_the_fleet_answers(
+    run: Callable[..., None], tiny_store: Tiny, phase: Phase, *, served: bool
+) -> None:
+    async def use(models: Models) -> None:
+        assert not models.any_served(), "no view, no models"
+
+        models.hear(view(1, tiny_store[1], phase))
+
+        assert models.any_served() is served
+
+    run(use)
+
+
 def test_a_model_is_answered_for_once_it_serves_with_the_context_of_its_plan(
     run: Callable[..., None], tiny_store: Tiny
 ) -> None:

@@ -37,6 +37,7 @@ def test_home_is_the_users_data_folder_unless_named() -> None:
         ("home = '/x'", "home is no setting", "quota_bytes"),
         ("quota_bytes = '5'", "quota_bytes", "allowed settings: "),
         ("quota_bytes = -1", "quota_bytes", "allowed settings: "),
+        ("fetch_bytes_per_s = 0", "fetch_bytes_per_s", "allowed settings: "),
         ("quota_bytes = [", "cannot be read", "mend it"),
     ],
 )

@@ -1,4 +1,5 @@
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -6,8 +7,51 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
+from shoal.ids import NodeId
 from shoal.model.spec import Array, ImportedModel, ModelKind, ModelSpec
+from shoal.store.fetch import Fetcher
 from shoal.store.home import Store, open_store
+from shoal.store.pace import Pacer
+from shoal.store.peer import serve_chunks
+from shoal.store.tier import Tier
+from shoal.transport.bus import Bus
+from shoal.transport.memory import MemoryFabric
+
+FLEET = "f"
+
+
+class Room:
+    """A fabric with a fetching node, and as many serving ones as a test asks for."""
+
+    def __init__(self, stack: ExitStack, store: Store) -> None:
+        self._stack = stack
+        self._fabric = MemoryFabric()
+        self.store = store
+        self.bus = self.attach("asker")
+        self.arrived: list[int] = []
+
+    def attach(self, name: str) -> Bus:
+        bus = self._fabric.attach(name)
+        self._stack.callback(bus.close)
+        return bus
+
+    def serve(self, name: str, tier: Tier, *, first: Tier | None = None) -> NodeId:
+        node = NodeId(name)
+        self._stack.callback(serve_chunks(self.attach(name), FLEET, node, tier, first=first).close)
+        return node
+
+    def cut_off(self, name: str) -> None:
+        """Let what is sent to *name* vanish: it looks frozen."""
+        self._fabric.partition("asker", name)
+
+    def fetcher(self, bus: Bus | None = None, pacer: Pacer | None = None) -> Fetcher:
+        return Fetcher(bus or self.bus, FLEET, self.store, pacer=pacer or Pacer(), timeout_s=0.5)
+
+
+@pytest.fixture
+def room(store: Store) -> Iterator[Room]:
+    with ExitStack() as stack:
+        yield Room(stack, store)
 
 
 @pytest.fixture

@@ -2,9 +2,9 @@
 
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -23,45 +23,18 @@ from shoal.store.garbage import collect
 from shoal.store.home import Store, missing_bytes, open_store
 from shoal.store.manifest import Manifest
 from shoal.store.memory import MemoryTier
-from shoal.store.peer import PIECE_BYTES, Fetcher, Pace, Wanted, serve_chunks, wait_s
-from shoal.store.tier import Tier
+from shoal.store.pace import FAST, PIECE_BYTES
+from shoal.store.peer import Wanted
+from shoal.store.verified import Verified
 from shoal.store.write import write_model
 from shoal.transport.bus import Bus
 from shoal.transport.keys import ChunkTopic, key_of, pattern_of
-from shoal.transport.memory import MemoryFabric
 
 DATA = bytes(range(256)) * 5000
 FLEET = "f"
 
 
-class Room:
-    """A fabric with a fetching node, and as many serving ones as a test asks for."""
-
-    def __init__(self, stack: ExitStack, store: Store) -> None:
-        self._stack = stack
-        self._fabric = MemoryFabric()
-        self.store = store
-        self.bus = self.attach("asker")
-        self.arrived: list[int] = []
-
-    def attach(self, name: str) -> Bus:
-        bus = self._fabric.attach(name)
-        self._stack.callback(bus.close)
-        return bus
-
-    def serve(self, name: str, tier: Tier) -> NodeId:
-        node = NodeId(name)
-        self._stack.callback(serve_chunks(self.attach(name), FLEET, node, tier).close)
-        return node
-
-    def fetcher(self, store: Store | None = None, **pace: float) -> Fetcher:
-        return Fetcher(self.bus, FLEET, store or self.store, pace=Pace(**({"timeout_s": 0.5} | pace)))
-
-
-@pytest.fixture
-def room(store: Store) -> Iterator[Room]:
-    with ExitStack() as stack:
-        yield Room(stack, store)
+Room = Any  # of conftest
 
 
 def holding(*chunks: bytes) -> MemoryTier:
@@ -100,7 +73,7 @@ def test_the_next_node_is_asked_when_one_has_nothing_or_does_not_answer(room: Ro
 def test_nobody_having_it_is_told_from_nobody_answering(room: Room) -> None:
     empty = room.serve("empty", MemoryTier())
 
-    with pytest.raises(UnavailableError, match="does not have chunk"):
+    with pytest.raises(UnavailableError, match="none of the 1 nodes that were asked has chunk"):
         room.fetcher().chunks([ref_of(DATA)], [empty])
     with pytest.raises(NodeUnreachableError):
         room.fetcher().chunks([ref_of(DATA)], [NodeId("dead")])
@@ -180,36 +153,133 @@ def test_a_question_for_too_much_is_refused(room: Room) -> None:
         room.bus.query(key, b"\xc1", timeout_s=5)
 
 
-def test_at_most_two_pieces_are_under_way_and_none_before_its_time(room: Room) -> None:
-    under_way, most, lock = 0, 0, threading.Lock()
+class Watching:
+    """The asker's bus; keeps the keys that it was asked, and those that were under way together, at each question."""
 
-    class Watching:
-        def query(self, key: str, payload: bytes, *, timeout_s: float) -> bytes:
-            nonlocal under_way, most
-            with lock:
-                under_way += 1
-                most = max(most, under_way)
-            try:
-                time.sleep(0.02)  # long enough for every question that is allowed to be under way
-                return room.bus.query(key, payload, timeout_s=timeout_s)
-            finally:
-                with lock:
-                    under_way -= 1
+    def __init__(self, bus: Bus) -> None:
+        self._bus = bus
+        self._lock = threading.Lock()
+        self._under_way: list[str] = []
+        self.keys: list[str] = []
+        self.together: list[tuple[str, ...]] = []
 
-    node = room.serve("full", holding(DATA))
-    fetcher = Fetcher(Watching(), FLEET, room.store, pace=Pace())
+    @property
+    def most(self) -> int:
+        return max(map(len, self.together))
 
-    fetcher.chunks([ref_of(DATA)], [node])
+    def query(self, key: str, payload: bytes, *, timeout_s: float) -> bytes:
+        with self._lock:
+            self.keys.append(key)
+            self._under_way.append(key)
+            self.together.append(tuple(self._under_way))
+        try:
+            time.sleep(0.02)  # long enough for every question that is allowed to be under way
+            return self._bus.query(key, payload, timeout_s=timeout_s)
+        finally:
+            with self._lock:
+                self._under_way.remove(key)
 
-    assert most == 2
+    def asked(self, node: NodeId) -> int:
+        """Questions to *node*."""
+        return sum(f"/{node}/" in key for key in self.keys)
 
 
-def test_questions_are_held_back_to_the_limit() -> None:
-    limited = Pace(bytes_per_s=1000)
+def small_chunks(count: int) -> list[bytes]:
+    return [f"chunk {i}".encode() * 200 for i in range(count)]
 
-    assert wait_s(limited, asked_bytes=3000, elapsed_s=1.0) == 2.0
-    assert wait_s(limited, asked_bytes=3000, elapsed_s=5.0) == 0.0
-    assert wait_s(Pace(), asked_bytes=3000, elapsed_s=0.0) == 0.0
+
+def test_at_most_two_full_pieces_are_under_way(room: Room) -> None:
+    node, watching = room.serve("full", holding(DATA)), Watching(room.bus)
+
+    room.fetcher(watching).chunks([ref_of(DATA)], [node])
+
+    assert watching.most == 2
+
+
+def test_small_chunks_do_not_wait_for_each_other(room: Room) -> None:
+    chunks = small_chunks(12)
+    node, watching = room.serve("full", holding(*chunks)), Watching(room.bus)
+
+    room.fetcher(watching).chunks(map(ref_of, chunks), [node], arrived=room.arrived.append)
+
+    assert watching.most == FAST.pieces
+    assert [bytes(room.store.chunks.get(digest_of(data))) for data in chunks] == chunks
+    assert sum(room.arrived) == sum(map(len, chunks))
+
+
+def test_the_last_piece_of_a_chunk_is_under_way_with_the_first_of_the_next(room: Room) -> None:
+    chunks = [DATA[i : i + 3 * PIECE_BYTES] for i in range(3)]
+    node, watching = room.serve("full", holding(*chunks)), Watching(room.bus)
+
+    room.fetcher(watching).chunks(map(ref_of, chunks), [node])
+
+    first, second = (key_of(ChunkTopic(fleet=FLEET, node=node, digest=digest_of(data))) for data in chunks[:2])
+    assert {first, second} in map(set, watching.together)
+    assert [bytes(room.store.chunks.get(digest_of(data))) for data in chunks] == chunks
+
+
+def test_a_frozen_source_is_waited_for_once_and_then_asked_last(room: Room) -> None:
+    chunks = small_chunks(30)
+    frozen, full = room.serve("frozen", holding(*chunks)), room.serve("full", holding(*chunks))
+    room.cut_off("frozen")
+    watching = Watching(room.bus)
+    fetcher = room.fetcher(watching)
+
+    fetcher.chunks(map(ref_of, chunks[:20]), [frozen, full])
+    fetcher.chunks(map(ref_of, chunks[20:]), [frozen, full])
+
+    assert all(room.store.chunks.get(digest_of(data)) is not None for data in chunks)
+    assert 1 <= watching.asked(frozen) <= FAST.pieces, "what was under way when the first timeout passed, and no more"
+
+
+def test_a_source_that_is_heard_again_gets_its_place_back(room: Room) -> None:
+    rare, common, later = small_chunks(3)
+    watching = Watching(room.bus)
+    fetcher = room.fetcher(watching)
+    with pytest.raises(NodeUnreachableError):
+        fetcher.chunks([ref_of(rare)], [NodeId("back")])
+    back, other = room.serve("back", holding(rare, later)), room.serve("other", holding(common, later))
+
+    fetcher.chunks([ref_of(common), ref_of(rare)], [back, other])
+    assert bytes(room.store.chunks.get(digest_of(rare))) == rare, "asked last, but asked"
+    before = watching.asked(other)
+    fetcher.chunks([ref_of(later)], [back, other])
+
+    assert watching.asked(other) == before
+
+
+def test_chunks_that_lie_on_several_nodes_are_gathered(room: Room) -> None:
+    chunks = small_chunks(9)
+    nodes = [room.serve(f"n{i}", holding(*chunks[i::3])) for i in range(3)]
+
+    room.fetcher().chunks(map(ref_of, chunks), nodes)
+
+    assert [bytes(room.store.chunks.get(digest_of(data))) for data in chunks] == chunks
+
+
+def test_a_fetch_that_was_cut_before_its_last_step_asks_nobody(room: Room) -> None:
+    room.store.partial.mkdir(parents=True)
+    (room.store.partial / f"{digest_of(DATA)}.chunk").write_bytes(DATA)
+    watching = Watching(room.bus)
+
+    room.fetcher(watching).chunks([ref_of(DATA)], [NodeId("nobody")])
+
+    assert bytes(room.store.chunks.get(digest_of(DATA))) == DATA
+    assert watching.keys == []
+
+
+def test_a_chunk_that_is_damaged_where_it_lies_is_dropped_there_and_comes_from_elsewhere(room: Room) -> None:
+    damaged = MemoryTier()
+    damaged.put(digest_of(DATA), DATA[::-1])
+    nodes = [
+        room.serve("damaged", damaged, first=Verified(damaged)),
+        room.serve("full", holding(DATA)),
+    ]
+
+    room.fetcher().chunks([ref_of(DATA)], nodes)
+
+    assert bytes(room.store.chunks.get(digest_of(DATA))) == DATA
+    assert damaged.get(digest_of(DATA)) is None
 
 
 @pytest.fixture

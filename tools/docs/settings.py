@@ -45,7 +45,7 @@ FILES = """## The home folder
 | `models/`, `chunks/` | manifests, and the content-addressed bytes that they name |
 | `derived/` | what lowerings computed from chunks; a cache |
 | `profiles/` | trials of blocks, by fingerprint of the machine and digest of the model; a cache |
-| `partial/`, `tmp/`, `locks/` | downloads that can be resumed, files being written, one lock per model |
+| `partial/`, `tmp/`, `locks/` | downloads that can be resumed, files being written, one lock per model and one for fetches |
 | `run/` | the running node's address and lock |
 
 `shoal gc` empties what nothing needs; removing `derived/` or `profiles/` of a stopped node costs only their being made again.

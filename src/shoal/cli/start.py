@@ -90,6 +90,7 @@ def options_from(flags: Mapping[str, Any]) -> NodeOptions:
         http=http,
         api_keys=flags["api_keys"],
         quota_bytes=settings.quota_bytes,
+        fetch_bytes_per_s=settings.fetch_bytes_per_s,
         memory_bytes=parse_size(flags["memory"]) if flags["memory"] else 0,
         threads=flags["threads"],
         coordinates=bool(flags.get("coordinates")),

@@ -16,10 +16,10 @@ from shoal.model.lower import lower
 from shoal.model.spec import Array
 from shoal.runtime.ports import Shard
 from shoal.store.derived import DerivedKey
+from shoal.store.fetch import Fetcher
 from shoal.store.home import Store, read_graph
 from shoal.store.library import decode_manifest
 from shoal.store.manifest import Manifest, TensorEntry
-from shoal.store.peer import Fetcher
 from shoal.store.tensor import open_array
 
 _KEPT = 8

@@ -51,9 +51,11 @@ from shoal.serve.access import Access, access_for, read_keys
 from shoal.serve.app import build_app
 from shoal.serve.ports import Limits, Node
 from shoal.serve.run import bind, serve, url_of
+from shoal.store.fetch import Fetcher
 from shoal.store.home import Store, missing_bytes, open_store
 from shoal.store.lock import try_locked
-from shoal.store.peer import Fetcher, Pace, serve_chunks
+from shoal.store.pace import Pacer
+from shoal.store.peer import serve_chunks
 from shoal.transport.bus import Bus, Closable
 from shoal.transport.keys import ChunkTopic, ControlTopic, ProbeTopic, key_of
 from shoal.transport.shaped import Link, ShapedBus, Way
@@ -146,7 +148,6 @@ class _Parts:
     bus: Bus
     facts: NodeFacts
     caller: Caller
-    fetcher: Fetcher
     ring: EventRing
 
     def close(self) -> None:
@@ -174,7 +175,6 @@ def _open_parts(options: NodeOptions, log: FilteringBoundLogger, url: str) -> _P
         bus=bus,
         facts=node_facts(options, fabric.locators, url),
         caller=Caller(bus, options.fleet, new_id),
-        fetcher=Fetcher(bus, options.fleet, store, pace=Pace()),
         ring=EventRing(log, time.time),
     )
 
@@ -187,7 +187,7 @@ async def _run(parts: _Parts, gateway: _Gateway | None, started: Callable[[Runni
     agent = _agent(parts, voice, bell, models)
     serving: list[Closable] = [
         answer_echoes(parts.fabric, fleet, me),
-        serve_chunks(parts.fabric, fleet, me, parts.store.chunks),
+        serve_chunks(parts.fabric, fleet, me, parts.store.disk, first=parts.store.chunks),
         desk,
     ]
     try:
@@ -221,9 +221,11 @@ async def _say_when_unheard(parts: _Parts, agent: Agent) -> None:
 
 def _agent(parts: _Parts, voice: Voice, bell: Bell, models: Models) -> Agent:
     options, facts = parts.options, parts.facts
+    pacer = Pacer(bytes_per_s=options.fetch_bytes_per_s, yields=models.any_served, clock=parts.clock)
+    fetcher = Fetcher(parts.bus, options.fleet, parts.store, pacer=pacer)
     keeper = ShardKeeper(
         parts.journal,
-        partial(fetch_hold, parts.fetcher, parts.artifacts),
+        partial(fetch_hold, fetcher, parts.artifacts),
         partial(launch_hold, options, parts.me, parts.fabric.locators[0]),
         voice.tell_worker,
         bell.ring,
@@ -234,7 +236,7 @@ def _agent(parts: _Parts, voice: Voice, bell: Bell, models: Models) -> Agent:
         bus=parts.bus,
         store=parts.store,
         artifacts=parts.artifacts,
-        fetcher=parts.fetcher,
+        fetcher=fetcher,
         clock=parts.clock,
         threads=engine_threads(options, facts.cores),
         facts=lambda: facts,

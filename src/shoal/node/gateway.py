@@ -77,6 +77,11 @@ class Models:
                 del self._open[name]
         self._news.set()
 
+    def any_served(self) -> bool:
+        """Whether any model of the fleet answers now, by the newest view.  For any thread."""
+        statuses = self.view.deployments if self.view is not None else ()
+        return any(status.phase in {Phase.SERVING, Phase.DRAINING} for status in statuses)
+
     async def run(self) -> None:
         """Open pipelines that begin to serve, until cancelled; their text is prepared while their engines load."""
         loading: set[tuple[DeploymentId, int, int]] = set()

@@ -22,8 +22,8 @@ from shoal.node.messages import BlocksOf, Links, ModelBlocks, ProbeLinks, Profil
 from shoal.node.probe import measure_links
 from shoal.node.trials import COLD_BYTES, TrialResult, TrialSpec
 from shoal.profile.fleet import DeviceProfile
+from shoal.store.fetch import Fetcher
 from shoal.store.home import Store
-from shoal.store.peer import Fetcher
 from shoal.transport.bus import Bus
 
 _TRIALS_TIMEOUT_S = 150.0

@@ -26,6 +26,7 @@ class NodeOptions(msgspec.Struct, frozen=True, kw_only=True):
     http: tuple[str, int] | None = None
     api_keys: str = ""
     quota_bytes: int | None = None
+    fetch_bytes_per_s: int | None = None
     memory_bytes: int = 0
     """What shards may use; 0: what is free now, less a reserve."""
     threads: int = 0

@@ -6,7 +6,8 @@
 
 Two rules make collecting safe without a database.  Who writes chunks of a model holds that model's lock until its manifest is
 published; who fetches them from other nodes, the lock of fetches.  Locks are taken while holding `gate` for a moment; the
-collector holds `gate` throughout and refuses to run while any is taken.  So it never sees a chunk whose manifest is still to come, nor a temporary file of a live writer.
+collector holds `gate` throughout and refuses to run while any is taken.  So it never sees a chunk whose manifest is still to
+come, nor a temporary file of a live writer.
 Reading takes no lock: files appear whole, and a mapped file that is removed stays readable.
 """
 

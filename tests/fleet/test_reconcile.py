@@ -6,7 +6,7 @@ import msgspec
 import pytest
 
 from shoal.fleet.order import Hold, Order, Retire, Wire
-from shoal.fleet.reconcile import Phase, broken, heard, missing_orders, phase, promised_bytes
+from shoal.fleet.reconcile import Phase, broken, heard, missing_orders, phase, promised_bytes, sources
 from shoal.fleet.report import NodeFacts, NodeReport, ShardId, ShardReport, ShardState
 from shoal.fleet.spec import DeploymentSpec
 from shoal.fleet.state import DeploymentDropped, DeploymentWanted, FleetState, NodeHeard, PlanMade, apply
@@ -207,6 +207,39 @@ def test_a_failed_shard_breaks_the_plan_with_its_reason() -> None:
     state = nodes.tell(state, 0.0)
 
     assert "out of memory" in broken(state.deployments[CHAT], heard(state, 0.0))
+
+
+def reports_of(*, complete: tuple[NodeId, ...], heard: tuple[NodeId, ...] = NODES) -> dict[NodeId, NodeReport]:
+    """Reports in which *complete* have all of the model."""
+    return {
+        node: NodeReport(
+            node=node,
+            incarnation=1,
+            sequence=1,
+            facts=FACTS,
+            manifests=(SPEC.manifest,) if node in complete else (),
+        )
+        for node in heard
+    }
+
+
+def test_chunks_are_asked_of_those_who_have_all_then_of_the_source_then_of_everybody_else() -> None:
+    a, b, c = NODES
+
+    def asked(asker: NodeId, source: NodeId, reports: dict[NodeId, NodeReport]) -> tuple[NodeId, ...]:
+        return sources(SPEC.manifest, reports, asker=asker, source=source)
+
+    assert asked(NodeId("d"), b, reports_of(complete=(c,))) == (c, b, a)
+    assert asked(NodeId("d"), b, reports_of(complete=())) == (b, a, c)
+    assert asked(a, a, reports_of(complete=(a,))) == (b, c), "a source that lost a chunk gets it from the others"
+
+
+def test_a_source_that_is_not_heard_is_asked_last() -> None:
+    a, b, c = NODES
+
+    found = sources(SPEC.manifest, reports_of(complete=(), heard=(b, c)), asker=b, source=a)
+
+    assert found == (c, a)
 
 
 def test_memory_is_promised_to_others_from_the_moment_of_the_order() -> None:

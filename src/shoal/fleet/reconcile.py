@@ -10,7 +10,7 @@ import msgspec
 from shoal.fleet.order import Hold, Order, Retire, Wire
 from shoal.fleet.report import NodeReport, ShardId, ShardReport, ShardState
 from shoal.fleet.state import Deployment, FleetState, Standing, standing
-from shoal.ids import DeploymentId, NodeId
+from shoal.ids import DeploymentId, Digest, NodeId
 from shoal.plan.problem import Infeasible, Plan
 
 
@@ -95,6 +95,20 @@ def heard(state: FleetState, now_s: float) -> dict[NodeId, NodeReport]:
     return {n: m.report for n, m in state.members.items() if standing(m, now_s) is not Standing.LOST}
 
 
+def sources(
+    manifest: Digest, reports: Mapping[NodeId, NodeReport], *, asker: NodeId, source: NodeId
+) -> tuple[NodeId, ...]:
+    """Whom *asker* asks for chunks of a model, in this order: complete holders, its *source*, everybody else who is heard.
+
+    Reports say who holds a model complete, not who holds which chunk: listing thousands of digests twice a second would cost
+    more than asking a node in vain does, which is one round trip.  A source that is not heard comes last: to ask it may cost
+    a timeout.
+    """
+    complete = [node for node, report in reports.items() if manifest in report.manifests]
+    partly = [source, *reports] if source in reports else [*reports, source]
+    return tuple(node for node in dict.fromkeys(complete + partly) if node != asker)
+
+
 def promised_bytes(
     reports: Iterable[NodeReport], deployments: Iterable[Deployment], besides: DeploymentId
 ) -> dict[NodeId, int]:
@@ -140,7 +154,6 @@ def _hold(
     deployment: Deployment, plan: Plan, index: int, reports: Mapping[NodeId, NodeReport], fencing_epoch: int
 ) -> Hold:
     stage, spec = plan.stages[index], deployment.spec
-    holders = tuple(n for n, r in reports.items() if spec.manifest in r.manifests)
     return Hold(
         fencing_epoch=fencing_epoch,
         shard=ShardId(deployment=spec.deployment, plan_epoch=deployment.plan_epoch, stage=index),
@@ -152,7 +165,7 @@ def _hold(
         context_tokens=plan.shape.context_tokens,
         in_flight=plan.shape.in_flight,
         memory_bytes=stage.memory_bytes,
-        sources=holders or (spec.source,),
+        sources=sources(spec.manifest, reports, asker=stage.node, source=spec.source),
     )
 
 

@@ -10,6 +10,7 @@ from structlog.typing import FilteringBoundLogger
 
 from shoal.clock import Clock
 from shoal.errors import ShoalError, UnavailableError
+from shoal.fleet.reconcile import sources
 from shoal.fleet.report import NodeReport
 from shoal.fleet.spec import DeploymentSpec
 from shoal.ids import Digest, NodeId
@@ -80,10 +81,10 @@ class FleetPlanner:
         """What these nodes and the links between them can do for this model; measured once, then remembered."""
         async with self._measuring:  # trials of two models at once would disturb each other
             found: dict[NodeId, DeviceProfile] = {}
-            holders = tuple(n for n, r in reports.items() if manifest in r.manifests) or (source,)
 
             async def one(report: NodeReport) -> None:
-                wanted = ProfileModel(manifest=manifest, sources=holders, again=again)
+                asked = sources(manifest, reports, asker=report.node, source=source)
+                wanted = ProfileModel(manifest=manifest, sources=asked, again=again)
                 device = await self._device(report, wanted)
                 if device is not None:
                     found[report.node] = device

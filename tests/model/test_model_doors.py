@@ -12,6 +12,7 @@ from onnx import TensorProto, helper
 from shoal.errors import CorruptFileError, InvalidRequestError, UnknownModelError, UnsupportedModelError
 from shoal.model.load import import_model
 from shoal.model.spec import ModelKind
+from shoal.node.importing import import_files
 
 Folders = Callable[..., Path]
 RELU = helper.make_model(
@@ -118,6 +119,14 @@ def test_a_folder_with_one_graph_is_that_graph_and_with_two_a_question(tmp_path:
     shutil.copy(tmp_path / "model.onnx", tmp_path / "other.onnx")
     with pytest.raises(UnsupportedModelError, match=r"several models: model\.onnx, other\.onnx"):
         import_model(tmp_path, name="m")
+
+
+def test_a_stray_gguf_file_changes_nothing_in_a_folder_of_safetensors(golden: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(golden / "qwen2", tmp_path / "model"))
+    plain = import_files(folder, "m", None)
+    (folder / "vision.gguf").write_bytes(b"GGUF" + bytes(20))
+
+    assert import_files(folder, "m", None).files == plain.files
 
 
 @pytest.mark.parametrize("head", [b"", b"PK\x03\x04", b"\x89PNG\r\n", b"{}", b"<html>"])

@@ -16,6 +16,7 @@ from shoal.model.affine import Array, Blocked, Dense, Format
 from shoal.model.gguf_blocks import block_array, dense_array, dense_types, format_of
 from shoal.model.gguf_config import ROPE_FREQS, config_of, special_tokens
 from shoal.model.gguf_file import GgufFile, GgufTensor, read_gguf
+from shoal.model.gguf_tokenizer import tokenizer_files
 from shoal.model.rope import inverse_frequencies
 from shoal.model.spec import ImportedModel, ModelKind, ModelSpec
 from shoal.model.transformer import TransformerConfig, build, matrix_shapes, vector_sizes
@@ -24,7 +25,7 @@ from shoal.model.transformer import TransformerConfig, build, matrix_shapes, vec
 def import_gguf(path: Path, *, name: str) -> ImportedModel:
     """Import a file under *name*; raises CorruptFileError, UnsupportedModelError or OSError.
 
-    Arrays stay mapped and are computed when asked for.  The tokenizer is not read here: `files` is empty.
+    Arrays stay mapped and are computed when asked for; `files` are the tokenizer and the template that the file carries inside.
     """
     file = read_gguf(path)
     config = config_of(file)
@@ -37,7 +38,12 @@ def import_gguf(path: Path, *, name: str) -> ImportedModel:
         tensors |= _arrays(tensor, n, formats[n])
     tensors |= {n: partial(_as_float32, tensor) for n, tensor in vectors.items()}
     tensors |= {n: partial(inverse_frequencies, rope) for n, rope in config.rotations.items()}
-    return ImportedModel(spec=_spec(file, config, name), graph=build(config, formats), tensors=tensors)
+    return ImportedModel(
+        spec=_spec(file, config, name),
+        graph=build(config, formats),
+        tensors=tensors,
+        files=tokenizer_files(file.metadata),
+    )
 
 
 def _arrays(tensor: GgufTensor, name: str, form: Format) -> dict[str, Callable[[], Array]]:

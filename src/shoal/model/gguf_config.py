@@ -27,6 +27,23 @@ MAX_COUNT = 2**31 - 1
 BOS_BY_DEFAULT = ("llama-bpe", "llama3", "llama-v3")
 """Pre-tokenizers whose files begin with BOS although they do not say so (as llama.cpp does)."""
 
+END_TEXTS: Mapping[str, tuple[str, ...]] = {
+    "eot": (
+        "<end_of_turn>",
+        "<|eot_id|>",
+        "<|im_end|>",
+        "<|end|>",
+        "<|end_of_turn|>",
+        "<|endoftext|>",
+        "<|end_of_text|>",
+        "[EOT]",
+    ),
+    "eom": ("<|eom_id|>",),
+}
+"""How models write the end of a turn and of a message, for files that do not say its id (llama.cpp looks for the same)."""
+CONTROL = 3
+"""Type of a token that a text never contains."""
+
 
 class SpecialTokens(msgspec.Struct, frozen=True, kw_only=True):
     """Token ids that begin and end a text."""
@@ -37,15 +54,26 @@ class SpecialTokens(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def special_tokens(metadata: Mapping[str, Value]) -> SpecialTokens:
-    """Read the ids; an end of turn ends an answer as an end of sequence does."""
-    ids = {key: metadata.get(f"tokenizer.ggml.{key}_token_id") for key in ("bos", "eos", "eot")}
+    """Read the ids; the end of a turn or of a message ends an answer as an end of sequence does."""
+    ids = {key: metadata.get(f"tokenizer.ggml.{key}_token_id") for key in ("bos", "eos", "eot", "eom")}
     known = {key: value for key, value in ids.items() if isinstance(value, int)}
     default = metadata.get("tokenizer.ggml.model") == "llama" or metadata.get("tokenizer.ggml.pre") in BOS_BY_DEFAULT
+    unsaid = {text for key, texts in END_TEXTS.items() if key not in known for text in texts}
+    named = [known[key] for key in ("eos", "eot", "eom") if key in known]
     return SpecialTokens(
         bos=known.get("bos"),
-        eos=tuple(dict.fromkeys(known[key] for key in ("eos", "eot") if key in known)),
+        eos=tuple(dict.fromkeys((*named, *_control_tokens(metadata, unsaid)))),
         add_bos=bool(metadata.get("tokenizer.ggml.add_bos_token", default)),
     )
+
+
+def _control_tokens(metadata: Mapping[str, Value], texts: set[str]) -> list[int]:
+    """Ids of *texts* in the vocabulary; where the file gives types, of control tokens alone."""
+    tokens, types = metadata.get("tokenizer.ggml.tokens"), metadata.get("tokenizer.ggml.token_type")
+    if not isinstance(tokens, list):
+        return []
+    found = [token for token, text in enumerate(tokens) if isinstance(text, str) and text in texts]
+    return [t for t in found if not isinstance(types, list) or (t < len(types) and types[t] == CONTROL)]
 
 
 class _Metadata:

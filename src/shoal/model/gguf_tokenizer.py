@@ -10,13 +10,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from shoal.errors import CorruptFileError, UnsupportedModelError
-from shoal.model.gguf_config import special_tokens
+from shoal.model.gguf_config import CONTROL, special_tokens
 from shoal.model.gguf_file import Value
 
 TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
 TEMPLATE_FILE = "chat_template.jinja"
-_UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 2, 3, 4, 5, 6
+_UNKNOWN, _USER_DEFINED, _UNUSED, _BYTE = 2, 4, 5, 6
 _SPACE = "\u2581"
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -64,7 +64,7 @@ def tokenizer_files(metadata: Mapping[str, Value]) -> dict[str, bytes]:
         "truncation": None,
         "padding": None,
         "added_tokens": [
-            _added(i, t, types[i]) for i, t in enumerate(tokens) if types[i] in (_UNKNOWN, _CONTROL, _USER_DEFINED)
+            _added(i, t, types[i]) for i, t in enumerate(tokens) if types[i] in (_UNKNOWN, CONTROL, _USER_DEFINED)
         ],
         "post_processor": _around(metadata, tokens),
     }
@@ -147,7 +147,7 @@ def _sentence_piece(metadata: Mapping[str, Value], tokens: list[str], types: lis
 
 def _merges(tokens: list[str], types: list[int], scores: list[float]) -> list[list[str]]:
     """Merges that join in SentencePiece's order: the pair whose whole has the highest score first."""
-    whole = {t: scores[i] for i, t in enumerate(tokens) if types[i] not in (_UNKNOWN, _CONTROL, _UNUSED, _BYTE)}
+    whole = {t: scores[i] for i, t in enumerate(tokens) if types[i] not in (_UNKNOWN, CONTROL, _UNUSED, _BYTE)}
     pairs = [
         (-score, len(token[:cut]), len(token[cut:]), token, cut)
         for token, score in whole.items()

@@ -84,7 +84,9 @@ def _write_metadata(writer: gguf.GGUFWriter, architecture: str, ffn: int, more: 
     writer.add_layer_norm_rms_eps(1e-6)
     writer.add_license("apache-2.0")
     writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list([f"t{i}" for i in range(VOCABULARY)])
+    writer.add_token_merges(["t 1"])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     if architecture == "gemma3":

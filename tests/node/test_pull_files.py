@@ -1,5 +1,6 @@
 """Pulling local files: what is here already, what is replaced, and that a failure leaves nothing half-made."""
 
+import dataclasses
 import subprocess
 import sys
 import textwrap
@@ -14,20 +15,21 @@ from shoal.errors import CorruptFileError, InvalidRequestError, StorageFullError
 from shoal.model.spec import ImportedModel, ModelKind, ModelSpec
 from shoal.node.pull import PullRequest, pull
 from shoal.store.garbage import collect
-from shoal.store.home import Store, open_store
+from shoal.store.home import Store, open_store, writing
 from shoal.store.tensor import open_array
 
 SIZE = 200_000
 
 
 class BytesImporter:
-    """Takes any file as a model of two tensors, its halves; a file that starts with BAD is corrupt."""
+    """Takes any file as a model of two tensors, its halves; a file that starts with BAD is corrupt; of a folder, its m.onnx."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[str, str | None]] = []
 
     def __call__(self, path: Path, name: str, quantise: str | None) -> ImportedModel:
         self.calls.append((name, quantise))
+        path = path / "m.onnx" if path.is_dir() else path
         data = np.frombuffer(path.read_bytes(), np.uint8)
         if data[:3].tobytes() == b"BAD":
             raise CorruptFileError(f"{path} is corrupt")
@@ -97,13 +99,11 @@ def test_the_same_again_imports_nothing(store: Store, model_file: Path, importer
     assert len(importer.calls) == 1
 
 
-@pytest.mark.parametrize("change", ["content", "quantise", "again", "damage"])
+@pytest.mark.parametrize("change", ["quantise", "again", "damage"])
 def test_what_changed_is_imported_again(store: Store, model_file: Path, importer: BytesImporter, change: str) -> None:
     pulled = pull(store, request(model_file), importer)
     more: dict[str, object] = {}
     match change:
-        case "content":
-            model_file.write_bytes(b"new" * 1000)
         case "quantise":
             more = {"quantise": "int8"}
         case "again":
@@ -130,6 +130,28 @@ def test_a_model_from_elsewhere_is_not_replaced_by_one_of_the_same_name(
     assert "--name" in caught.value.hint
 
 
+@pytest.mark.parametrize("folders", [False, True])
+def test_another_file_of_the_same_name_replaces_a_model_only_when_told_so(
+    store: Store, importer: BytesImporter, tmp_path: Path, *, folders: bool
+) -> None:
+    paths = []
+    for home, data in (("a", b"A" * SIZE), ("b", b"B" * SIZE)):
+        (tmp_path / home / "model").mkdir(parents=True)
+        (tmp_path / home / "model" / "m.onnx").write_bytes(data)
+        paths.append(tmp_path / home / "model" / ("" if folders else "m.onnx"))
+    first = pull(store, request(paths[0]), importer)
+
+    with pytest.raises(InvalidRequestError, match=r"is here already, from a file:.* with other bytes") as caught:
+        pull(store, request(paths[1]), importer)
+
+    assert "--name" in caught.value.hint
+    assert "--again" in caught.value.hint
+    assert content(store, first.name)[:1] == b"A"
+    assert pull(store, request(paths[0]), importer).was_here
+    pull(store, request(paths[1], again=True), importer)
+    assert content(store, first.name)[:1] == b"B"
+
+
 def test_a_file_that_cannot_be_imported_leaves_nothing(store: Store, importer: BytesImporter, tmp_path: Path) -> None:
     bad = tmp_path / "bad.onnx"
     bad.write_bytes(b"BAD file")
@@ -148,9 +170,47 @@ def test_a_failed_second_pull_leaves_the_first_model_as_it_was(
     model_file.write_bytes(b"BAD file")
 
     with pytest.raises(CorruptFileError):
-        pull(store, request(model_file), importer)
+        pull(store, request(model_file, again=True), importer)
 
     assert content(store, "my-model") == data
+
+
+class Interrupted(BytesImporter):
+    """Of the model that it gives, the second tensor cannot be read to its end."""
+
+    def __call__(self, path: Path, name: str, quantise: str | None) -> ImportedModel:
+        def stop() -> np.ndarray:
+            raise KeyboardInterrupt
+
+        imported = super().__call__(path, name, quantise)
+        return dataclasses.replace(imported, tensors={**imported.tensors, "second": stop})
+
+
+def test_an_interrupted_import_leaves_nothing(store: Store, model_file: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        pull(store, request(model_file), Interrupted())
+
+    assert below(store.home) == set()
+
+
+def test_an_interrupted_import_keeps_what_other_models_need(
+    store: Store, model_file: Path, importer: BytesImporter
+) -> None:
+    data = model_file.read_bytes()
+    pull(store, request(model_file), importer)
+
+    with pytest.raises(KeyboardInterrupt):
+        pull(store, request(model_file, name="twin"), Interrupted())
+
+    assert content(store, "my-model") == data
+
+
+def test_an_interrupted_import_drops_nothing_while_others_write(store: Store, model_file: Path) -> None:
+    with writing(store, "another"), pytest.raises(KeyboardInterrupt):
+        pull(store, request(model_file), Interrupted())
+
+    assert len(store.disk.sizes_bytes()) == 1
+    assert collect(store).chunks == 1
 
 
 def test_a_damaged_manifest_is_replaced(store: Store, importer: BytesImporter, model_file: Path) -> None:
@@ -176,6 +236,12 @@ def test_a_pull_past_the_quota_is_refused_and_leaves_nothing(
 def test_a_path_that_is_not_there_is_named(store: Store, importer: BytesImporter, tmp_path: Path) -> None:
     with pytest.raises(InvalidRequestError, match=r"ghost\.gguf does not exist"):
         pull(store, request(tmp_path / "ghost.gguf"), importer)
+
+
+@pytest.mark.parametrize("path", ["./" + "x" * 5000, "~nobody-of-this-name/m.gguf"])
+def test_a_path_that_no_system_opens_is_the_callers_to_change(store: Store, importer: BytesImporter, path: str) -> None:
+    with pytest.raises(InvalidRequestError, match="cannot be opened"):
+        pull(store, PullRequest(reference=path), importer)
 
 
 def test_an_unknown_name_is_answered_with_near_ones(store: Store, importer: BytesImporter) -> None:

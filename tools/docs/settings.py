@@ -31,6 +31,8 @@ VARIABLES = {
     "`~/.local/share/shoal`. One node per home.",
     "SHOAL_URL": "The gateway that commands ask when no `--url` is given. With it, `shoal serve` deploys there and starts no node.",
     "SHOAL_API_KEY": "The key that commands send to a gateway that asks for one.",
+    "SHOAL_PIP_PYTHON": "A Python whose pip fetches packages (`pypi:` references and the catalogue). Without it, or where it has "
+    "no pip: the pip of Shoal's own Python, of the one its virtual environment was made from, or of the `PATH`.",
     "SHOAL_DEBUG": "`1`: errors keep their tracebacks.",
 }
 """Read apart from `Settings`: they choose where settings are, or concern one command."""

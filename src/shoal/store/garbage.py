@@ -1,12 +1,15 @@
 """What may go: chunks that no manifest names, derived tensors, downloads that were not finished, temporary files."""
 
+import contextlib
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
 
+from shoal.errors import ShoalError
 from shoal.ids import Digest
-from shoal.store.home import Store, nobody_writing
+from shoal.store.home import Store, nobody_writing, only_writer
 from shoal.store.quota import used_bytes
 
 
@@ -44,6 +47,23 @@ def collect(store: Store, *, dry_run: bool = False) -> Garbage:
             partial_bytes=partial,
             tmp_bytes=tmp,
         )
+
+
+@contextlib.contextmanager
+def withdrawn_on_failure(store: Store, name: str) -> Iterator[None]:
+    """Drop the chunks that the block, the writer of model *name*, wrote before it failed or was interrupted.
+
+    A chunk may have found another owner meanwhile: those that a manifest names stay, and while somebody else writes all of
+    them are left to `collect`.
+    """
+    before = store.disk.sizes_bytes()
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(ShoalError, OSError), only_writer(store, name) as alone:
+            for digest in _unreferenced(store).keys() - before.keys() if alone else ():
+                store.disk.drop(digest)
+        raise
 
 
 def _unreferenced(store: Store) -> dict[Digest, int]:

@@ -155,6 +155,18 @@ def nobody_writing(store: Store) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def only_writer(store: Store, name: str) -> Iterator[bool]:
+    """Whether the writer of model *name* is the only one; no other begins within the block."""
+    with try_locked(store.home / "locks" / "gate") as at_gate:
+        yield at_gate and not _writers(store, besides=store.home / "locks" / f"{check_name(name)}.lock")
+
+
+def download_quota(store: Store) -> Quota:
+    """The quota as it stands now for a download: unfinished ones count as well."""
+    return Quota(store.quota.limit_bytes, store.home / "chunks", store.home / "derived", store.partial)
+
+
 def _writers(store: Store, *, besides: Path | None = None) -> list[str]:
     """Who holds a lock, in words; to be asked at the gate."""
     return [

@@ -259,12 +259,34 @@ def test_several_files_with_an_index_are_one_model(copied: Callable[[str], Path]
         np.testing.assert_array_equal(sharded.tensors[name](), whole.tensors[name]())
 
 
+@pytest.mark.parametrize(("called", "dtype"), [("fp16", np.float16), ("bf16", ml_dtypes.bfloat16)])
+def test_half_precision_weights_stay_as_they_are(
+    called: str,
+    dtype: type,
+    copied: Callable[[str], Path],
+    causal_logits: Logits,
+    lowered: Callable[..., ImportedModel],
+) -> None:
+    folder = copied("qwen2")
+    edit_tensors(folder, lambda tensors: {n: t.astype(dtype) for n, t in tensors.items()})
+    ids = np.arange(12)
+
+    kept, widened = import_hf(folder, name="m"), import_hf(folder, name="m", quantise="fp32")
+
+    assert (kept.spec.quantisation, kept.spec.import_error) == (called, None)
+    matrices = {name for name, array in kept.tensors.items() if array().ndim == 2}
+    assert {kept.tensors[name]().dtype for name in matrices} == {np.dtype(dtype)}
+    for target in ("cpu", "cpu-exact"):
+        logits = [causal_logits(lowered(model, target), ids, prefill=8) for model in (kept, widened)]
+        np.testing.assert_array_equal(*logits)
+
+
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
 def test_half_precision_weights_widen_exactly(dtype: type, copied: Callable[[str], Path], golden: Path) -> None:
     folder = copied("qwen2")
     edit_tensors(folder, lambda tensors: {n: t.astype(dtype) for n, t in tensors.items()})
 
-    model = import_hf(folder, name="m")
+    model = import_hf(folder, name="m", quantise="fp32")
 
     exact = load_file(golden / "qwen2" / "model.safetensors")["model.layers.0.mlp.up_proj.weight"]
     kept = model.tensors["blk.0.ffn_up.weight"]()

@@ -163,6 +163,16 @@ def test_only_checkpoints_are_rounded(tmp_path: Path, golden: Path) -> None:
     assert import_model(golden / "llama", name="m", quantise="int8").spec.quantisation == "int8"
 
 
+def test_heads_that_no_engine_rotates_are_refused_before_they_are_stored(golden: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(golden / "llama", tmp_path / "m"))
+    config = json.loads((folder / "config.json").read_text())
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 8}
+    (folder / "config.json").write_text(json.dumps(config | heads))
+
+    with pytest.raises(UnsupportedModelError, match="head_dim 8"):
+        import_model(folder, name="m")
+
+
 def test_an_unknown_rounding_lists_the_known_ones(golden: Path) -> None:
     with pytest.raises(UnsupportedModelError, match="int3") as caught:
         import_model(golden / "llama", name="m", quantise="int3")

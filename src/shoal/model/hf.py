@@ -18,7 +18,15 @@ from shoal.model.rope import inverse_frequencies
 from shoal.model.sidecars import adds_bos, carried_files, licence_of, read_object, token_ids
 from shoal.model.spec import ImportedModel, ModelKind, ModelSpec
 from shoal.model.transformer import EMBEDDING_WEIGHT, HEAD_WEIGHT, TransformerConfig, build, matrix_shapes, vector_sizes
-from shoal.model.weights import Matrix, choose_formats, matrix_arrays, read_float32, worst_error
+from shoal.model.weights import (
+    Matrix,
+    choose_formats,
+    commonest,
+    kept_formats,
+    matrix_arrays,
+    read_float32,
+    worst_error,
+)
 
 _PREFIXES = ("model.language_model.", "language_model.model.", "model.", "")
 _HEADS = ("lm_head.weight", "language_model.lm_head.weight")
@@ -47,8 +55,8 @@ _OTHER_PARTS = ("vision_tower.", "multi_modal_projector.", "model.vision_tower."
 """Of a multi-modal model of which the text part is imported."""
 
 
-def import_hf(folder: Path, *, name: str, quantise: str = "fp32") -> ImportedModel:
-    """Import a decoder-only model under *name*, its matrices kept as *quantise* (fp32, fp16, bf16, int8, int4).
+def import_hf(folder: Path, *, name: str, quantise: str | None = None) -> ImportedModel:
+    """Import a decoder-only model under *name*, its matrices as *quantise* (fp32, fp16, bf16, int8, int4; None: as they are).
 
     Raises CorruptFileError, UnsupportedModelError, UnknownModelError or OSError.
     """
@@ -56,7 +64,10 @@ def import_hf(folder: Path, *, name: str, quantise: str = "fp32") -> ImportedMod
     checkpoint = open_checkpoint(folder)
     rename = partial(_stored_name, checkpoint.stored, _prefix(checkpoint), config)
     shapes, vectors = matrix_shapes(config), {rename(n): (n, size) for n, size in vector_sizes(config).items()}
-    formats = choose_formats(shapes, quantise, fine=(EMBEDDING_WEIGHT, HEAD_WEIGHT))
+    if quantise is None:
+        formats = kept_formats(checkpoint, {n: rename(n) for n in shapes})
+    else:
+        formats = choose_formats(shapes, quantise, fine=(EMBEDDING_WEIGHT, HEAD_WEIGHT))
     matrices = {n: Matrix(stored=rename(n), shape=shape, form=formats[n]) for n, shape in shapes.items()}
     _check(
         checkpoint, {m.stored: m.shape for m in matrices.values()} | {n: (size,) for n, (_, size) in vectors.items()}
@@ -67,7 +78,10 @@ def import_hf(folder: Path, *, name: str, quantise: str = "fp32") -> ImportedMod
     readers |= {n: partial(read_float32, checkpoint, stored, (size,), offset) for stored, (n, size) in vectors.items()}
     readers |= {n: partial(inverse_frequencies, rope) for n, rope in config.rotations.items()}
     spec = msgspec.structs.replace(
-        _spec(folder, config), name=name, quantisation=quantise, import_error=worst_error(checkpoint, matrices)
+        _spec(folder, config),
+        name=name,
+        quantisation=quantise or commonest(formats, shapes),
+        import_error=worst_error(checkpoint, matrices),
     )
     return ImportedModel(spec=spec, graph=build(config, formats), tensors=readers, files=carried_files(folder))
 

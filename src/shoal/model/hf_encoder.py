@@ -14,15 +14,23 @@ from shoal.model.encoder import ACTIVATIONS, WORDS, EncoderConfig, build, float_
 from shoal.model.hf_config import model_type_of
 from shoal.model.sidecars import carried_files, licence_of, read_object
 from shoal.model.spec import ImportedModel, ModelKind, ModelSpec
-from shoal.model.weights import Matrix, choose_formats, matrix_arrays, read_float32, worst_error
+from shoal.model.weights import (
+    Matrix,
+    choose_formats,
+    commonest,
+    kept_formats,
+    matrix_arrays,
+    read_float32,
+    worst_error,
+)
 
 _PREFIXES = ("bert.", "")
 _UNUSED = ("pooler.", "cls.", "embeddings.position_ids")
 """The parts of a checkpoint above the token vectors, and a constant that old versions saved."""
 
 
-def import_encoder(folder: Path, *, name: str, quantise: str = "fp32") -> ImportedModel:
-    """Import a BERT-type model (sentence-transformers folders included) under *name*.
+def import_encoder(folder: Path, *, name: str, quantise: str | None = None) -> ImportedModel:
+    """Import a BERT-type model (sentence-transformers folders included) under *name*, as `import_hf` does.
 
     Raises CorruptFileError, UnsupportedModelError or OSError.
     """
@@ -31,12 +39,18 @@ def import_encoder(folder: Path, *, name: str, quantise: str = "fp32") -> Import
     prefix = next((p for p in _PREFIXES if p + WORDS in checkpoint.stored), "")
     shapes, floats = matrix_shapes(config), float_shapes(config)
     _check(checkpoint, prefix, {**shapes, **floats})
-    formats = choose_formats(shapes, quantise, fine=(WORDS,))
+    if quantise is None:
+        formats = kept_formats(checkpoint, {n: prefix + n for n in shapes})
+    else:
+        formats = choose_formats(shapes, quantise, fine=(WORDS,))
     matrices = {n: Matrix(stored=prefix + n, shape=shape, form=formats[n]) for n, shape in shapes.items()}
     readers = matrix_arrays(checkpoint, matrices)
     readers |= {n: partial(read_float32, checkpoint, prefix + n, shape) for n, shape in floats.items()}
     spec = msgspec.structs.replace(
-        _spec(folder, config), name=name, quantisation=quantise, import_error=worst_error(checkpoint, matrices)
+        _spec(folder, config),
+        name=name,
+        quantisation=quantise or commonest(formats, shapes),
+        import_error=worst_error(checkpoint, matrices),
     )
     return ImportedModel(spec=spec, graph=build(config, formats), tensors=readers, files=carried_files(folder))
 

@@ -9,6 +9,7 @@ from shoal.model.gguf import import_gguf
 from shoal.model.hf import import_hf
 from shoal.model.hf_config import model_type_of
 from shoal.model.hf_encoder import import_encoder
+from shoal.model.lower import check_attention
 from shoal.model.onnx import import_onnx
 from shoal.model.sidecars import read_object
 from shoal.model.spec import ImportedModel
@@ -16,15 +17,20 @@ from shoal.model.spec import ImportedModel
 GGUF_MAGIC = b"GGUF"
 ONNX_FIRST_BYTE = b"\x08"
 """Tag of `ModelProto.ir_version`, which every writer puts first."""
-EXACT = "fp32"
 _TAKEN = "a GGUF file, an ONNX file, a Hugging Face folder (config.json, *.safetensors) or an onnxruntime-genai folder"
 
 
 def import_model(path: Path, *, name: str, quantise: str | None = None) -> ImportedModel:
-    """Import whatever model lies at *path*; *quantise* (fp32, fp16, bf16, int8, int4) is for safetensors alone, None keeps fp32.
+    """Import whatever model lies at *path*; *quantise* is for safetensors alone (`import_hf`).
 
     Raises UnknownModelError, UnsupportedModelError, CorruptFileError, InvalidRequestError or OSError.
     """
+    imported = _imported(path, name, quantise)
+    check_attention(imported.graph.graph)
+    return imported
+
+
+def _imported(path: Path, name: str, quantise: str | None) -> ImportedModel:
     if not path.exists():
         raise UnknownModelError(f"there is nothing at {path}", hint=f"give the path of {_TAKEN}")
     if path.is_file():
@@ -34,7 +40,7 @@ def import_model(path: Path, *, name: str, quantise: str | None = None) -> Impor
         return import_genai(path, name=name)
     found = _graphs(path)
     if any(path.glob("*.safetensors")) or ((path / "config.json").is_file() and not found):
-        return _transformers(path, name, quantise or EXACT)
+        return _transformers(path, name, quantise)
     if len(found) == 1:
         return _file(found[0], name, quantise)
     listed = ", ".join(str(f.relative_to(path)) for f in found[:8])
@@ -49,7 +55,7 @@ def _graphs(folder: Path) -> list[Path]:
     return sorted(f for pattern in ("*.onnx", "onnx/*.onnx", "*.gguf") for f in folder.glob(pattern))
 
 
-def _transformers(folder: Path, name: str, quantise: str) -> ImportedModel:
+def _transformers(folder: Path, name: str, quantise: str | None) -> ImportedModel:
     if model_type_of(read_object(folder / "config.json")) == "bert":
         return import_encoder(folder, name=name, quantise=quantise)
     return import_hf(folder, name=name, quantise=quantise)

@@ -67,7 +67,7 @@ def lower(graph: onnx.ModelProto, *, target: str = "cpu", context_tokens: int | 
     if DOMAIN not in {node.domain for node in graph.graph.node}:
         return Lowered(lowering.name, graph, ())
     source = graph.graph
-    _check_attention(source)
+    check_attention(source)
     emitter = Emitter(source, {t.name: tuple(t.dims) for t in source.initializer})
     stacks = stacks_of(source)
     packed = _packed_attention(source, stacks)
@@ -99,7 +99,8 @@ def _packed_attention(graph: onnx.GraphProto, stacks: list[Stack]) -> dict[str, 
     }
 
 
-def _check_attention(graph: onnx.GraphProto) -> None:
+def check_attention(graph: onnx.GraphProto) -> None:
+    """Raise UnsupportedModelError for canonical attention that the engine cannot run."""
     head_dims = {
         i.name: i.type.tensor_type.shape.dim[-1].dim_value for i in graph.input if i.name.startswith(PAST_PREFIX)
     }
@@ -110,7 +111,7 @@ def _check_attention(graph: onnx.GraphProto) -> None:
                 raise UnsupportedModelError(
                     f"{node.name} has head_dim {head_dim}, of which {rotary_dims} are rotated; the engine's attention on a CPU "
                     f"needs multiples of {ROTATED_MULTIPLE}",
-                    hint="serve another model of this family: most have heads of 64, 80, 96 or 128",
+                    hint="choose another model of this family: most have heads of 64, 80, 96 or 128",
                 )
 
 

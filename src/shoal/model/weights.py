@@ -6,6 +6,7 @@ time, so that it is measured on rows spread over each matrix: a Frobenius norm o
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -19,6 +20,7 @@ from shoal.model.quantize import INT8, blocks_from_float, fits, format_named, re
 
 MEASURED_ROWS = 128
 """Rows of a matrix whose rounding to blocks is measured; smaller matrices are measured whole."""
+_SAID = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 _HALVES = {"F16": "float16", "BF16": "bfloat16"}
 
 
@@ -42,6 +44,24 @@ def choose_formats(shapes: Mapping[str, tuple[int, int]], quantise: str, fine: C
     return {
         name: wanted[name] if fits(wanted[name], shape) else Dense(dtype="float16") for name, shape in shapes.items()
     }
+
+
+def kept_formats(checkpoint: Checkpoint, stored: Mapping[str, str]) -> dict[str, Format]:
+    """The formats in which *checkpoint* has the matrices (our name: its name): nothing is rounded, and nothing grows.
+
+    A tensor that is missing counts as fp32 here: reading it says what is wrong.
+    """
+    types = {ours: found.dtype if (found := checkpoint.stored.get(theirs)) else "" for ours, theirs in stored.items()}
+    return {name: Dense(dtype=_HALVES.get(dtype, "float32")) for name, dtype in types.items()}
+
+
+def commonest(formats: Mapping[str, Format], shapes: Mapping[str, tuple[int, int]]) -> str:
+    """What a user calls the dense format of most weights."""
+    sizes: Counter[str] = Counter()
+    for name, form in formats.items():
+        if isinstance(form, Dense):
+            sizes[_SAID[form.dtype]] += math.prod(shapes[name])
+    return sizes.most_common(1)[0][0]
 
 
 def matrix_arrays(checkpoint: Checkpoint, matrices: Mapping[str, Matrix]) -> dict[str, Callable[[], Array]]:

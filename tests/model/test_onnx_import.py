@@ -1,5 +1,6 @@
 """ONNX files of every kind become models that compute what the file computes, and damaged ones say where."""
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 from shoal.errors import CorruptFileError, ShoalError, UnsupportedModelError
+from shoal.model.frontier import blocks, shard
 from shoal.model.onnx import import_onnx
 from shoal.model.spec import ImportedModel, ModelKind
 
@@ -22,7 +24,7 @@ W = np.arange(64 * 64, dtype=np.float32).reshape(64, 64) / 4096
 X = np.linspace(-1, 1, 128, dtype=np.float32).reshape(2, 64)
 
 
-def value(name: str, shape: list[int | str], element: int = TensorProto.FLOAT) -> onnx.ValueInfoProto:
+def value(name: str, shape: list[int | str] | None, element: int = TensorProto.FLOAT) -> onnx.ValueInfoProto:
     return helper.make_tensor_value_info(name, element, shape)
 
 
@@ -79,6 +81,18 @@ def test_a_plain_model_is_of_kind_tensor(tmp_path: Path) -> None:
     spec = import_onnx(saved(product(), tmp_path), name="m").spec
 
     assert (spec.name, spec.kind, spec.parameters, spec.quantisation) == ("m", ModelKind.TENSOR, 4096, "fp32")
+
+
+@pytest.mark.parametrize("end", ["inputs", "outputs"])
+def test_ends_of_unsaid_shape_are_taken_as_engines_take_them(end: str, tmp_path: Path, open_session: Sessions) -> None:
+    path = saved(product(**{end: [value("x" if end == "inputs" else "y", None)]}), tmp_path)
+
+    model = import_onnx(path, name="m")
+
+    assert_same_results(path, open_session(model), {"x": X})
+    chain = blocks(model.graph)
+    part = dataclasses.replace(model, graph=shard(model.graph, chain, 0, len(chain)))
+    assert_same_results(path, open_session(part), {"x": X})
 
 
 @pytest.mark.parametrize("size", ["tiny", "small"])

@@ -94,7 +94,11 @@ def _names(graph: onnx.GraphProto) -> Iterator[object]:
 
 
 def _check(model: onnx.ModelProto, path: Path) -> None:
-    """What ONNX's own checker says of the graph; stubs stand as inputs, because it would look for their files."""
+    """What ONNX's own checker says of the graph.
+
+    Stubs stand as inputs, because it would look for their files; and inputs and outputs whose shape is not said get one, for
+    engines run them (the checker only asks whether there is a shape, not which).
+    """
     stubless = onnx.ModelProto()
     stubless.CopyFrom(model)
     stubs = [t for t in model.graph.initializer if t.data_location == TensorProto.EXTERNAL]
@@ -102,6 +106,9 @@ def _check(model: onnx.ModelProto, path: Path) -> None:
     del stubless.graph.initializer[:]
     stubless.graph.initializer.extend(inline)
     stubless.graph.input.extend(onnx.helper.make_tensor_value_info(t.name, t.data_type, t.dims) for t in stubs)
+    for value in (*stubless.graph.input, *stubless.graph.output):
+        if value.type.HasField("tensor_type"):
+            value.type.tensor_type.shape.SetInParent()
     try:
         checker.check_model(stubless)
     # Names that are no UTF-8 make the checker fail with ValueError.

@@ -114,6 +114,23 @@ def test_errors_say_what_is_wrong_and_what_to_do_next(
     assert "Traceback" not in result.output
 
 
+def test_what_rounding_cost_is_listed_as_it_was_printed(run: Run) -> None:
+    folder = Path(__file__).resolve().parents[1] / "golden" / "llama"
+
+    pulled = run("pull", str(folder), "--quantise", "int4")
+    listed, rows = run("models"), msgspec.json.decode(run("models", "--json").output)
+
+    error = f"{rows[0]['import_error']:.2g}"
+    assert f"largest rounding error {error}" in pulled.stdout
+    assert error in listed.stdout.splitlines()[-1].split()
+
+
+def test_reading_a_file_is_shown(run: Run, onnx_file: Path) -> None:
+    result = run("pull", str(onnx_file))
+
+    assert result.stderr.splitlines()[0].startswith(f"reading {onnx_file.name} (")
+
+
 def test_a_quota_that_is_too_small_is_an_exit_code_of_its_own(run: Run, onnx_file: Path) -> None:
     result = run("pull", str(onnx_file), SHOAL_QUOTA_BYTES="1000")
 
@@ -136,10 +153,13 @@ def test_a_damaged_manifest_is_named_and_can_be_removed(run: Run, onnx_file: Pat
     run("pull", str(onnx_file))
     (tmp_path / "home" / "models" / "tiny.json").write_bytes(b"{")
 
+    run("pull", str(onnx_file), "--name", "other")
     listed, collected = run("models"), run("gc")
 
     assert listed.exit_code == collected.exit_code == 2
     assert "tiny.json is not a manifest" in listed.stderr
+    assert "other" in listed.stdout
+    assert [row["name"] for row in msgspec.json.decode(run("models", "--json").stdout)] == ["other"]
     assert run("rm", "tiny").exit_code == 0
 
 

@@ -63,6 +63,8 @@ def test_a_malformed_reference_is_answered_with_the_right_form(text: str, hint: 
     [
         ("smolm2-135m", "did you mean smollm2-135m"),
         ("org/repo", "hf:org/repo"),
+        ("model.gguf", "./model.gguf"),
+        ("models/Model.ONNX", "./models/Model.ONNX"),
         ("gpt-9000", "the catalogue has smollm2-135m"),
     ],
 )

@@ -221,6 +221,9 @@ def _named(text: str) -> CatalogRef:
     near = difflib.get_close_matches(text, names, n=3, cutoff=0.5)
     if near:
         hint = f"did you mean {' or '.join(near)}?"
+    elif text.lower().endswith((".gguf", ".onnx", ".safetensors")):
+        hub = f"; for one of a Hugging Face repository hf:{text}" if text.count("/") > 1 else ""
+        hint = f"for a file of this machine write ./{text}{hub}"
     elif "/" in text:
         hint = f"for a Hugging Face repository write hf:{text}; for a file write ./{text}"
     else:

@@ -9,7 +9,7 @@ import contextlib
 import hashlib
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from urllib.parse import unquote, urlsplit
 
@@ -32,6 +32,7 @@ from shoal.store.quota import Quota, free_bytes
 
 _TIMEOUT_S = 30.0
 _MAX_NAME = 100
+_READ_BYTES = 1024 * 1024
 
 
 class _Validator(msgspec.Struct, frozen=True, kw_only=True):
@@ -129,10 +130,14 @@ def _check(ref: HttpsRef, part: Path) -> None:
         )
 
 
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a file, hexadecimal."""
+def sha256_of(path: Path, read: Callable[[int], None] = lambda _: None) -> str:
+    """SHA-256 of a file, hexadecimal; *read* is told of the bytes as they are read."""
+    sha256 = hashlib.sha256()
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while data := file.read(_READ_BYTES):
+            sha256.update(data)
+            read(len(data))
+    return sha256.hexdigest()
 
 
 def check_room(what: str, folder: Path, needed_bytes: int | None, quota: Quota) -> None:

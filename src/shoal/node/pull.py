@@ -62,7 +62,7 @@ def pull(store: Store, request: PullRequest, importer: Importer, progress: Progr
             f"{request.quantise!r} is no quantisation", hint=f"one of {', '.join(QUANTISATIONS)}", param="quantise"
         )
     with writing(store, name, waiting=lambda: progress.start(f"waiting for another pull of {name}")) as folder:
-        origin = Origin(reference=str(ref), sha256=fingerprint(ref), quantise=request.quantise or "")
+        origin = Origin(reference=str(ref), sha256=fingerprint(ref, progress), quantise=request.quantise or "")
         known = _known(store, name)
         _check_same_model(name, known, origin, again=request.again)
         if known is not None and known.origin == origin and not request.again and not missing_bytes(store, known):

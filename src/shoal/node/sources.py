@@ -103,7 +103,7 @@ def local_path(path: str) -> Path:
     return found
 
 
-def fingerprint(ref: Reference) -> str:
+def fingerprint(ref: Reference, progress: Progress) -> str:
     """SHA-256 by which a reference's content is known before fetching it; "" where only fetching tells."""
     match ref:
         case CatalogRef(parcels=parcels):
@@ -111,20 +111,21 @@ def fingerprint(ref: Reference) -> str:
         case HttpsRef(sha256=sha256):
             return sha256
         case FileRef(path=path):
-            return _content_sha256(local_path(path))
+            return _content_sha256(local_path(path), progress)
         case PypiRef() | HfRef():
             return ""
         case _:
             assert_never(ref)
 
 
-def _content_sha256(path: Path) -> str:
+def _content_sha256(path: Path, progress: Progress) -> str:
     """Of a file; of a folder, that of its files' names and hashes."""
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    progress.start(f"reading {path.name}", sum(file.stat().st_size for file in files))
+    hashes = [sha256_of(file, progress.advance) for file in files]
     if path.is_file():
-        return sha256_of(path)
-    lines = [
-        f"{sha256_of(file)} {file.relative_to(path).as_posix()}" for file in sorted(path.rglob("*")) if file.is_file()
-    ]
+        return hashes[0]
+    lines = [f"{sha256} {file.relative_to(path).as_posix()}" for sha256, file in zip(hashes, files, strict=True)]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 

@@ -4,11 +4,12 @@ Tensors are asked for, hashed and written one by one, so that the peak of an imp
 lets a tensor that is already here (a second import, a tied embedding, another version of the model) cost no write at all.
 """
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping
 
 import onnx
 
-from shoal.errors import CorruptFileError, StorageFullError
+from shoal.errors import CorruptFileError, ShoalError, StorageFullError
 from shoal.ids import Digest
 from shoal.model.spec import Array, ImportedModel
 from shoal.store.chunk import Data, ref_of
@@ -81,8 +82,8 @@ def _check_room(store: Store, name: str, needed_bytes: int) -> None:
 def _held_by_others(store: Store, name: str) -> int:
     chunks: dict[Digest, int] = {}
     for other in store.library.names():
-        if other != name:
-            chunks |= store.library.read(other).chunks()
+        with contextlib.suppress(ShoalError):  # damaged or just being removed: the quota counts its chunks on disk
+            chunks |= store.library.read(other).chunks() if other != name else {}
     return sum(chunks.values())
 
 

@@ -233,6 +233,16 @@ def test_a_pull_past_the_quota_is_refused_and_leaves_nothing(
     assert below(store.home) == set()
 
 
+def test_a_damaged_model_stops_no_pull_of_another_below_a_quota(
+    tmp_path: Path, model_file: Path, importer: BytesImporter
+) -> None:
+    store = open_store(tmp_path / "home", quota_bytes=10 * SIZE)
+    pull(store, request(model_file, name="damaged"), importer)
+    (store.home / "models" / "damaged.json").write_bytes(b"{")
+
+    assert pull(store, request(model_file), importer).name == "my-model"
+
+
 def test_a_path_that_is_not_there_is_named(store: Store, importer: BytesImporter, tmp_path: Path) -> None:
     with pytest.raises(InvalidRequestError, match=r"ghost\.gguf does not exist"):
         pull(store, request(tmp_path / "ghost.gguf"), importer)

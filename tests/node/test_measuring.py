@@ -1,7 +1,9 @@
 """What a node finds out about itself and its neighbours: links, blocks; and how it starts and ends a worker."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
+from functools import partial
 from pathlib import Path
 
 import anyio
@@ -11,28 +13,87 @@ from shoal.clock import SystemClock
 from shoal.fleet.report import ShardId
 from shoal.ids import DeploymentId, Digest, NodeId
 from shoal.node.artifacts import open_artifact
+from shoal.node.assemble import dial_agent
 from shoal.node.launch import launch
+from shoal.node.messages import ProbeTarget
+from shoal.node.options import NodeOptions
 from shoal.node.probe import answer_echoes, measure_links
 from shoal.node.trials import TrialSpec, run_trials
-from shoal.node.worker_spec import WorkerSpec
+from shoal.node.worker_spec import LinkShape, WorkerSpec
+from shoal.profile.fleet import LinkProfile
 from shoal.runtime.backend.onnx import OnnxBackend
 from shoal.store.home import Store
 from shoal.transport.memory import MemoryBus, MemoryFabric, Weather
+from shoal.transport.zenoh import ZenohBus, open_agent
 
 A, B, C = NodeId("a"), NodeId("b"), NodeId("c")
 Attach = Callable[[str], MemoryBus]
+ANY_PORT = ("tcp/127.0.0.1:0",)
+PATIENCE_S = 10.0
 
 
 def test_a_link_is_measured_with_its_delay_and_a_missing_node_is_left_out(fabric: MemoryFabric, bus_of: Attach) -> None:
-    asking, answering = bus_of("a"), bus_of("b")
-    answer_echoes(answering, "f", B)
+    answer_echoes(bus_of("b"), "f", B)
     fabric.weather("a", "b", Weather(delay_s=0.03))
+    targets = (ProbeTarget(node=C, locators=("c",)), ProbeTarget(node=B, locators=("b",)))
 
-    links = anyio.run(measure_links, asking, "f", A, (C, B), SystemClock())
+    links = anyio.run(measure_links, lambda *_: fabric.attach("a"), "f", A, targets, SystemClock())
 
     assert [(link.source, link.target) for link in links] == [(A, B)]
     assert links[0].rtt_p50_s >= 0.03
     assert links[0].rtt_p99_s >= links[0].rtt_p50_s
+
+
+@pytest.fixture
+def agents() -> Iterator[dict[NodeId, ZenohBus]]:
+    """Of a fleet in which B and C dial only A, and so reach each other through it."""
+    with ExitStack() as stack:
+        a = stack.enter_context(closing(open_agent(ANY_PORT)))
+        b, c = (stack.enter_context(closing(open_agent(ANY_PORT, a.locators))) for _ in range(2))
+        c.subscribe("settled", lambda _: None)
+        b.wait_matched("settled", PATIENCE_S)
+        for node, agent in ((A, a), (B, b), (C, c)):
+            stack.enter_context(closing(answer_echoes(agent, "f", node)))
+        yield {A: a, B: b, C: c}
+
+
+def target_of(agent: ZenohBus, node: NodeId, *locators: str) -> ProbeTarget:
+    return ProbeTarget(node=node, locators=locators or agent.locators, zid=agent.zid)
+
+
+def links_from_b(*targets: ProbeTarget, shapes: tuple[LinkShape, ...] = ()) -> tuple[LinkProfile, ...]:
+    options = NodeOptions(home="", name="b", fleet="f", links=shapes)
+    return anyio.run(measure_links, partial(dial_agent, options, B), "f", B, targets, SystemClock())
+
+
+def test_a_link_is_measured_without_the_node_that_joins_its_ends(agents: dict[NodeId, ZenohBus]) -> None:
+    target = target_of(agents[C], C)
+    agents[A].close()
+
+    (link,) = links_from_b(target)
+
+    assert (link.source, link.target, link.relayed) == (B, C, False)
+
+
+def test_a_node_that_only_a_third_one_reaches_has_no_link(agents: dict[NodeId, ZenohBus]) -> None:
+    assert links_from_b(target_of(agents[C], C, "tcp/127.0.0.1:1"), target_of(agents[C], C, "nonsense")) == ()
+
+
+def test_an_address_where_another_node_answers_is_none_of_the_targets(agents: dict[NodeId, ZenohBus]) -> None:
+    """Every machine has a loopback address; the agent found there would pass the probe on."""
+    own_and_right = (*agents[B].locators, *agents[C].locators)
+
+    assert links_from_b(target_of(agents[C], C, *agents[B].locators)) == ()
+    assert [link.target for link in links_from_b(target_of(agents[C], C, *own_and_right))] == [C]
+
+
+def test_an_emulated_link_is_measured_as_slow_as_it_is_made(agents: dict[NodeId, ZenohBus]) -> None:
+    shape = LinkShape(target=C, latency_s=0.01, bytes_per_s=1e7)
+
+    (link,) = links_from_b(target_of(agents[C], C), shapes=(shape,))
+
+    assert link.rtt_p50_s >= 0.02
+    assert link.bytes_per_s < 1.1e7
 
 
 def test_every_kind_of_block_is_timed_in_prefill_and_decode(tiny_store: tuple[Store, Digest]) -> None:

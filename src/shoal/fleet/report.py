@@ -59,6 +59,8 @@ class NodeFacts(msgspec.Struct, frozen=True, kw_only=True):
     version: str
     locators: tuple[str, ...]
     """Where the agent listens for other agents."""
+    zid: str = ""
+    """Of the agent's session: several machines may have the same address (loopback, a container bridge), none the same id."""
     cores: int
     memory_total_bytes: int
     memory_budget_bytes: int

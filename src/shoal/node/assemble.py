@@ -59,7 +59,7 @@ from shoal.store.peer import serve_chunks
 from shoal.transport.bus import Bus, Closable
 from shoal.transport.keys import ChunkTopic, ControlTopic, ProbeTopic, key_of
 from shoal.transport.shaped import Link, ShapedBus, Way
-from shoal.transport.zenoh import ZenohBus, open_agent
+from shoal.transport.zenoh import ZenohBus, open_agent, open_control
 from shoal.trust.identity import load_or_create, node_id
 
 UNHEARD_S = 5.0
@@ -173,7 +173,7 @@ def _open_parts(options: NodeOptions, log: FilteringBoundLogger, url: str) -> _P
         journal=journal,
         fabric=fabric,
         bus=bus,
-        facts=node_facts(options, fabric.locators, url),
+        facts=node_facts(options, fabric, url),
         caller=Caller(bus, options.fleet, new_id),
         ring=EventRing(log, time.time),
     )
@@ -233,7 +233,7 @@ def _agent(parts: _Parts, voice: Voice, bell: Bell, models: Models) -> Agent:
     measurer = Measurer(
         me=parts.me,
         fleet=options.fleet,
-        bus=parts.bus,
+        dial=partial(dial_agent, options, parts.me),
         store=parts.store,
         artifacts=parts.artifacts,
         fetcher=fetcher,
@@ -315,14 +315,15 @@ def engine_threads(options: NodeOptions, cores: int) -> int:
     return options.threads or cores
 
 
-def node_facts(options: NodeOptions, locators: tuple[str, ...], gateway: str) -> NodeFacts:
+def node_facts(options: NodeOptions, fabric: ZenohBus, gateway: str) -> NodeFacts:
     """What this node tells about itself; an emulated slowdown counts as another kind of machine."""
     machine = device_facts(f"onnxruntime {version('onnxruntime')}")
     emulated = (f"slowdown {options.slowdown}",) if options.slowdown != 1 else ()
     return NodeFacts(
         name=options.name,
         version=__version__,
-        locators=locators,
+        locators=fabric.locators,
+        zid=fabric.zid,
         cores=machine.cores,
         memory_total_bytes=machine.memory_total_bytes,
         memory_budget_bytes=options.memory_bytes or machine.suggested_budget_bytes,
@@ -380,6 +381,11 @@ def complete_manifests(store: Store) -> tuple[Digest, ...]:
             if not missing_bytes(store, store.library.read(name)):
                 found.append(store.library.digest(name))
     return tuple(found)
+
+
+def dial_agent(options: NodeOptions, me: NodeId, locator: str, zid: str) -> Bus:
+    """A session of its own to the agent *zid*, with the emulated links that the agent's bus and workers have too."""
+    return shaped_agent(open_control(locator, zid=zid), options, me)
 
 
 def shaped_agent(bus: Bus, options: NodeOptions, me: NodeId) -> Bus:

@@ -19,12 +19,11 @@ from shoal.fleet.report import NodeFacts
 from shoal.ids import Digest, NodeId
 from shoal.node.artifacts import Artifact, Artifacts, fetch_artifact
 from shoal.node.messages import BlocksOf, Links, ModelBlocks, ProbeLinks, Profiled, ProfileModel
-from shoal.node.probe import measure_links
+from shoal.node.probe import Dial, measure_links
 from shoal.node.trials import COLD_BYTES, TrialResult, TrialSpec
 from shoal.profile.fleet import DeviceProfile
 from shoal.store.fetch import Fetcher
 from shoal.store.home import Store
-from shoal.transport.bus import Bus
 
 _TRIALS_TIMEOUT_S = 150.0
 
@@ -35,7 +34,7 @@ class Measurer:
 
     me: NodeId
     fleet: str
-    bus: Bus
+    dial: Dial
     store: Store
     artifacts: Artifacts
     fetcher: Fetcher
@@ -55,9 +54,9 @@ class Measurer:
         return msgspec.msgpack.encode(Profiled(device=self._device(result)))
 
     async def links(self, body: bytes) -> bytes:
-        """Links from here to the nodes that are asked for."""
+        """Direct links from here to the nodes that are asked for."""
         wanted = msgspec.msgpack.decode(body, type=ProbeLinks)
-        links = await measure_links(self.bus, self.fleet, self.me, wanted.targets, self.clock)
+        links = await measure_links(self.dial, self.fleet, self.me, wanted.targets, self.clock)
         return msgspec.msgpack.encode(Links(links=links))
 
     async def blocks(self, body: bytes) -> bytes:

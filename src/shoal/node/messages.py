@@ -48,14 +48,23 @@ class BlocksOf(msgspec.Struct, frozen=True, kw_only=True):
     blocks: tuple[Block, ...]
 
 
-class ProbeLinks(msgspec.Struct, frozen=True, kw_only=True):
-    """Measure the links from the asked node to these."""
+class ProbeTarget(msgspec.Struct, frozen=True, kw_only=True):
+    """A node and where its agent is dialled, as it said in its last report."""
 
-    targets: tuple[NodeId, ...]
+    node: NodeId
+    locators: tuple[str, ...]
+    zid: str = ""
+    """Of the agent's session; empty when it did not say, then whoever answers is believed."""
+
+
+class ProbeLinks(msgspec.Struct, frozen=True, kw_only=True):
+    """Measure the direct links from the asked node to these."""
+
+    targets: tuple[ProbeTarget, ...]
 
 
 class Links(msgspec.Struct, frozen=True, kw_only=True):
-    """Measured links."""
+    """Measured links; a target that could not be dialled has none."""
 
     links: tuple[LinkProfile, ...]
 

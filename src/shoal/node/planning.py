@@ -15,7 +15,7 @@ from shoal.fleet.report import NodeReport
 from shoal.fleet.spec import DeploymentSpec
 from shoal.ids import Digest, NodeId
 from shoal.node.calls import Caller
-from shoal.node.messages import BlocksOf, Links, ModelBlocks, ProbeLinks, Profiled, ProfileModel
+from shoal.node.messages import BlocksOf, Links, ModelBlocks, ProbeLinks, ProbeTarget, Profiled, ProfileModel
 from shoal.plan.budget import DeadlineBudget
 from shoal.plan.build import Demands, Setting, problem
 from shoal.plan.placement import place
@@ -24,10 +24,27 @@ from shoal.profile.fleet import DeviceProfile, FleetProfile, LinkProfile
 from shoal.profile.link import probe_pairs
 
 PROFILE_TIMEOUT_S = 180.0
-LINKS_TIMEOUT_S = 60.0
+LINK_TIMEOUT_S = 20.0
+"""Per target: to dial it and to time its round trips."""
 LINKS_FRESH_S = 300.0
+MISSING_FRESH_S = 10.0
+"""Until a target that could not be dialled is dialled again: each attempt holds up the plan for seconds."""
 PLAN_BUDGET_S = 5.0
 NEIGHBOURS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What came of probing a link; `link` is None when the target could not be dialled at `locators`."""
+
+    link: LinkProfile | None
+    locators: tuple[str, ...]
+    at_s: float
+
+    def fresh(self, locators: tuple[str, ...], now_s: float) -> bool:
+        """Whether it still counts for a target that is dialled at *locators*."""
+        limit_s = LINKS_FRESH_S if self.link else MISSING_FRESH_S
+        return self.locators == locators and now_s - self.at_s < limit_s
 
 
 @dataclass(slots=True)
@@ -40,7 +57,7 @@ class FleetPlanner:
     budget_s: float = PLAN_BUDGET_S
     profile_epoch: int = 0
     _devices: dict[tuple[NodeId, str, Digest], DeviceProfile] = field(default_factory=dict)
-    _links: dict[tuple[NodeId, NodeId], tuple[LinkProfile, float]] = field(default_factory=dict)
+    _links: dict[tuple[NodeId, NodeId], Measured] = field(default_factory=dict)
     _blocks: dict[Digest, BlocksOf] = field(default_factory=dict)
     _measuring: anyio.Lock = field(default_factory=anyio.Lock)
 
@@ -92,7 +109,8 @@ class FleetPlanner:
             async with anyio.create_task_group() as group:
                 for report in reports.values():
                     group.start_soon(one, report)
-            links = await self._all_links(list(found), source, again=again)
+            targets = {n: probe_target(reports[n]) for n in found}
+            links = await self._all_links(targets, source, again=again)
         self.profile_epoch += 1
         return FleetProfile(
             profile_epoch=self.profile_epoch, devices=tuple(found[n] for n in sorted(found)), links=tuple(links)
@@ -115,29 +133,38 @@ class FleetPlanner:
             self._blocks[manifest] = await self.caller.call(source, "blocks", asked, BlocksOf, timeout_s=30.0)
         return self._blocks[manifest]
 
-    async def _all_links(self, nodes: Sequence[NodeId], source: NodeId, *, again: bool) -> list[LinkProfile]:
-        pairs = probe_pairs(nodes, source, NEIGHBOURS) if len(nodes) > 1 else ()
-        stale = [pair for pair in pairs if again or not self._fresh(pair)]
+    async def _all_links(
+        self, nodes: Mapping[NodeId, ProbeTarget], source: NodeId, *, again: bool
+    ) -> list[LinkProfile]:
+        pairs = probe_pairs(list(nodes), source, NEIGHBOURS) if len(nodes) > 1 else ()
+        stale = [pair for pair in pairs if again or not self._fresh(pair, nodes[pair[1]])]
         for sender in dict.fromkeys(pair[0] for pair in stale):
             # One sender at a time: links of one site often share a medium.
-            targets = tuple(target for node, target in stale if node == sender)
-            await self._measure_from(sender, targets)
-        return [self._links[pair][0] for pair in pairs if pair in self._links]
+            await self._measure_from(sender, tuple(nodes[target] for node, target in stale if node == sender))
+        return [link for pair in pairs if pair in self._links and (link := self._links[pair].link)]
 
-    async def _measure_from(self, sender: NodeId, targets: tuple[NodeId, ...]) -> None:
+    async def _measure_from(self, sender: NodeId, targets: Sequence[ProbeTarget]) -> None:
+        wanted = ProbeLinks(targets=tuple(targets))
         try:
-            told = await self.caller.call(
-                sender, "links", ProbeLinks(targets=targets), Links, timeout_s=LINKS_TIMEOUT_S
-            )
+            told = await self.caller.call(sender, "links", wanted, Links, timeout_s=LINK_TIMEOUT_S * (1 + len(targets)))
         except ShoalError as error:
             self.log.warning("links.failed", node=sender, error=str(error))
             return
-        for link in told.links:
-            self._links[link.source, link.target] = (link, self.clock.now_s())
+        found = {link.target: link for link in told.links}
+        for target in targets:
+            link = found.get(target.node)
+            self._links[sender, target.node] = Measured(link, target.locators, self.clock.now_s())
+            if link is None:
+                self.log.warning("link.missing", node=sender, target=target.node, locators=", ".join(target.locators))
 
-    def _fresh(self, pair: tuple[NodeId, NodeId]) -> bool:
-        return pair in self._links and self.clock.now_s() - self._links[pair][1] < LINKS_FRESH_S
+    def _fresh(self, pair: tuple[NodeId, NodeId], target: ProbeTarget) -> bool:
+        return pair in self._links and self._links[pair].fresh(target.locators, self.clock.now_s())
 
     def links_from(self, node: NodeId) -> list[LinkProfile]:
         """Links measured from *node*, for display."""
-        return [link for (source, _), (link, _) in self._links.items() if source == node]
+        return [known.link for (source, _), known in self._links.items() if source == node and known.link]
+
+
+def probe_target(report: NodeReport) -> ProbeTarget:
+    """Where the node of *report* is dialled."""
+    return ProbeTarget(node=report.node, locators=report.facts.locators, zid=report.facts.zid)

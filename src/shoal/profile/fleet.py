@@ -46,6 +46,7 @@ class LinkProfile(msgspec.Struct, frozen=True, kw_only=True):
     rtt_p99_s: float
     bytes_per_s: float
     relayed: bool = False
+    """Measured through a third node.  Data sessions are direct: no plan may use such a link, and the probe makes none."""
 
     @property
     def latency_s(self) -> float:

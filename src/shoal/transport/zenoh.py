@@ -42,9 +42,19 @@ def open_agent(listen: Sequence[str], connect: Sequence[str] = (), *, discover: 
     return _open("router", listen, connect, keep_trying(), discover=discover)
 
 
-def open_control(agent_locator: str, *, timeout_s: float = CONNECT_TIMEOUT_S) -> "ZenohBus":
-    """A client of the agent at *agent_locator*; raises NodeUnreachableError when it does not answer in time."""
-    return _open("client", (), (agent_locator,), must_connect(timeout_s))
+def open_control(agent_locator: str, *, zid: str = "", timeout_s: float = CONNECT_TIMEOUT_S) -> "ZenohBus":
+    """A client of the agent at *agent_locator*; raises NodeUnreachableError when it does not answer in time.
+
+    Also when *zid* is given and another agent answers there: a loopback or bridge address means another machine on each.
+    """
+    bus = _open("client", (), (agent_locator,), must_connect(timeout_s))
+    if zid and zid not in bus.routers:
+        bus.close()
+        raise NodeUnreachableError(
+            f"at {agent_locator} answers {', '.join(bus.routers) or 'nobody'}, not agent {zid}",
+            hint="that address means another machine from here; let the node listen at one that is its own",
+        )
+    return bus
 
 
 def open_data(listen: Sequence[str], next: Sequence[str] = (), *, timeout_s: float = CONNECT_TIMEOUT_S) -> "ZenohBus":  # noqa: A002 the ring's word
@@ -123,6 +133,8 @@ class ZenohBus:
 
     def __init__(self, session: zenoh.Session, mode: str) -> None:
         self.zid = str(session.info.zid())
+        self.routers = tuple(str(found) for found in session.info.routers_zid())
+        """Agents that this session had a link to when it was opened."""
         self._session = session
         self._mode = mode
         self._publishers: OrderedDict[tuple[str, Lane], zenoh.Publisher] = OrderedDict()

@@ -1,0 +1,133 @@
+"""What the planner remembers of devices and links, and what it asks for again; its nodes answer real calls."""
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+
+import anyio
+import msgspec
+import pytest
+from structlog.typing import FilteringBoundLogger
+
+from shoal.clock import ManualClock
+from shoal.fleet.report import NodeFacts, NodeReport
+from shoal.ids import Digest, NodeId
+from shoal.node.calls import CallDesk, Caller
+from shoal.node.messages import Links, ProbeLinks, Profiled
+from shoal.node.planning import LINKS_FRESH_S, MISSING_FRESH_S, FleetPlanner
+from shoal.profile.fleet import DeviceProfile, LinkProfile
+from shoal.transport.memory import MemoryBus
+
+A, B = NodeId("a" * 32), NodeId("b" * 32)
+MODEL = Digest("m")
+Scenario = Callable[["Site"], Awaitable[None]]
+
+
+@dataclass
+class Site:
+    """Two nodes that answer the planner, and what it asked them; `reachable` are the locators that can be dialled."""
+
+    planner: FleetPlanner
+    clock: ManualClock
+    facts: dict[NodeId, NodeFacts]
+    reachable: set[str]
+    profiled: list[NodeId] = field(default_factory=list)
+    probed: list[tuple[NodeId, NodeId]] = field(default_factory=list)
+
+    def reports(self) -> dict[NodeId, NodeReport]:
+        return {n: NodeReport(node=n, incarnation=1, sequence=1, facts=facts) for n, facts in self.facts.items()}
+
+    async def links(self) -> set[tuple[NodeId, NodeId]]:
+        profile = await self.planner.profile(MODEL, A, self.reports())
+        return {(link.source, link.target) for link in profile.links}
+
+    def desk(self, bus: MemoryBus, node: NodeId) -> CallDesk:
+        async def profile(_: bytes) -> bytes:
+            self.profiled.append(node)
+            facts = self.facts[node]
+            device = DeviceProfile(
+                node=node, fingerprint=facts.fingerprint, cores=facts.cores, threads=1, trials=(),
+                memory_total_bytes=facts.memory_total_bytes, memory_budget_bytes=facts.memory_budget_bytes,
+            )  # fmt: skip
+            return msgspec.msgpack.encode(Profiled(device=device))
+
+        async def links(body: bytes) -> bytes:
+            wanted = msgspec.msgpack.decode(body, type=ProbeLinks)
+            self.probed += [(node, target.node) for target in wanted.targets]
+            found = tuple(
+                LinkProfile(source=node, target=t.node, rtt_p50_s=0.01, rtt_p99_s=0.02, bytes_per_s=1e6)
+                for t in wanted.targets
+                if self.reachable & set(t.locators)
+            )
+            return msgspec.msgpack.encode(Links(links=found))
+
+        return CallDesk(bus, "f", node, {"profile": profile, "links": links})
+
+
+def facts_of(name: str) -> NodeFacts:
+    return NodeFacts(
+        name=name, version="1", locators=(f"at-{name}",), cores=2, fingerprint=name,
+        memory_total_bytes=8 << 30, memory_budget_bytes=4 << 30,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def run(bus_of: Callable[[str], MemoryBus], log: FilteringBoundLogger) -> Callable[[Scenario], None]:
+    """Let a scenario happen at a new site."""
+    numbers = iter(range(1000))
+    clock = ManualClock()
+    planner = FleetPlanner(Caller(bus_of("planner"), "f", lambda: str(next(numbers))), clock, log)
+    site = Site(planner, clock, {A: facts_of("a"), B: facts_of("b")}, {"at-a", "at-b"})
+
+    async def play(scenario: Scenario) -> None:
+        async with anyio.create_task_group() as group:
+            for node in (A, B):
+                group.start_soon(site.desk(bus_of(node), node).run)
+            with anyio.fail_after(30):
+                await scenario(site)
+            group.cancel_scope.cancel()
+
+    return lambda scenario: anyio.run(play, scenario)
+
+
+def test_links_are_probed_where_the_nodes_said_that_they_are_dialled_and_remembered_for_a_while(
+    run: Callable[[Scenario], None],
+) -> None:
+    async def scenario(site: Site) -> None:
+        assert await site.links() == await site.links() == {(A, B), (B, A)}
+        assert sorted(site.probed) == [(A, B), (B, A)]
+
+        site.clock.advance(LINKS_FRESH_S)
+        await site.links()
+        assert len(site.probed) == 4
+
+    run(scenario)
+
+
+def test_a_node_that_moved_is_probed_at_its_new_address(run: Callable[[Scenario], None]) -> None:
+    async def scenario(site: Site) -> None:
+        await site.links()
+        site.facts[B] = msgspec.structs.replace(site.facts[B], locators=("elsewhere",))
+
+        assert await site.links() == {(B, A)}
+        assert site.probed[2:] == [(A, B)]
+
+    run(scenario)
+
+
+def test_a_link_that_is_no_longer_found_is_forgotten_and_not_looked_for_with_every_plan(
+    run: Callable[[Scenario], None],
+) -> None:
+    async def scenario(site: Site) -> None:
+        await site.links()
+        site.reachable.remove("at-b")
+        site.clock.advance(LINKS_FRESH_S)
+
+        assert await site.links() == await site.links() == {(B, A)}
+        assert site.planner.links_from(A) == []
+        assert site.probed.count((A, B)) == 2
+
+        site.reachable.add("at-b")
+        site.clock.advance(MISSING_FRESH_S)
+        assert await site.links() == {(A, B), (B, A)}
+
+    run(scenario)

@@ -131,3 +131,18 @@ def test_a_link_that_is_no_longer_found_is_forgotten_and_not_looked_for_with_eve
         assert await site.links() == {(A, B), (B, A)}
 
     run(scenario)
+
+
+def test_a_node_that_comes_back_with_other_memory_is_planned_with_that_and_its_trials_are_kept(
+    run: Callable[[Scenario], None],
+) -> None:
+    async def scenario(site: Site) -> None:
+        await site.planner.profile(MODEL, A, site.reports())
+        site.facts[B] = msgspec.structs.replace(site.facts[B], memory_budget_bytes=1 << 30, cores=1)
+
+        profile = await site.planner.profile(MODEL, A, site.reports())
+
+        assert [(d.memory_budget_bytes, d.cores) for d in profile.devices] == [(4 << 30, 2), (1 << 30, 1)]
+        assert sorted(site.profiled) == [A, B]
+
+    run(scenario)

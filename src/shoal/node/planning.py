@@ -6,12 +6,13 @@ from functools import partial
 
 import anyio
 import anyio.to_thread
+import msgspec
 from structlog.typing import FilteringBoundLogger
 
 from shoal.clock import Clock
 from shoal.errors import ShoalError, UnavailableError
 from shoal.fleet.reconcile import sources
-from shoal.fleet.report import NodeReport
+from shoal.fleet.report import NodeFacts, NodeReport
 from shoal.fleet.spec import DeploymentSpec
 from shoal.ids import Digest, NodeId
 from shoal.node.calls import Caller
@@ -49,7 +50,7 @@ class Measured:
 
 @dataclass(slots=True)
 class FleetPlanner:
-    """Remembers profiles by (node, fingerprint, model) and links for a while; measures what is missing."""
+    """Remembers trials by (node, fingerprint, model) and links for a while; measures what is missing."""
 
     caller: Caller
     clock: Clock
@@ -125,7 +126,7 @@ class FleetPlanner:
                 self.log.warning("profile.failed", node=report.facts.name, error=str(error))
                 return None
             self._devices[key] = told.device
-        return self._devices[key]
+        return with_facts(self._devices[key], report.facts)
 
     async def _blocks_of(self, manifest: Digest, source: NodeId) -> BlocksOf:
         if manifest not in self._blocks:
@@ -163,6 +164,17 @@ class FleetPlanner:
     def links_from(self, node: NodeId) -> list[LinkProfile]:
         """Links measured from *node*, for display."""
         return [known.link for (source, _), known in self._links.items() if source == node and known.link]
+
+
+def with_facts(device: DeviceProfile, facts: NodeFacts) -> DeviceProfile:
+    """The trials of *device*, on a node as its newest report has it: one that was restarted may offer other memory."""
+    return msgspec.structs.replace(
+        device,
+        cores=facts.cores,
+        memory_total_bytes=facts.memory_total_bytes,
+        memory_budget_bytes=facts.memory_budget_bytes,
+        providers=facts.providers,
+    )
 
 
 def probe_target(report: NodeReport) -> ProbeTarget:

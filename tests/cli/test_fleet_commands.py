@@ -31,7 +31,7 @@ NODES = (
         memory_budget_bytes=2_000_000_000,
         memory_promised_bytes=500_000_000,
         providers=("CPUExecutionProvider",),
-        links=(LinkView(target=B, rtt_p50_s=0.0042, rtt_p99_s=0.01, bytes_per_s=12.5e6),),
+        links=(LinkView(target=B, rtt_p50_s=0.0042, rtt_p99_s=0.01, bytes_per_s=12.5e6, jitter_s=0.0017),),
     ),
     NodeView(id=B, name="attic", standing=Standing.LOST),
 )
@@ -68,6 +68,7 @@ def test_the_list_of_nodes_names_state_engine_and_links() -> None:
         "lost",
         "desk -> attic",
         "4.20 ms",
+        "+-1.70 ms",
         "100",
     ):
         assert word in text

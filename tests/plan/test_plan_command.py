@@ -94,7 +94,16 @@ def test_a_profile_shows_devices_trials_and_links() -> None:
         node=NodeId("a"), fingerprint="feedbeef00", cores=4, threads=2, memory_total_bytes=8 * 10**9,
         memory_budget_bytes=2 * 10**9, providers=("CPUExecutionProvider",), trials=(trial,),
     )  # fmt: skip
-    link = LinkProfile(source=NodeId("a"), target=NodeId("b"), rtt_p50_s=0.002, rtt_p99_s=0.05, bytes_per_s=1.25e6)
+    link = LinkProfile(
+        source=NodeId("a"),
+        target=NodeId("b"),
+        rtt_p50_s=0.002,
+        rtt_p99_s=0.05,
+        bytes_per_s=1.25e6,
+        jitter_s=0.003,
+        round_trips=150,
+        probe_s=0.7,
+    )
 
     text = shown(render_profile(FleetProfile(profile_epoch=7, devices=(device,), links=(link,)), {NodeId("a"): "desk"}))
 
@@ -109,5 +118,8 @@ def test_a_profile_shows_devices_trials_and_links() -> None:
         "+-2 %",
         "1.25 MB/s",
         "50 ms",
+        "+-3 ms",
+        "150",
+        "700 ms",
     ):
         assert part in text

@@ -38,6 +38,22 @@ def test_the_99th_percentile_sees_the_slow_probe_that_the_median_does_not() -> N
     assert link.rtt_p99_s > 0.15
 
 
+@given(st.floats(1e-3, 0.1), st.lists(st.floats(0, 1), min_size=1, max_size=40))
+def test_half_of_the_round_trips_are_within_the_jitter_of_the_median(rtt_s: float, late: list[float]) -> None:
+    times = [rtt_s * (1 + share) for share in late]
+
+    link = link_profile(A, B, [LinkSample(payload_bytes=64, round_trip_s=time_s) for time_s in times])
+
+    within = [time_s for time_s in times if abs(time_s - link.rtt_p50_s) <= link.jitter_s + 1e-12]
+    assert 2 * len(within) >= len(times) == link.round_trips
+
+
+def test_a_steady_link_has_no_jitter_whatever_its_slowest_probe() -> None:
+    link = link_profile(A, B, [LinkSample(payload_bytes=64, round_trip_s=time_s) for time_s in [0.01] * 9 + [0.2]])
+
+    assert link.jitter_s == 0
+
+
 def test_a_link_too_fast_to_show_a_slope_is_credited_with_what_it_reached() -> None:
     samples = [LinkSample(payload_bytes=size, round_trip_s=1e-4) for size in (64, 1_000_000)]
 

@@ -48,13 +48,14 @@ def render_nodes(found: Sequence[NodeView]) -> RenderableType:
         )
     names = {node.id: node.name for node in found}
     links = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("link", "round trip", "p99", "Mbit/s"):
+    for column in ("link", "round trip", "jitter", "p99", "Mbit/s"):
         links.add_column(column, justify="left" if column == "link" else "right")
     for node in found:
         for link in node.links:
             links.add_row(
                 f"{node.name} -> {names.get(link.target, link.target[:8])}",
                 f"{link.rtt_p50_s * 1000:.2f} ms",
+                f"+-{link.jitter_s * 1000:.2f} ms",
                 f"{link.rtt_p99_s * 1000:.2f} ms",
                 f"{link.bytes_per_s * 8 / 1e6:.0f}",
             )

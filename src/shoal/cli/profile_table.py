@@ -61,14 +61,17 @@ def _order(trial: BlockTrial) -> tuple[str, int, int, int]:
 
 
 def _links(links: Iterable[LinkProfile], names: Names) -> Table:
-    table = _table("FROM", "TO", "ROUND TRIP P50", "P99", "BANDWIDTH", "")
+    table = _table("FROM", "TO", "ROUND TRIP P50", "P99", "JITTER", "OF", "BANDWIDTH", "PROBED IN", "")
     for link in links:
         table.add_row(
             _name(link.source, names),
             _name(link.target, names),
             duration(link.rtt_p50_s),
             duration(link.rtt_p99_s),
+            f"+-{duration(link.jitter_s)}",
+            str(link.round_trips or "-"),
             f"{size(link.bytes_per_s)}/s",
+            duration(link.probe_s) if link.probe_s else "-",
             "relayed" if link.relayed else "",
         )
     return table

@@ -21,6 +21,8 @@ class LinkView(msgspec.Struct, frozen=True, kw_only=True):
     rtt_p99_s: float
     bytes_per_s: float
     relayed: bool = False
+    jitter_s: float = 0.0
+    """Half of the small round trips are within this of the median one."""
 
 
 class NodeView(msgspec.Struct, frozen=True, kw_only=True):

@@ -115,6 +115,7 @@ class CoordinatorDesk:
                 rtt_p99_s=link.rtt_p99_s,
                 bytes_per_s=link.bytes_per_s,
                 relayed=link.relayed,
+                jitter_s=link.jitter_s,
             )
             for link in self.planner.links_from(node)
         ]

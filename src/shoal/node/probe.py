@@ -27,10 +27,14 @@ from shoal.transport.keys import ProbeTopic, key_of, pattern_of
 Dial = Callable[[str, str], Bus]
 """A direct session to the agent at a locator, whose session has that id; raises NodeUnreachableError or SettingsError."""
 
-_SMALL_COUNT = 15
-_LARGE_COUNT = 3
+_SMALL_COUNTS = (15, 200)
+"""Fewest and most round trips: a 99th percentile of fewer than 100 is little else than the longest."""
+_LARGE_COUNTS = (3, 9)
+_ENOUGH_S = 0.5
+"""After this, the fewest of a size will do."""
+_PATIENCE_S = 2.0
+"""After this, even fewer: one, on the slowest links."""
 _TIMEOUT_S = 5.0
-_BUDGET_S = 4.0
 _DIAL_BUDGET_S = 8.0
 """A locator that swallows what is sent there costs the whole timeout of one dial."""
 
@@ -47,11 +51,12 @@ async def measure_links(
     found = []
     for target in targets:
         key = key_of(ProbeTopic(fleet=fleet, source=me, target=target.node))
+        began_s = clock.now_s()
         try:
             samples = await anyio.to_thread.run_sync(partial(_measure, dial, target, key, clock))
         except NodeUnreachableError:
             continue
-        found.append(link_profile(me, target.node, samples))
+        found.append(link_profile(me, target.node, samples, probe_s=clock.now_s() - began_s))
     return tuple(found)
 
 
@@ -77,14 +82,30 @@ def _dialled(dial: Dial, target: ProbeTarget, clock: Clock) -> Bus:
 
 
 def round_trips(ask: Callable[[bytes], object], clock: Clock) -> list[LinkSample]:
-    """Time *ask* for payloads of each size."""
-    samples: list[LinkSample] = []
-    began_s = clock.now_s()
+    """Time *ask* for payloads of each size: seconds in all, a tenth of one on a fast link.
+
+    Raises NodeUnreachableError; not for the largest payload, which a very slow link does not carry in time.
+    """
     small, *large = PROBE_BYTES
-    for size_bytes in (*([small] * _SMALL_COUNT), *(large * _LARGE_COUNT)):
-        sent_s = clock.now_s()
-        if samples and sent_s - began_s > _BUDGET_S and size_bytes <= samples[-1].payload_bytes:
-            continue  # a slow link: one sample of each size must do
-        ask(bytes(size_bytes))
-        samples.append(LinkSample(payload_bytes=size_bytes, round_trip_s=clock.now_s() - sent_s))
+    ask(bytes(small))  # the first one opens the way and is not counted
+    samples = _timed(ask, clock, small, _SMALL_COUNTS)
+    for size_bytes in large:
+        try:
+            samples += _timed(ask, clock, size_bytes, _LARGE_COUNTS)
+        except NodeUnreachableError:
+            if size_bytes == large[0]:
+                raise
+    return samples
+
+
+def _timed(ask: Callable[[bytes], object], clock: Clock, size_bytes: int, counts: tuple[int, int]) -> list[LinkSample]:
+    least, most = counts
+    payload = bytes(size_bytes)
+    samples: list[LinkSample] = []
+    began_s = sent_s = clock.now_s()
+    while len(samples) < most and sent_s - began_s < (_ENOUGH_S if len(samples) >= least else _PATIENCE_S):
+        ask(payload)
+        back_s = clock.now_s()
+        samples.append(LinkSample(payload_bytes=size_bytes, round_trip_s=back_s - sent_s))
+        sent_s = back_s
     return samples

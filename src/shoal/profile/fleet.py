@@ -38,7 +38,10 @@ class DeviceProfile(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class LinkProfile(msgspec.Struct, frozen=True, kw_only=True):
-    """One direction of a link.  A round trip is split evenly: no two clocks are compared (ADR 4)."""
+    """One direction of a link.  A round trip is split evenly: no two clocks are compared (ADR 4).
+
+    The payload went this way and a few bytes came back, so that the bandwidth is this direction's.
+    """
 
     source: NodeId
     target: NodeId
@@ -47,6 +50,12 @@ class LinkProfile(msgspec.Struct, frozen=True, kw_only=True):
     bytes_per_s: float
     relayed: bool = False
     """Measured through a third node.  Data sessions are direct: no plan may use such a link, and the probe makes none."""
+    jitter_s: float = 0.0
+    """Half of the small round trips are within this of the median one (median absolute deviation)."""
+    round_trips: int = 0
+    """Small ones that were timed; the 99th percentile of fewer than 100 is close to the longest."""
+    probe_s: float = 0.0
+    """What measuring it took, dialling included."""
 
     @property
     def latency_s(self) -> float:

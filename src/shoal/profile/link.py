@@ -29,9 +29,7 @@ class LinkSample(msgspec.Struct, frozen=True, kw_only=True):
     round_trip_s: float
 
 
-def link_profile(
-    source: NodeId, target: NodeId, samples: Sequence[LinkSample], *, relayed: bool = False
-) -> LinkProfile:
+def link_profile(source: NodeId, target: NodeId, samples: Sequence[LinkSample], *, probe_s: float = 0.0) -> LinkProfile:
     """Profile one direction; raises InvalidRequestError without at least one sample."""
     if not samples:
         raise InvalidRequestError(
@@ -41,13 +39,16 @@ def link_profile(
     for sample in samples:
         by_size[sample.payload_bytes].append(sample.round_trip_s)
     small = sorted(by_size[min(by_size)])
+    rtt_p50_s = median(small)
     return LinkProfile(
         source=source,
         target=target,
-        rtt_p50_s=median(small),
+        rtt_p50_s=rtt_p50_s,
         rtt_p99_s=_quantile(small, 0.99),
         bytes_per_s=_bytes_per_s({size: median(times) for size, times in by_size.items()}),
-        relayed=relayed,
+        jitter_s=median(abs(time_s - rtt_p50_s) for time_s in small),
+        round_trips=len(small),
+        probe_s=probe_s,
     )
 
 

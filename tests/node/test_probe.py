@@ -3,13 +3,14 @@
 from collections.abc import Callable
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from shoal.clock import ManualClock
 from shoal.errors import NodeUnreachableError
 from shoal.ids import NodeId
 from shoal.node.probe import round_trips
+from shoal.profile.fleet import LinkProfile
 from shoal.profile.link import PROBE_BYTES, LinkSample, link_profile
 from shoal.transport.bus import Lane
 from shoal.transport.shaped import Way, Wire
@@ -35,10 +36,36 @@ def over(out: Way, back: Way, clock: ManualClock, *, timeout_s: float = 5.0) -> 
     return ask
 
 
+def measured(out: Way, back: Way) -> LinkProfile:
+    clock = ManualClock()
+    return link_profile(A, B, round_trips(over(out, back, clock), clock))
+
+
 def sampled(way: Way) -> tuple[list[LinkSample], float]:
     """Samples of a link that is alike both ways, and the seconds that they took."""
     clock = ManualClock()
     return round_trips(over(way, way, clock), clock), clock.now_s()
+
+
+rates = st.floats(1e5, 1e10)
+latencies = st.floats(0, 0.25)
+
+
+@settings(max_examples=50)
+@given(rates, rates, latencies, latencies, st.floats(0, 0.05))
+@example(1.25e6, 1.25e8, 0.004, 0.03, 0.05)
+def test_of_an_uneven_link_each_direction_comes_out_with_its_own_bandwidth(
+    there: float, home: float, there_s: float, home_s: float, unsteady: float
+) -> None:
+    """Within a tenth, also when messages are late by up to a twentieth of the time that the largest payload takes."""
+    largest = max(PROBE_BYTES)
+    out = Way(latency_s=there_s, bytes_per_s=there, jitter_s=unsteady * largest / there)
+    back = Way(latency_s=home_s, bytes_per_s=home, jitter_s=unsteady * largest / home)
+
+    forth, reverse = measured(out, Way(latency_s=home_s, bytes_per_s=home)), measured(back, Way(bytes_per_s=there))
+
+    assert forth.bytes_per_s == pytest.approx(there, rel=0.1)
+    assert reverse.bytes_per_s == pytest.approx(home, rel=0.1)
 
 
 def test_a_fast_link_is_timed_often_enough_for_its_99th_percentile_and_soon_done() -> None:

@@ -84,6 +84,19 @@ def test_the_same_device_is_used_once_the_link_is_quick_and_the_reason_says_what
     assert "the best plan without it takes 40 ms per token against 18 ms" in plan.reasons[1].text
 
 
+def test_a_device_that_runs_another_model_too_is_named_with_what_that_holds(chain: Chain) -> None:
+    """Its blocks were timed alone, so the prediction holds only while the other model is idle."""
+    problem = chain([1, 1], [1, 9], [5000, 5000], {(0, 1): 1})
+    busy, free = problem.devices
+    shared = replace(problem, devices=(replace(busy, memory_promised_bytes=3000), free))
+
+    text = {case: planned(solve(case)).reasons[0].text for case in (problem, shared)}
+
+    assert "other deployments hold 3 KB here" in text[shared]
+    assert "slower than predicted" in text[shared]
+    assert "other deployments" not in text[problem]
+
+
 def test_one_device_alone_is_always_weighed_and_refused_with_numbers(chain: Chain) -> None:
     plan = planned(solve(chain([10**6] * 4, [1e-8, 1e-8], [3_000_000, 9_000_000], {(0, 1): 0.001})))
 

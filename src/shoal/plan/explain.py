@@ -53,7 +53,7 @@ def alternatives(problem: Problem) -> tuple[Alternative, ...]:
 def _reason(case: Case, device: DeviceSpec) -> Reason:
     stages = [stage for stage in case.chosen.stages if stage.node == device.node]
     if stages:
-        text = f"runs {_part(case, stages)}; {_without(case, device.node)}"
+        text = f"runs {_part(case, stages)}; {_without(case, device.node)}{_company(device)}"
         return Reason(node=device.node, used=True, text=text)
     barred = _barred(case, device)
     text = barred or _with(case, device.node)
@@ -65,6 +65,14 @@ def _part(case: Case, stages: Sequence[Stage]) -> str:
     decode_s = sum(stage.decode_s for stage in stages)
     part = share(decode_s, sum(stage.decode_s for stage in case.chosen.stages))
     return f"blocks {blocks} of {len(case.problem.blocks)}, {part} of a step's compute ({duration(decode_s)})"
+
+
+def _company(device: DeviceSpec) -> str:
+    """What no trial can show: engines use all cores, and each was timed as if it had them to itself."""
+    if not device.memory_promised_bytes:
+        return ""
+    held = size(device.memory_promised_bytes)
+    return f"; other deployments hold {held} here, and while they answer too, it is slower than predicted"
 
 
 def _without(case: Case, node: NodeId) -> str:

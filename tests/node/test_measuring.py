@@ -1,28 +1,34 @@
 """What a node finds out about itself and its neighbours: links, blocks; and how it starts and ends a worker."""
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 import anyio
+import msgspec
 import pytest
 
 from shoal.clock import SystemClock
-from shoal.fleet.report import ShardId
+from shoal.fleet.report import NodeFacts, ShardId
 from shoal.ids import DeploymentId, Digest, NodeId
-from shoal.node.artifacts import open_artifact
+from shoal.node.artifacts import Artifacts, open_artifact
 from shoal.node.assemble import dial_agent
 from shoal.node.launch import launch
-from shoal.node.messages import ProbeTarget
+from shoal.node.measuring import Measurer
+from shoal.node.messages import ProbeTarget, Profiled, ProfileModel
 from shoal.node.options import NodeOptions
 from shoal.node.probe import answer_echoes, measure_links
 from shoal.node.trials import TrialSpec, run_trials
 from shoal.node.worker_spec import LinkShape, WorkerSpec
 from shoal.profile.fleet import LinkProfile
 from shoal.runtime.backend.onnx import OnnxBackend
-from shoal.store.home import Store
+from shoal.runtime.ports import SequenceStep, Session, Shard
+from shoal.runtime.request import Array
+from shoal.store.home import Store, missing_bytes, open_store
+from shoal.store.peer import Fetcher, Pace, serve_chunks
 from shoal.transport.memory import MemoryBus, MemoryFabric, Weather
 from shoal.transport.zenoh import ZenohBus, open_agent
 
@@ -109,6 +115,82 @@ def test_every_kind_of_block_is_timed_in_prefill_and_decode(tiny_store: tuple[St
         mine = [t for t in result.trials if t.kind == kind]
         assert {t.rows for t in mine} > {1}, "decode is one row, prefill are many"
         assert all(t.time_s > 0 for t in mine)
+
+
+@dataclass
+class Scales:
+    """ONNX Runtime, weighed: bytes of weights that are loaded at once, now and at most."""
+
+    engine: OnnxBackend = field(default_factory=OnnxBackend)
+    now_bytes: int = 0
+    most_bytes: int = 0
+
+    def load(self, shard: Shard) -> Session:
+        held = sum(array.nbytes for array in shard.tensors.values())
+        self.now_bytes += held
+        self.most_bytes = max(self.most_bytes, self.now_bytes)
+        return Weighed(self, self.engine.load(shard), held)
+
+
+@dataclass
+class Weighed:
+    scales: Scales
+    session: Session
+    held_bytes: int
+
+    def step(self, sequences: Sequence[SequenceStep], tensors: Mapping[str, Array]) -> dict[str, Array]:
+        return self.session.step(sequences, tensors)
+
+    def release(self, slot: int) -> None:
+        self.session.release(slot)
+
+    def close(self) -> None:
+        self.session.close()
+        self.scales.now_bytes -= self.held_bytes
+        self.held_bytes = 0
+
+
+def test_a_model_too_big_for_a_device_is_timed_block_by_block(tiny_store: tuple[Store, Digest]) -> None:
+    store, manifest = tiny_store
+    blocks = open_artifact(store, manifest).blocks
+    budget_bytes = sum(block.weights_bytes for block in blocks) * 11 // 20  # of a real model, two blocks are far less
+    spec = TrialSpec(home="", manifest=manifest, threads=1, memory_bytes=budget_bytes)
+    scales = Scales()
+
+    result = run_trials(store, spec, scales, SystemClock())
+
+    assert {trial.kind for trial in result.trials} == {block.kind for block in blocks}
+    assert 0 < scales.most_bytes <= budget_bytes
+    assert scales.now_bytes == 0
+
+
+def test_a_node_profiles_a_model_that_it_cannot_hold_and_says_what_that_took_and_what_it_kept(
+    tiny_store: tuple[Store, Digest], tmp_path: Path, bus_of: Attach
+) -> None:
+    """It fetches only the weights that it times."""
+    source, manifest = tiny_store
+    blocks = open_artifact(source, manifest).blocks
+    model_bytes = sum(block.weights_bytes for block in blocks)
+    serve_chunks(bus_of("a"), "f", A, source.chunks)
+    store = open_store(tmp_path)
+    facts = NodeFacts(
+        name="b", version="1", locators=(), cores=1, fingerprint="b",
+        memory_total_bytes=model_bytes, memory_budget_bytes=model_bytes // 2,
+    )  # fmt: skip
+    measurer = Measurer(
+        me=B, fleet="f", dial=partial(dial_agent, NodeOptions(home="", name="b"), B), store=store,
+        artifacts=Artifacts(store), fetcher=Fetcher(bus_of("b"), "f", store, pace=Pace()), clock=SystemClock(),
+        threads=1, facts=lambda: facts,
+    )  # fmt: skip
+    asked = msgspec.msgpack.encode(ProfileModel(manifest=manifest, sources=(A,)))
+
+    first, second = (msgspec.msgpack.decode(anyio.run(measurer.profile, asked), type=Profiled).device for _ in range(2))
+
+    assert {trial.kind for trial in first.trials} == {block.kind for block in blocks}
+    assert missing_bytes(store, store.library.read("tiny"))
+    assert (first.cached, second.cached) == (False, True)
+    assert first.trials_took_s == second.trials_took_s > 0
+    assert first.trials == second.trials
 
 
 def spec(tmp_path: Path) -> WorkerSpec:

@@ -146,3 +146,19 @@ def test_a_node_that_comes_back_with_other_memory_is_planned_with_that_and_its_t
         assert sorted(site.profiled) == [A, B]
 
     run(scenario)
+
+
+def test_what_was_not_measured_anew_is_said_to_be_cached(run: Callable[[Scenario], None]) -> None:
+    async def scenario(site: Site) -> None:
+        first = await site.planner.profile(MODEL, A, site.reports())
+        second = await site.planner.profile(MODEL, A, site.reports())
+        site.clock.advance(LINKS_FRESH_S)
+        third = await site.planner.profile(MODEL, A, site.reports())
+        again = await site.planner.profile(MODEL, A, site.reports(), again=True)
+
+        said = [
+            ({d.cached for d in p.devices}, {link.cached for link in p.links}) for p in (first, second, third, again)
+        ]
+        assert said == [({False}, {False}), ({True}, {True}), ({True}, {False}), ({False}, {False})]
+
+    run(scenario)

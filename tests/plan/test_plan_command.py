@@ -92,7 +92,8 @@ def test_a_profile_shows_devices_trials_and_links() -> None:
     trial = BlockTrial(kind="0123456789abcdef", rows=16, batch=1, context=0, time_s=0.00412, spread_s=0.0001)
     device = DeviceProfile(
         node=NodeId("a"), fingerprint="feedbeef00", cores=4, threads=2, memory_total_bytes=8 * 10**9,
-        memory_budget_bytes=2 * 10**9, providers=("CPUExecutionProvider",), trials=(trial,),
+        memory_budget_bytes=2 * 10**9, providers=("CPUExecutionProvider",), trials=(trial,), trials_took_s=6.5,
+        cached=True,
     )  # fmt: skip
     link = LinkProfile(
         source=NodeId("a"),
@@ -121,5 +122,6 @@ def test_a_profile_shows_devices_trials_and_links() -> None:
         "+-3 ms",
         "150",
         "700 ms",
+        "6.50 s, cached",
     ):
         assert part in text

@@ -26,7 +26,9 @@ def render_profile(profile: FleetProfile, names: Names | None = None) -> Rendera
 
 
 def _devices(profile: FleetProfile, names: Names) -> Table:
-    table = _table("NODE", "CORES", "THREADS", "MEMORY", "BUDGET", "STEP OVERHEAD", "ENGINE", "FINGERPRINT")
+    table = _table(
+        "NODE", "CORES", "THREADS", "MEMORY", "BUDGET", "STEP OVERHEAD", "TRIALS TOOK", "ENGINE", "FINGERPRINT"
+    )
     for device in profile.devices:
         table.add_row(
             _name(device.node, names),
@@ -35,6 +37,7 @@ def _devices(profile: FleetProfile, names: Names) -> Table:
             size(device.memory_total_bytes),
             size(device.memory_budget_bytes),
             duration(device.step_overhead_s),
+            _took(device.trials_took_s, cached=device.cached),
             ", ".join(device.providers) or "-",
             device.fingerprint[:8],
         )
@@ -61,7 +64,7 @@ def _order(trial: BlockTrial) -> tuple[str, int, int, int]:
 
 
 def _links(links: Iterable[LinkProfile], names: Names) -> Table:
-    table = _table("FROM", "TO", "ROUND TRIP P50", "P99", "JITTER", "OF", "BANDWIDTH", "PROBED IN", "")
+    table = _table("FROM", "TO", "ROUND TRIP P50", "P99", "JITTER", "OF", "BANDWIDTH", "PROBE TOOK", "")
     for link in links:
         table.add_row(
             _name(link.source, names),
@@ -71,10 +74,15 @@ def _links(links: Iterable[LinkProfile], names: Names) -> Table:
             f"+-{duration(link.jitter_s)}",
             str(link.round_trips or "-"),
             f"{size(link.bytes_per_s)}/s",
-            duration(link.probe_s) if link.probe_s else "-",
+            _took(link.probe_s, cached=link.cached),
             "relayed" if link.relayed else "",
         )
     return table
+
+
+def _took(seconds_s: float, *, cached: bool) -> str:
+    said = duration(seconds_s) if seconds_s else "-"
+    return f"{said}, cached" if cached else said
 
 
 def _table(*columns: str) -> Table:

@@ -46,12 +46,13 @@ class Measurer:
         """Trials of a model's blocks here: cached by the machine's fingerprint and the model."""
         wanted = msgspec.msgpack.decode(body, type=ProfileModel)
         path = self.store.home / "profiles" / f"{self.facts().fingerprint}-{wanted.manifest[:32]}.json"
-        result = None if wanted.again else _cached(path)
-        if result is None:
-            await anyio.to_thread.run_sync(partial(self._fetch_samples, wanted))
-            result = await self._run_trials(wanted.manifest)
-            await anyio.to_thread.run_sync(partial(_keep, path, result))
-        return msgspec.msgpack.encode(Profiled(device=self._device(result)))
+        cached = None if wanted.again else _cached(path)
+        if cached is not None:
+            return msgspec.msgpack.encode(Profiled(device=self._device(cached, cached=True)))
+        await anyio.to_thread.run_sync(partial(self._fetch_samples, wanted))
+        result = await self._run_trials(wanted.manifest)
+        await anyio.to_thread.run_sync(partial(_keep, path, result))
+        return msgspec.msgpack.encode(Profiled(device=self._device(result, cached=False)))
 
     async def links(self, body: bytes) -> bytes:
         """Direct links from here to the nodes that are asked for."""
@@ -101,7 +102,7 @@ class Measurer:
             return result
         raise DeadlineExceededError(f"the trials took more than {_TRIALS_TIMEOUT_S:.0f} s")
 
-    def _device(self, result: TrialResult) -> DeviceProfile:
+    def _device(self, result: TrialResult, *, cached: bool) -> DeviceProfile:
         facts = self.facts()
         return DeviceProfile(
             node=self.me,
@@ -113,6 +114,8 @@ class Measurer:
             providers=facts.providers,
             trials=result.trials,
             step_overhead_s=result.step_overhead_s,
+            trials_took_s=result.took_s,
+            cached=cached,
         )
 
 

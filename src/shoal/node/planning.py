@@ -119,14 +119,15 @@ class FleetPlanner:
 
     async def _device(self, report: NodeReport, wanted: ProfileModel) -> DeviceProfile | None:
         key = (report.node, report.facts.fingerprint, wanted.manifest)
-        if key not in self._devices or wanted.again:
-            try:
-                told = await self.caller.call(report.node, "profile", wanted, Profiled, timeout_s=PROFILE_TIMEOUT_S)
-            except ShoalError as error:
-                self.log.warning("profile.failed", node=report.facts.name, error=str(error))
-                return None
-            self._devices[key] = told.device
-        return with_facts(self._devices[key], report.facts)
+        if key in self._devices and not wanted.again:
+            return with_facts(self._devices[key], report.facts)
+        try:
+            told = await self.caller.call(report.node, "profile", wanted, Profiled, timeout_s=PROFILE_TIMEOUT_S)
+        except ShoalError as error:
+            self.log.warning("profile.failed", node=report.facts.name, error=str(error))
+            return None
+        self._devices[key] = msgspec.structs.replace(told.device, cached=True)
+        return with_facts(told.device, report.facts)
 
     async def _blocks_of(self, manifest: Digest, source: NodeId) -> BlocksOf:
         if manifest not in self._blocks:
@@ -138,11 +139,13 @@ class FleetPlanner:
         self, nodes: Mapping[NodeId, ProbeTarget], source: NodeId, *, again: bool
     ) -> list[LinkProfile]:
         pairs = probe_pairs(list(nodes), source, NEIGHBOURS) if len(nodes) > 1 else ()
+        before = dict(self._links)
         stale = [pair for pair in pairs if again or not self._fresh(pair, nodes[pair[1]])]
         for sender in dict.fromkeys(pair[0] for pair in stale):
             # One sender at a time: links of one site often share a medium.
             await self._measure_from(sender, tuple(nodes[target] for node, target in stale if node == sender))
-        return [link for pair in pairs if pair in self._links and (link := self._links[pair].link)]
+        known = [(self._links[pair], before.get(pair)) for pair in pairs if pair in self._links]
+        return [msgspec.structs.replace(now.link, cached=now is then) for now, then in known if now.link is not None]
 
     async def _measure_from(self, sender: NodeId, targets: Sequence[ProbeTarget]) -> None:
         wanted = ProbeLinks(targets=tuple(targets))

@@ -64,6 +64,8 @@ class TrialResult(msgspec.Struct, frozen=True, kw_only=True):
 
     trials: tuple[BlockTrial, ...]
     step_overhead_s: float
+    took_s: float = 0.0
+    """Loading and timing; 0 in a result that was kept before this was noted."""
     fault: Fault | None = None
 
 
@@ -104,6 +106,7 @@ class BlockRunner:
 
 def run_trials(store: Store, spec: TrialSpec, backend: Backend, clock: Clock) -> TrialResult:
     """Measure one block of each kind, and the overhead of a call."""
+    began_s = clock.now_s()
     artifact = open_artifact(store, spec.manifest)
     loader = _Loader(store=store, artifact=artifact, backend=backend, spec=spec)
     overhead_s = _overhead_s(loader, clock)
@@ -122,7 +125,7 @@ def run_trials(store: Store, spec: TrialSpec, backend: Backend, clock: Clock) ->
             for session in sessions:
                 session.close()
     net = tuple(msgspec.structs.replace(t, time_s=max(t.time_s - overhead_s, 0.05 * t.time_s)) for t in trials)
-    return TrialResult(trials=net, step_overhead_s=overhead_s)
+    return TrialResult(trials=net, step_overhead_s=overhead_s, took_s=clock.now_s() - began_s)
 
 
 @dataclass(slots=True)

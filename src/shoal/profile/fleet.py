@@ -34,6 +34,10 @@ class DeviceProfile(msgspec.Struct, frozen=True, kw_only=True):
     trials: tuple[BlockTrial, ...] = ()
     step_overhead_s: float = 0.0
     """Cost of one stage step apart from its blocks: frames, bindings, wake-ups."""
+    trials_took_s: float = 0.0
+    """Seconds of loading and timing that the trials cost when they were made; 0 when that was not noted."""
+    cached: bool = False
+    """The trials were made before and kept; nothing was timed for this profile."""
     region: str = ""
 
 
@@ -56,6 +60,8 @@ class LinkProfile(msgspec.Struct, frozen=True, kw_only=True):
     """Small ones that were timed; the 99th percentile of fewer than 100 is close to the longest."""
     probe_s: float = 0.0
     """What measuring it took, dialling included."""
+    cached: bool = False
+    """Measured for an earlier profile, a few minutes ago at most."""
 
     @property
     def latency_s(self) -> float:

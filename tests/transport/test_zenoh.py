@@ -20,6 +20,8 @@ from shoal.transport.zenoh import CLOSE_TIMEOUT_S, open_agent, open_control, ope
 
 ANY_PORT = ("tcp/127.0.0.1:0",)
 PATIENCE_S = 10.0
+DEAF = "tcp/127.0.0.1:1"
+"""Nobody listens there."""
 
 PEER = """
 import sys, time
@@ -132,6 +134,25 @@ def test_an_agent_finds_another_that_starts_later(stack: ExitStack, free_port: i
         if arrives(inbox, within_s=0.1):
             return
     pytest.fail("nothing arrived over a link that said it was matched")
+
+
+def test_one_of_the_addresses_of_a_next_is_enough_and_none_is_an_error(stack: ExitStack) -> None:
+    """A machine has addresses that only itself can reach: a container bridge's, for one."""
+    b = stack.enter_context(closing(open_data(ANY_PORT)))
+    b.subscribe("k", lambda sample: None)
+
+    for addresses in ((DEAF, *b.locators), (*b.locators, DEAF)):
+        stack.enter_context(closing(open_data((), addresses))).wait_matched("k", PATIENCE_S)
+    with pytest.raises(NodeUnreachableError, match=r"nothing answers at tcp/127\.0\.0\.1:1, tcp/127\.0\.0\.1:2"):
+        open_data((), (DEAF, "tcp/127.0.0.1:2"), timeout_s=0.2)
+
+
+def test_a_control_session_is_of_the_agent_that_was_meant_or_of_none(stack: ExitStack) -> None:
+    meant, other = (stack.enter_context(closing(open_agent(ANY_PORT))) for _ in range(2))
+
+    stack.enter_context(closing(open_control(meant.locators[0], zid=meant.zid)))
+    with pytest.raises(NodeUnreachableError, match=f"answers {other.zid}, not agent {meant.zid}"):
+        open_control(other.locators[0], zid=meant.zid)
 
 
 def test_two_agents_with_a_client_each_are_one_fabric(stack: ExitStack) -> None:

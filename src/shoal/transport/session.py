@@ -16,6 +16,11 @@ def must_connect(timeout_s: float) -> Mapping[str, object]:
     return {"timeout_ms": round(timeout_s * 1000), "exit_on_failure": True}
 
 
+def try_once(timeout_s: float) -> Mapping[str, object]:
+    """Opening succeeds whoever answers; endpoints that do not within *timeout_s* are given up."""
+    return {"timeout_ms": round(timeout_s * 1000), "exit_on_failure": False}
+
+
 def keep_trying() -> Mapping[str, object]:
     """Opening succeeds at once; absent endpoints are dialled for ever."""
     return {"timeout_ms": -1, "exit_on_failure": False}

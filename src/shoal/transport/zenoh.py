@@ -12,6 +12,7 @@ channels are deep because a full one blocks the session's receiving task, keep-a
 import json
 import logging
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
@@ -23,7 +24,7 @@ from shoal.errors import NodeUnreachableError, ShoalError
 from shoal.transport.bus import Closable, Lane, Sample
 from shoal.transport.fault import pack_error, unpack_error
 from shoal.transport.keys import check_key, check_pattern
-from shoal.transport.session import keep_trying, must_connect, refusal, session_config
+from shoal.transport.session import keep_trying, must_connect, refusal, session_config, try_once
 from shoal.transport.stats import BusStats, Tally
 
 CONNECT_TIMEOUT_S = 2.0
@@ -31,6 +32,7 @@ CLOSE_TIMEOUT_S = 2.0
 _CHANNEL_SAMPLES = 1 << 16
 _CHANNEL_QUERIES = 1 << 10
 _MAX_PUBLISHERS = 512
+_POLL_S = 0.01
 _ZENOH_TIMEOUT = b"Timeout"  # Zenoh's own error reply, under varying encodings; no fault of ours packs to this
 
 
@@ -62,7 +64,16 @@ def open_data(listen: Sequence[str], next: Sequence[str] = (), *, timeout_s: flo
 
     Raises PortInUseError, SettingsError for a bad endpoint, NodeUnreachableError when no locator of *next* answers in time.
     """
-    return _open("peer", listen, next, must_connect(timeout_s))
+    if len(next) < 2:
+        return _open("peer", listen, next, must_connect(timeout_s))
+    # Told to insist, Zenoh wants every endpoint to answer, and most machines have an address that only they reach.
+    bus = _open("peer", listen, next, try_once(timeout_s))
+    try:
+        bus.wait_linked(timeout_s)
+    except NodeUnreachableError as error:
+        bus.close()
+        raise NodeUnreachableError(f"nothing answers at {', '.join(next)}", hint=error.hint) from error
+    return bus
 
 
 def _open(
@@ -224,6 +235,15 @@ class ZenohBus:
             if not now.matching and not matched.wait(timeout_s):
                 hint = "the link is missing: try the next locator, then a relayed edge"
                 raise NodeUnreachableError(f"nobody subscribes to {key} within {timeout_s:g} s", hint=hint)
+
+    def wait_linked(self, timeout_s: float) -> None:
+        """Return as soon as another session is linked to this one; raises NodeUnreachableError after *timeout_s*."""
+        until_s = time.monotonic() + timeout_s
+        while not (self._session.info.peers_zid() or self._session.info.routers_zid()):
+            if time.monotonic() > until_s:
+                hint = "is the node up, and does a firewall let its ports through?"
+                raise NodeUnreachableError(f"session {self.zid} has no link after {timeout_s:g} s", hint=hint)
+            time.sleep(_POLL_S)
 
     def stats(self) -> BusStats:
         """What went through this session."""

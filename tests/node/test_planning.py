@@ -17,14 +17,17 @@ from shoal.node.planning import LINKS_FRESH_S, MISSING_FRESH_S, FleetPlanner
 from shoal.profile.fleet import DeviceProfile, LinkProfile
 from shoal.transport.memory import MemoryBus
 
-A, B = NodeId("a" * 32), NodeId("b" * 32)
+A, B, C = (NodeId(letter * 32) for letter in "abc")
 MODEL = Digest("m")
 Scenario = Callable[["Site"], Awaitable[None]]
 
 
 @dataclass
 class Site:
-    """Two nodes that answer the planner, and what it asked them; `reachable` are the locators that can be dialled."""
+    """Nodes that answer the planner (A and B, unless a test adds C), and what it asked them.
+
+    `reachable` are the locators that can be dialled.
+    """
 
     planner: FleetPlanner
     clock: ManualClock
@@ -76,11 +79,11 @@ def run(bus_of: Callable[[str], MemoryBus], log: FilteringBoundLogger) -> Callab
     numbers = iter(range(1000))
     clock = ManualClock()
     planner = FleetPlanner(Caller(bus_of("planner"), "f", lambda: str(next(numbers))), clock, log)
-    site = Site(planner, clock, {A: facts_of("a"), B: facts_of("b")}, {"at-a", "at-b"})
+    site = Site(planner, clock, {A: facts_of("a"), B: facts_of("b")}, {"at-a", "at-b", "at-c"})
 
     async def play(scenario: Scenario) -> None:
         async with anyio.create_task_group() as group:
-            for node in (A, B):
+            for node in (A, B, C):
                 group.start_soon(site.desk(bus_of(node), node).run)
             with anyio.fail_after(30):
                 await scenario(site)
@@ -160,5 +163,17 @@ def test_what_was_not_measured_anew_is_said_to_be_cached(run: Callable[[Scenario
             ({d.cached for d in p.devices}, {link.cached for link in p.links}) for p in (first, second, third, again)
         ]
         assert said == [({False}, {False}), ({True}, {True}), ({True}, {False}), ({False}, {False})]
+
+    run(scenario)
+
+
+def test_a_profile_of_some_nodes_has_the_links_between_them(run: Callable[[Scenario], None]) -> None:
+    async def scenario(site: Site) -> None:
+        site.facts[C] = facts_of("c")
+        without_source = {n: r for n, r in site.reports().items() if n != A}
+
+        profile = await site.planner.profile(MODEL, A, without_source)
+
+        assert {(link.source, link.target) for link in profile.links} == {(B, C), (C, B)}
 
     run(scenario)

@@ -138,7 +138,8 @@ class FleetPlanner:
     async def _all_links(
         self, nodes: Mapping[NodeId, ProbeTarget], source: NodeId, *, again: bool
     ) -> list[LinkProfile]:
-        pairs = probe_pairs(list(nodes), source, NEIGHBOURS) if len(nodes) > 1 else ()
+        # A profile of chosen nodes may be without the source.
+        pairs = [pair for pair in probe_pairs(list(nodes), source, NEIGHBOURS) if nodes.keys() >= set(pair)]
         before = dict(self._links)
         stale = [pair for pair in pairs if again or not self._fresh(pair, nodes[pair[1]])]
         for sender in dict.fromkeys(pair[0] for pair in stale):

@@ -27,8 +27,10 @@ from shoal.profile.fleet import LinkProfile
 from shoal.runtime.backend.onnx import OnnxBackend
 from shoal.runtime.ports import SequenceStep, Session, Shard
 from shoal.runtime.request import Array
+from shoal.store.fetch import Fetcher
 from shoal.store.home import Store, missing_bytes, open_store
-from shoal.store.peer import Fetcher, Pace, serve_chunks
+from shoal.store.pace import Pacer
+from shoal.store.peer import serve_chunks
 from shoal.transport.memory import MemoryBus, MemoryFabric, Weather
 from shoal.transport.zenoh import ZenohBus, open_agent
 
@@ -179,7 +181,7 @@ def test_a_node_profiles_a_model_that_it_cannot_hold_and_says_what_that_took_and
     )  # fmt: skip
     measurer = Measurer(
         me=B, fleet="f", dial=partial(dial_agent, NodeOptions(home="", name="b"), B), store=store,
-        artifacts=Artifacts(store), fetcher=Fetcher(bus_of("b"), "f", store, pace=Pace()), clock=SystemClock(),
+        artifacts=Artifacts(store), fetcher=Fetcher(bus_of("b"), "f", store, pacer=Pacer(clock=SystemClock())), clock=SystemClock(),
         threads=1, facts=lambda: facts,
     )  # fmt: skip
     asked = msgspec.msgpack.encode(ProfileModel(manifest=manifest, sources=(A,)))
@@ -187,7 +189,7 @@ def test_a_node_profiles_a_model_that_it_cannot_hold_and_says_what_that_took_and
     first, second = (msgspec.msgpack.decode(anyio.run(measurer.profile, asked), type=Profiled).device for _ in range(2))
 
     assert {trial.kind for trial in first.trials} == {block.kind for block in blocks}
-    assert missing_bytes(store, store.library.read("tiny"))
+    assert missing_bytes(store, store.library.read("it"))
     assert (first.cached, second.cached) == (False, True)
     assert first.trials_took_s == second.trials_took_s > 0
     assert first.trials == second.trials

@@ -1,5 +1,6 @@
 """Answers of a node to questions about itself: what its blocks cost, which links it has, what a model consists of."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from shoal.fleet.faults import restore
 from shoal.fleet.report import NodeFacts
 from shoal.ids import Digest, NodeId
 from shoal.node.artifacts import Artifact, Artifacts, fetch_artifact
+from shoal.node.launch import engine_environment
 from shoal.node.messages import BlocksOf, Links, ModelBlocks, ProbeLinks, Profiled, ProfileModel
 from shoal.node.probe import Dial, measure_links
 from shoal.node.trials import COLD_BYTES, TrialResult, TrialSpec
@@ -90,6 +92,7 @@ class Measurer:
                 stdout=subprocess.PIPE,
                 stderr=None,
                 check=False,
+                env={**os.environ, **engine_environment(os.environ, self.threads)},  # timed as it will be served
             )
             if done.returncode != 0:
                 raise UnavailableError(

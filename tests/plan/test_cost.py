@@ -5,8 +5,8 @@ from msgspec.structs import replace
 
 from shoal.errors import InfeasibleError
 from shoal.ids import NodeId
-from shoal.plan.cost import Span, price, shard_memory
-from shoal.plan.problem import BlockSpec, DeviceSpec, LinkSpec, Problem, RequestShape, SharedTensor
+from shoal.plan.cost import Span, decode_times, price, shard_memory
+from shoal.plan.problem import BatchTimes, BlockSpec, DeviceSpec, LinkSpec, Problem, RequestShape, SharedTensor
 
 A, B = NodeId("a"), NodeId("b")
 
@@ -130,3 +130,92 @@ def _with_shape(problem: Problem, shape: RequestShape) -> Problem:
     return Problem(
         blocks=problem.blocks, devices=problem.devices, links=problem.links, shape=shape, source=problem.source
     )
+
+
+def test_a_step_of_several_sequences_takes_what_was_timed_between_and_beyond(problem: Problem) -> None:
+    device = replace(problem.devices[0], batched=(BatchTimes(batch=5, decode_s=(0.03, 0.04)),))
+
+    assert decode_times(device, 1) == (0.01, 0.02)
+    assert decode_times(device, 3) == pytest.approx((0.02, 0.03))
+    assert decode_times(device, 9) == pytest.approx((0.05, 0.06))
+    assert decode_times(problem.devices[0], 3) == pytest.approx((0.03, 0.06))
+
+
+def test_a_micro_batch_shares_its_steps_and_pays_each_prompt(problem: Problem) -> None:
+    spans = [Span(A, 0, 1), Span(B, 1, 2)]
+    two = _with_shape(problem, replace(problem.shape, batch=2, slots=4, in_flight=2))
+
+    one, both = price(problem, spans).estimate, price(two, spans).estimate
+
+    lap_s = 0.021 + 0.005 + 200 / 1e5 + 0.082 + 0.007064
+    assert both.time_per_output_token_s == pytest.approx(lap_s)
+    busiest_s = 2 * 0.406 + 4 * 0.082
+    assert both.tokens_per_s == pytest.approx(2 * 5 / busiest_s)
+    assert one.tokens_per_s < both.tokens_per_s
+
+
+def test_links_of_one_medium_take_turns(problem: Problem) -> None:
+    slow = replace(
+        problem,
+        blocks=(problem.blocks[0], *[replace(problem.blocks[0], name="middle")], problem.blocks[1]),
+        devices=tuple(replace(d, decode_s=(*d.decode_s, 0.0), prefill_s=(*d.prefill_s, 0.0)) for d in problem.devices),
+        links=tuple(replace(link, bytes_per_s=1e3, medium="air") for link in problem.links),
+        shape=replace(problem.shape, in_flight=2),
+        pin_last=True,
+    )
+    spans = [Span(A, 0, 1), Span(B, 1, 2), Span(A, 2, 3)]
+    wired = replace(slow, links=tuple(replace(link, medium="") for link in slow.links))
+
+    sent_s = (10 * 100 + 4 * 100) / 1e3
+    assert price(wired, spans).estimate.tokens_per_s == pytest.approx(
+        5 / max(sent_s, price(wired, spans).estimate.latency_s / 2)
+    )
+    assert price(slow, spans).estimate.tokens_per_s == pytest.approx(
+        5 / max(2 * sent_s, price(slow, spans).estimate.latency_s / 2)
+    )
+
+
+def test_joules_and_money_are_those_of_busy_devices_and_sent_bytes(problem: Problem) -> None:
+    devices = tuple(replace(d, active_watts=10.0, price_per_hour=36.0) for d in problem.devices)
+    links = tuple(replace(link, joules_per_byte=0.001, price_per_byte=0.0001) for link in problem.links)
+
+    estimate = price(replace(problem, devices=devices, links=links), [Span(A, 0, 1), Span(B, 1, 2)]).estimate
+
+    busy_s = (0.103 + 4 * 0.011) + (0.406 + 4 * 0.042)
+    sent = 10 * 100 + 4 * 100
+    assert estimate.joules == pytest.approx(10 * busy_s + 0.001 * sent)
+    assert estimate.price == pytest.approx(0.01 * busy_s + 0.0001 * sent)
+
+
+def test_kept_outputs_are_memory_of_every_stage_but_the_last(problem: Problem) -> None:
+    kept = replace(problem, shape=replace(problem.shape, retain_outputs=True))
+
+    assert (
+        shard_memory(kept, kept.devices[0], 0, 1).total
+        == shard_memory(problem, problem.devices[0], 0, 1).total + 100 * 40
+    )
+    assert shard_memory(kept, kept.devices[1], 1, 2) == shard_memory(problem, problem.devices[1], 1, 2)
+
+
+def test_a_relay_costs_its_steps_and_a_hop_more(problem: Problem) -> None:
+    c = NodeId("c")
+    relay = DeviceSpec(
+        node=c,
+        memory_budget_bytes=100,
+        fixed_bytes=40,
+        step_overhead_s=0.001,
+        decode_s=(9.0, 9.0),
+        prefill_s=(9.0, 9.0),
+    )
+    ways = (
+        *problem.links,
+        LinkSpec(source=A, target=c, latency_s=0.0, bytes_per_s=1e6),
+        LinkSpec(source=c, target=B, latency_s=0.0, bytes_per_s=1e6),
+    )
+    through = replace(problem, devices=(*problem.devices, relay), links=ways, relay=True)
+
+    stages = price(through, [Span(A, 0, 1), Span(c, 1, 1), Span(B, 1, 2)]).stages
+
+    assert stages[1].decode_s == pytest.approx(0.001)
+    assert stages[0].send_decode_s == stages[1].send_decode_s == pytest.approx(100 / 1e6)
+    assert (stages[1].memory_bytes, stages[1].weights_bytes, stages[1].first_block) == (40, 0, "")

@@ -56,7 +56,7 @@ def broken(raw: dict[str, Any], path: str, value: object) -> bytes:
     [
         ("colour", "blue", "unknown field colour"),
         ("blocks.1.wieghts_bytes", 3, "unknown field blocks.1.wieghts_bytes"),
-        ("shape.in_flight", 9, "9 micro-batches in flight need as many slots"),
+        ("shape.in_flight", 9, "9 micro-batches of 1 in flight need 9 slots"),
         ("shape.tokens_out", 0, "shape.tokens_out is 0"),
         ("shape.context_tokens", 1, "do not fit in a context of 1"),
         ("blocks.0.weights_bytes", -1, "a size of block 0 .block 0. is -1"),
@@ -94,5 +94,5 @@ def test_garbage_is_refused_with_a_hint(document: bytes) -> None:
 
 
 def test_a_problem_of_a_newer_version_is_refused_as_such(raw: dict[str, Any]) -> None:
-    with pytest.raises(UnsupportedVersionError, match="version 2"):
-        parse_problem(broken(raw, "version", 2))
+    with pytest.raises(UnsupportedVersionError, match="version 3"):
+        parse_problem(broken(raw, "version", 3))

@@ -8,7 +8,18 @@ from msgspec.structs import replace
 from shoal.ids import NodeId
 from shoal.plan.budget import DeadlineBudget, StepBudget
 from shoal.plan.placement import place
-from shoal.plan.problem import Answer, BlockSpec, Infeasible, Objective, Pin, Plan, Problem, RequestShape, SharedTensor
+from shoal.plan.problem import (
+    Answer,
+    BlockSpec,
+    Infeasible,
+    Objective,
+    Pin,
+    Plan,
+    Problem,
+    RequestShape,
+    Residency,
+    SharedTensor,
+)
 
 Chain = Callable[..., Problem]
 N0, N1, N2 = NodeId("n0"), NodeId("n1"), NodeId("n2")
@@ -233,3 +244,74 @@ def _with_cache(block: BlockSpec) -> BlockSpec:
 
 def _reshaped(problem: Problem, **changes: int) -> Problem:
     return replace(problem, shape=replace(problem.shape, **changes))
+
+
+def test_frames_go_through_a_third_device_where_that_is_faster(chain: Chain) -> None:
+    """The source reaches the fast device over a slow link only; both have a good one to a device that holds nothing."""
+    links = {(0, 1): 1.0, (0, 2): 0.01, (2, 1): 0.01}
+    problem = chain((1, 1), (5.0, 0.1, 9.0), (1, 1, 0), links)
+
+    direct, relayed = (place(replace(problem, relay=relay), StepBudget(10**6)) for relay in (False, True))
+
+    assert isinstance(direct, Plan)
+    assert isinstance(relayed, Plan)
+    assert [s.node for s in direct.stages] == ["n0", "n1"]
+    assert [(s.node, s.start, s.stop) for s in relayed.stages] == [("n0", 0, 1), ("n2", 1, 1), ("n1", 1, 2)]
+    assert relayed.estimate.latency_s < direct.estimate.latency_s
+    assert next(r.text for r in relayed.reasons if r.node == "n2").startswith("runs no block: it relays")
+
+
+def test_activations_stay_in_their_region(chain: Chain) -> None:
+    problem = chain((1, 1), (5.0, 0.1, 1.0), (1, 2, 2), {(0, 1): 0.1, (0, 2): 0.1})
+    regions = ("eu", "us", "eu")
+    placed = replace(
+        problem,
+        devices=tuple(replace(d, region=region) for d, region in zip(problem.devices, regions, strict=True)),
+        residency=Residency(regions=("eu",)),
+    )
+
+    plan = place(placed, StepBudget(10**6))
+    at_home = place(replace(placed, residency=Residency(regions=("us",))), StepBudget(10**6))
+
+    assert isinstance(plan, Plan)
+    assert [s.node for s in plan.stages] == ["n0", "n2"]
+    assert "activations may not enter region us, only eu" in next(r.text for r in plan.reasons if r.node == "n1")
+    assert isinstance(at_home, Infeasible)
+    assert at_home.reason.startswith("block 0 belongs on n0, which may hold none")
+
+
+def test_a_device_that_must_take_part_does(chain: Chain) -> None:
+    problem = chain((1, 1), (1.0, 9.0), (2, 2), {(0, 1): 0.1})
+
+    plan = place(replace(problem, require=(NodeId("n1"),)), StepBudget(10**6))
+
+    assert isinstance(plan, Plan)
+    assert [s.node for s in plan.stages] == ["n0", "n1"]
+
+
+@pytest.mark.parametrize(("objective", "nodes"), [(Objective.ENERGY, ["n0", "n2"]), (Objective.PRICE, ["n0", "n1"])])
+def test_the_least_joules_and_the_least_money_may_be_elsewhere(
+    chain: Chain, objective: Objective, nodes: list[str]
+) -> None:
+    problem = chain((1, 1), (1.0, 1.0, 1.0), (1, 2, 2), {(0, 1): 0.1, (0, 2): 0.1})
+    rates = ((1.0, 1.0), (9.0, 1.0), (1.0, 9.0))
+    devices = tuple(
+        replace(d, active_watts=watts, price_per_hour=money)
+        for d, (watts, money) in zip(problem.devices, rates, strict=True)
+    )
+
+    plan = place(replace(problem, devices=devices, objective=objective), StepBudget(10**6))
+
+    assert isinstance(plan, Plan)
+    assert [s.node for s in plan.stages] == nodes
+    assert plan.gap == 0
+
+
+def test_a_battery_bounds_what_a_device_takes(chain: Chain) -> None:
+    problem = chain((1, 1, 1), (2.0, 1.0), (3, 3), {(0, 1): 0.1})
+    tired = replace(problem.devices[1], active_watts=1.0, joules_limit=1.5)
+
+    plan = place(replace(problem, devices=(problem.devices[0], tired)), StepBudget(10**6))
+
+    assert isinstance(plan, Plan)
+    assert [(s.node, s.start, s.stop) for s in plan.stages] == [("n0", 0, 2), ("n1", 2, 3)]

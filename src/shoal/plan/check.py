@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterable
 
 from shoal.errors import InvalidRequestError
-from shoal.plan.problem import DeviceSpec, LinkSpec, Problem, RequestShape, SharedTensor
+from shoal.plan.problem import BatchTimes, DeviceSpec, LinkSpec, Problem, RequestShape, SharedTensor
 
 
 def check(problem: Problem) -> None:
@@ -29,18 +29,20 @@ def check(problem: Problem) -> None:
     for link in problem.links:
         _check_link(link)
     _check_pins(problem)
+    _check_counts(problem)
 
 
 def _check_shape(shape: RequestShape) -> None:
-    for name in ("tokens_in", "tokens_out", "slots", "in_flight", "prefill_chunk_tokens"):
+    for name in ("tokens_in", "tokens_out", "slots", "in_flight", "batch", "prefill_chunk_tokens"):
         if getattr(shape, name) < 1:
             raise _fault(f"shape.{name} is {getattr(shape, name)}; it must be at least 1", f"shape.{name}")
     _not_negative((shape.context_tokens,), "shape.context_tokens", "shape.context_tokens")
-    if shape.in_flight > shape.slots:
+    live = shape.in_flight * shape.batch
+    if live > shape.slots:
         raise _fault(
-            f"{shape.in_flight} micro-batches in flight need as many slots, the shape has {shape.slots}",
+            f"{shape.in_flight} micro-batches of {shape.batch} in flight need {live} slots, the shape has {shape.slots}",
             "shape.in_flight",
-            hint=f"set slots to {shape.in_flight} or more",
+            hint=f"set slots to {live} or more",
         )
     if 0 < shape.context_tokens < shape.tokens_in + shape.tokens_out:
         raise _fault(
@@ -56,8 +58,24 @@ def _check_device(device: DeviceSpec, blocks: int) -> None:
         if len(times) != blocks:
             raise _fault(f"{device.node} has {len(times)} times in {name} for {blocks} blocks", f"devices.{name}")
         _not_negative(times, f"devices.{name}", f"a time in {name} of {device.node}")
+    for timed in device.batched:
+        _check_batch(device, timed, blocks)
+    _unique([str(timed.batch) for timed in device.batched], f"batch of {device.node}:")
+    rates = (device.active_watts, device.price_per_hour, device.joules_limit or 0.0)
+    _not_negative(rates, "devices", f"a rate or limit of {device.node}")
     sizes = (device.memory_budget_bytes, device.memory_promised_bytes, device.fixed_bytes)
     _not_negative((*sizes, device.weights_factor, device.step_overhead_s), "devices", f"a figure of {device.node}")
+
+
+def _check_batch(device: DeviceSpec, timed: BatchTimes, blocks: int) -> None:
+    if timed.batch < 2:
+        raise _fault(f"{device.node} has times for a batch of {timed.batch}; decode_s is that of 1", "devices.batched")
+    if len(timed.decode_s) != blocks:
+        raise _fault(
+            f"{device.node} has {len(timed.decode_s)} times for a batch of {timed.batch} and {blocks} blocks",
+            "devices.batched",
+        )
+    _not_negative(timed.decode_s, "devices.batched", f"a time for a batch of {timed.batch} of {device.node}")
 
 
 def _check_shared(problem: Problem, tensor: SharedTensor) -> None:
@@ -78,6 +96,7 @@ def _check_shared(problem: Problem, tensor: SharedTensor) -> None:
 def _check_link(link: LinkSpec) -> None:
     name = f"the link from {link.source} to {link.target}"
     _not_negative((link.latency_s,), "links.latency_s", f"latency_s of {name}")
+    _not_negative((link.joules_per_byte, link.price_per_byte), "links", f"a charge of {name}")
     if link.source == link.target:
         raise _fault(f"{name} leads nowhere", "links")
     if not (math.isfinite(link.bytes_per_s) and link.bytes_per_s > 0):
@@ -111,6 +130,14 @@ def _check_pins(problem: Problem) -> None:
             raise _fault(
                 f"block {block} belongs on {node}, which is {'excluded' if node in known else 'no device here'}", "pins"
             )
+
+
+def _check_counts(problem: Problem) -> None:
+    known = {device.node for device in problem.devices}
+    for node in problem.require:
+        if node not in known or node in problem.exclude:
+            said = "is excluded as well" if node in known else "is no device here"
+            raise _fault(f"{node} must take part, but {said}", "require", hint="drop one of the two")
     for name in ("max_stages", "stages_exactly"):
         _not_negative((getattr(problem, name),), name, name)
 

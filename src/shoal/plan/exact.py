@@ -5,11 +5,11 @@ It shares only the cost model with them: no tables, no bounds.
 """
 
 from collections.abc import Iterator, Sequence
-from itertools import combinations, permutations
+from itertools import combinations, pairwise, permutations, product
 
 from shoal.errors import InfeasibleError
 from shoal.ids import NodeId
-from shoal.plan.cost import Priced, Span, free_bytes, objective_value, price, shard_memory
+from shoal.plan.cost import Priced, Span, barred, free_bytes, objective_value, owners, price, shard_joules, shard_memory
 from shoal.plan.problem import Problem
 
 
@@ -21,29 +21,29 @@ def enumerate_best(problem: Problem) -> Priced | None:
 
 
 def placements(problem: Problem) -> Iterator[tuple[Span, ...]]:
-    """All chains: every order of devices (the source may come back last), every choice of cuts."""
+    """All chains: every order of devices (the source may come back last), every choice of cuts and of relays."""
     nodes = [device.node for device in problem.devices]
     blocks = len(problem.blocks)
     for stages in range(1, min(blocks, len(nodes) + 1) + 1):
         for order in _orders(nodes, stages, problem.source):
             for cuts in combinations(range(1, blocks), stages - 1):
                 edges = (0, *cuts, blocks)
-                yield tuple(Span(node, edges[i], edges[i + 1]) for i, node in enumerate(order))
+                spans = tuple(Span(node, edges[i], edges[i + 1]) for i, node in enumerate(order))
+                yield from _relayed(problem, spans) if problem.relay else (spans,)
 
 
 def satisfies(problem: Problem, spans: Sequence[Span]) -> bool:
     """Do pins, stage counts, exclusions and memory allow it?  (Links are priced.)"""
-    homes = {block: span.node for span in spans for block in range(span.start, span.stop)}
-    last = len(problem.blocks) - 1
-    count_ok = len(spans) <= (problem.max_stages or len(spans)) and problem.stages_exactly in {0, len(spans)}
-    pins_ok = all(homes[pin.block] == pin.node for pin in problem.pins)
-    ends_ok = (not problem.pin_first or homes[0] == problem.source) and (
-        not problem.pin_last or homes[last] == problem.source
-    )
-    repeated = len({span.node for span in spans}) < len(spans)
-    both_pinned = {_owner(problem, 0), _owner(problem, last)} == {problem.source}
-    excluded = any(span.node in problem.exclude for span in spans)
-    return count_ok and pins_ok and ends_ok and not excluded and (not repeated or both_pinned) and fits(problem, spans)
+    shards = [span for span in spans if span.start < span.stop]
+    homes = {block: span.node for span in shards for block in range(span.start, span.stop)}
+    owned, out = owners(problem), barred(problem)
+    count_ok = len(shards) <= (problem.max_stages or len(shards)) and problem.stages_exactly in {0, len(shards)}
+    pins_ok = all(homes[block] == node for block, node in owned.items())
+    there = {span.node for span in shards}
+    both_pinned = {owned.get(0), owned.get(len(problem.blocks) - 1)} == {problem.source}
+    repeats_ok = len(there) == len(shards) or both_pinned
+    allowed = not any(span.node in out for span in spans) and all(node in there for node in problem.require)
+    return count_ok and pins_ok and allowed and repeats_ok and fits(problem, spans) and _within_battery(problem, spans)
 
 
 def fits(problem: Problem, spans: Sequence[Span]) -> bool:
@@ -51,9 +51,10 @@ def fits(problem: Problem, spans: Sequence[Span]) -> bool:
     devices = {device.node: device for device in problem.devices}
     need: dict[NodeId, int] = {}
     for span in spans:
-        need[span.node] = (
-            need.get(span.node, 0) + shard_memory(problem, devices[span.node], span.start, span.stop).total
-        )
+        size = shard_memory(problem, devices[span.node], span.start, span.stop).total
+        # A shard leaves room for a relay's process, and one process serves all hops: a relay's own is the least that it takes.
+        shard = span.start < span.stop
+        need[span.node] = need.get(span.node, 0) + size if shard else max(need.get(span.node, 0), size)
     return all(size <= free_bytes(devices[node]) for node, size in need.items())
 
 
@@ -64,10 +65,26 @@ def _orders(nodes: Sequence[NodeId], stages: int, source: NodeId) -> Iterator[tu
         yield from ((source, *middle, source) for middle in permutations(others, stages - 2))
 
 
-def _owner(problem: Problem, block: int) -> NodeId | None:
-    if (block == 0 and problem.pin_first) or (block == len(problem.blocks) - 1 and problem.pin_last):
-        return problem.source
-    return next((pin.node for pin in problem.pins if pin.block == block), None)
+def _relayed(problem: Problem, spans: tuple[Span, ...]) -> Iterator[tuple[Span, ...]]:
+    """The chain with each hop direct or through any third node."""
+    nodes = [device.node for device in problem.devices]
+    ways = [[None, *(node for node in nodes if node not in {here.node, there.node})] for here, there in pairwise(spans)]
+    for relays in product(*ways):
+        chain = [spans[0]]
+        for relay, span in zip(relays, spans[1:], strict=True):
+            chain += [Span(relay, span.start, span.start)] if relay is not None else []
+            chain.append(span)
+        yield tuple(chain)
+
+
+def _within_battery(problem: Problem, spans: Sequence[Span]) -> bool:
+    """Does no shard draw more than its device may give to one request?"""
+    devices = {device.node: device for device in problem.devices}
+    return all(
+        (limit := devices[span.node].joules_limit) is None or shard_joules(problem, devices[span.node], span) <= limit
+        for span in spans
+        if span.start < span.stop
+    )
 
 
 def _priced(problem: Problem, spans: Sequence[Span]) -> Priced | None:

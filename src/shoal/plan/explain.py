@@ -13,11 +13,11 @@ from shoal.errors import InfeasibleError
 from shoal.ids import NodeId
 from shoal.plan.budget import Budget
 from shoal.plan.chain import trace
-from shoal.plan.cost import Priced, Span, free_bytes, price, shard_memory
+from shoal.plan.cost import Priced, Span, barred, free_bytes, owners, price, shard_memory
 from shoal.plan.figures import duration, share, size
 from shoal.plan.problem import Alternative, DeviceSpec, Estimate, Objective, Problem, Reason, Stage
-from shoal.plan.search import EXACT, RELAXATION, Choice, Found, best_final, solve
-from shoal.plan.tables import Chain, Tables
+from shoal.plan.search import EXACT, RELAXATION, Choice, Found, best_final, demanded, solve
+from shoal.plan.tables import Tables, spans_of
 
 EXPLAINED_DEVICES = 8
 """Above this, a throughput plan is not searched for again with and without each device."""
@@ -35,19 +35,15 @@ class Case:
     budget: Budget
 
 
-def spans_of(tables: Tables, chain: Chain) -> tuple[Span, ...]:
-    """A solver's chain in the problem's words."""
-    return tuple(Span(tables.nodes[device], start, stop) for device, start, stop in chain)
-
-
 def reasons(case: Case) -> tuple[Reason, ...]:
     """One reason per device of the problem, in its order."""
     return tuple(_reason(case, device) for device in case.problem.devices)
 
 
 def alternatives(problem: Problem) -> tuple[Alternative, ...]:
-    """The whole model on each device that is not excluded."""
-    return tuple(_alone(problem, device) for device in problem.devices if device.node not in problem.exclude)
+    """The whole model on each device that may hold blocks."""
+    out = barred(problem)
+    return tuple(_alone(problem, device) for device in problem.devices if device.node not in out)
 
 
 def _reason(case: Case, device: DeviceSpec) -> Reason:
@@ -61,7 +57,9 @@ def _reason(case: Case, device: DeviceSpec) -> Reason:
 
 
 def _part(case: Case, stages: Sequence[Stage]) -> str:
-    blocks = " and ".join(f"{stage.start}-{stage.stop - 1}" for stage in stages)
+    blocks = " and ".join(f"{stage.start}-{stage.stop - 1}" for stage in stages if stage.start < stage.stop)
+    if not blocks:
+        return f"no block: it relays ({duration(sum(stage.decode_s for stage in stages))} of a step)"
     decode_s = sum(stage.decode_s for stage in stages)
     part = share(decode_s, sum(stage.decode_s for stage in case.chosen.stages))
     return f"blocks {blocks} of {len(case.problem.blocks)}, {part} of a step's compute ({duration(decode_s)})"
@@ -76,11 +74,10 @@ def _company(device: DeviceSpec) -> str:
 
 
 def _without(case: Case, node: NodeId) -> str:
-    owned = any(pin.node == node for pin in case.problem.pins) or (
-        node == case.problem.source and (case.problem.pin_first or case.problem.pin_last)
-    )
-    if owned:
+    if node in owners(case.problem).values():
         return "a block is pinned to it"
+    if node in case.problem.require:
+        return "it must take part, by request"
     rival = _rival(case, Choice(forbid=1 << case.tables.nodes.index(node)))
     match rival:
         case Priced(estimate=estimate):
@@ -101,9 +98,10 @@ def _with(case: Case, node: NodeId) -> str:
 
 def _rival(case: Case, choice: Choice) -> Priced | str:
     """The best plan under *choice*; an empty text when there is none, a remark when that was not searched."""
+    choice = demanded(case.problem, case.tables, besides=choice)
     if case.found.finals:
         final = best_final(case.found.finals, choice)
-        return price(case.problem, spans_of(case.tables, trace(final))) if final else ""
+        return price(case.problem, spans_of(case.tables, trace(final), final.found_in.via)) if final else ""
     if case.found.solver == RELAXATION and case.problem.objective is Objective.LATENCY:
         return "the chosen plan is proven best without trying every set of devices"
     if case.found.solver != EXACT or len(case.tables.nodes) > EXPLAINED_DEVICES:
@@ -111,14 +109,20 @@ def _rival(case: Case, choice: Choice) -> Priced | str:
     rival = solve(case.tables, case.problem.objective, case.budget, choice, RIVAL_TOLERANCE)
     if case.budget.spent():
         return "the time to plan was up before other sets of devices were tried"
-    return price(case.problem, spans_of(case.tables, rival.chain)) if rival.chain else ""
+    return price(case.problem, rival.spans(case.tables)) if rival.chain else ""
 
 
 def _compare(objective: Objective, rival: Estimate, chosen: Estimate) -> str:
-    if objective is Objective.THROUGHPUT:
-        return (
-            f"{duration(1 / rival.tokens_per_s)} per token of all streams against {duration(1 / chosen.tokens_per_s)}"
-        )
+    match objective:
+        case Objective.THROUGHPUT:
+            theirs, ours = duration(1 / rival.tokens_per_s), duration(1 / chosen.tokens_per_s)
+            return f"{theirs} per token of all streams against {ours}"
+        case Objective.ENERGY:
+            return f"{rival.joules:.3g} J per request against {chosen.joules:.3g} J"
+        case Objective.PRICE:
+            return f"{rival.price:.3g} per request against {chosen.price:.3g}"
+        case Objective.LATENCY:
+            pass
     token = f"{duration(rival.time_per_output_token_s)} per token against {duration(chosen.time_per_output_token_s)}"
     return f"{token} ({duration(rival.latency_s)} per request against {duration(chosen.latency_s)})"
 
@@ -132,8 +136,8 @@ def _links(rival: Priced, node: NodeId) -> str:
 
 
 def _barred(case: Case, device: DeviceSpec) -> str:
-    if device.node in case.problem.exclude:
-        return "excluded by request"
+    if said := barred(case.problem).get(device.node):
+        return said
     index = case.tables.nodes.index(device.node)
     runs = np.isfinite(case.tables.run_s[index])
     if not runs.any():

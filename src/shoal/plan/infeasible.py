@@ -10,26 +10,40 @@ from collections.abc import Callable
 from msgspec.structs import replace
 
 from shoal.plan.budget import Budget
+from shoal.plan.cost import barred, owners
 from shoal.plan.figures import size
-from shoal.plan.problem import Infeasible, Problem, RequestShape
-from shoal.plan.search import EXACT, Found, cheapest
-from shoal.plan.tables import Tables, build_tables, missing_passes, time_passes
+from shoal.plan.problem import DeviceSpec, Infeasible, Problem, RequestShape, Residency
+from shoal.plan.search import EXACT, Found, cheapest, demanded
+from shoal.plan.tables import Tables, build_tables, cost_passes, missing_passes
 
 CONTEXT_STEP_TOKENS = 64
 
 
 def infeasible(problem: Problem, tables: Tables | None, budget: Budget) -> Infeasible:
-    """Say what is missing; *tables* is None when no device is left at all."""
+    """Say what is missing; *tables* is None when no device is left at all, or one that is wanted may not take part."""
     if tables is None:
-        return Infeasible(
-            reason="every device is excluded", needed_bytes=0, available_bytes=0, hint="allow at least one device"
-        )
-    missing = cheapest(tables, list(missing_passes(tables)), budget)
+        return _barred(problem)
+    missing = cheapest(tables, list(missing_passes(tables)), budget, demanded(problem, tables))
     if missing.chain is None:
         return _not_memory(problem, budget)
     if missing.cost <= 0:
         return _undecided(problem)
     return _memory(problem, tables, missing, budget)
+
+
+def _barred(problem: Problem) -> Infeasible:
+    out = barred(problem)
+    wanted = {
+        **{node: f"block {block}" for block, node in owners(problem).items()},
+        **dict.fromkeys(problem.require, "a block"),
+    }
+    refused = next((node for node in wanted if node in out), None)
+    if refused is None:
+        said, hint = "every device is excluded or outside of the allowed regions", "allow at least one device"
+    else:
+        said = f"{wanted[refused]} belongs on {refused}, which may hold none: {out[refused]}"
+        hint = "allow that region and trust, or let the block be elsewhere"
+    return Infeasible(reason=said, needed_bytes=0, available_bytes=0, hint=hint)
 
 
 def _memory(problem: Problem, tables: Tables, missing: Found, budget: Budget) -> Infeasible:
@@ -58,15 +72,16 @@ def _nearest(problem: Problem, budget: Budget) -> str:
     found = []
     if tokens := _largest_context(problem, budget):
         found.append(f"a context of {tokens} tokens (now {shape.context_tokens})")
-    numbers = range(shape.in_flight, shape.slots)
+    live = shape.in_flight * shape.batch
+    numbers = range(live, shape.slots)
     fit = _last_true(len(numbers), lambda index: _fits(problem, budget, replace(shape, slots=numbers[index])))
     slots = 0 if fit is None else numbers[fit]
     if slots:
         found.append(f"{slots} slot{'s' * (slots > 1)} (now {shape.slots})")
-    if not found and shape.slots > shape.in_flight:
-        fewest = replace(problem, shape=replace(shape, slots=shape.in_flight))
+    if not found and shape.slots > live:
+        fewest = replace(problem, shape=replace(shape, slots=live))
         if tokens := _largest_context(fewest, budget):
-            found.append(f"a context of {tokens} tokens with {shape.in_flight} slot{'s' * (shape.in_flight > 1)}")
+            found.append(f"a context of {tokens} tokens with {live} slot{'s' * (live > 1)}")
     return f"it fits with {' or with '.join(found)}" if found else ""
 
 
@@ -90,7 +105,7 @@ def _last_true(count: int, holds: Callable[[int], bool]) -> int | None:
 
 def _fits(problem: Problem, budget: Budget, shape: RequestShape) -> bool:
     tables = build_tables(replace(problem, shape=shape))
-    return cheapest(tables, list(time_passes(tables)), budget).chain is not None
+    return cheapest(tables, list(cost_passes(tables)), budget, demanded(problem, tables)).chain is not None
 
 
 def _not_memory(problem: Problem, budget: Budget) -> Infeasible:
@@ -109,14 +124,29 @@ def _not_memory(problem: Problem, budget: Budget) -> Infeasible:
             "the pins contradict each other: a device runs one contiguous range of blocks",
             "drop a pin",
         ),
+        (replace(problem, require=()), "no chain uses every device that must take part", "demand fewer devices"),
+        (replace(problem, relay=True), "no chain has direct links all the way", "allow relays, or connect the devices"),
+        (replace(problem, devices=_charged(problem)), "a device's battery allows no chain", "raise its joules_limit"),
+        (
+            replace(problem, residency=Residency()),
+            "no chain stays where activations may be",
+            "allow more regions or trust classes",
+        ),
         (replace(problem, exclude=untimed), "no chain avoids the excluded devices", "exclude fewer devices"),
         (replace(problem, pin_last=False), "no chain ends on the source", "let the last block run elsewhere"),
     )
     for nearby, reason, hint in eased:
+        if nearby == problem:
+            continue
         tables = build_tables(nearby)
-        if nearby != problem and cheapest(tables, list(missing_passes(tables)), budget).chain is not None:
+        choice = demanded(nearby, tables)
+        if cheapest(tables, list(missing_passes(tables)), budget, choice).chain is not None:
             return Infeasible(reason=reason, needed_bytes=0, available_bytes=0, hint=hint)
     return Infeasible(reason=links, needed_bytes=0, available_bytes=0, hint="connect the devices, or drop a demand")
+
+
+def _charged(problem: Problem) -> tuple[DeviceSpec, ...]:
+    return tuple(replace(device, joules_limit=None) for device in problem.devices)
 
 
 def _undecided(problem: Problem) -> Infeasible:

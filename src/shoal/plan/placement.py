@@ -6,12 +6,12 @@ from msgspec.structs import replace
 
 from shoal.plan.budget import Budget
 from shoal.plan.check import check
-from shoal.plan.cost import objective_value, prefill_rounds, prefill_steps, price
-from shoal.plan.explain import Case, alternatives, reasons, spans_of
+from shoal.plan.cost import barred, objective_value, owners, prefill_rounds, prefill_steps, price
+from shoal.plan.explain import Case, alternatives, reasons
 from shoal.plan.infeasible import infeasible
 from shoal.plan.problem import Answer, Objective, Plan, Problem
-from shoal.plan.search import Found, solve
-from shoal.plan.tables import Chain, Tables, build_tables
+from shoal.plan.search import Found, demanded, solve
+from shoal.plan.tables import Tables, build_tables
 
 ROUNDING = 1e-9
 """Solvers add the terms of a price in another order."""
@@ -24,9 +24,8 @@ def place(problem: Problem, budget: Budget) -> Answer:
     (`shoal.plan.cost`), the best found with its gap stated.
     """
     check(problem)
-    if len(problem.exclude) >= len(problem.devices) and all(
-        device.node in problem.exclude for device in problem.devices
-    ):
+    out, wanted = barred(problem), {*owners(problem).values(), *problem.require}
+    if all(device.node in out for device in problem.devices) or wanted & out.keys():
         return infeasible(problem, None, budget)
     tables = build_tables(problem)
     found = _search(problem, tables, budget)
@@ -37,21 +36,24 @@ def place(problem: Problem, budget: Budget) -> Answer:
 
 def _search(problem: Problem, tables: Tables, budget: Budget) -> Found:
     """The better of two chains where chunks overlap: the bound's price is kind to few stages, that of no overlap to many."""
-    found = solve(tables, problem.objective, budget)
+    found = solve(tables, problem.objective, budget, demanded(problem, tables))
     shape = problem.shape
+    if problem.objective in {Objective.ENERGY, Objective.PRICE}:
+        return found
     if found.chain is None or prefill_rounds(shape) == prefill_steps(shape):
         return found
     in_turn = build_tables(replace(problem, shape=replace(shape, in_flight=1)))
-    chains = (found.chain, solve(in_turn, problem.objective, budget).chain or found.chain)
-    return dataclasses.replace(found, chain=min(chains, key=lambda chain: _value(problem, tables, chain)))
+    rival = solve(in_turn, problem.objective, budget, demanded(problem, in_turn))
+    chosen = min((f for f in (found, rival) if f.chain), key=lambda f: _value(problem, tables, f))
+    return dataclasses.replace(found, chain=chosen.chain, via=chosen.via)
 
 
-def _value(problem: Problem, tables: Tables, chain: Chain) -> float:
-    return objective_value(problem.objective, price(problem, spans_of(tables, chain)).estimate)
+def _value(problem: Problem, tables: Tables, found: Found) -> float:
+    return objective_value(problem.objective, price(problem, found.spans(tables)).estimate)
 
 
 def _plan(problem: Problem, tables: Tables, found: Found, budget: Budget) -> Plan:
-    priced = price(problem, spans_of(tables, found.chain or ()))
+    priced = price(problem, found.spans(tables))
     value = objective_value(problem.objective, priced.estimate)
     bound = found.bound / _tokens(problem)
     if bound >= value * (1 - ROUNDING):
@@ -70,5 +72,5 @@ def _plan(problem: Problem, tables: Tables, found: Found, budget: Budget) -> Pla
 
 
 def _tokens(problem: Problem) -> int:
-    """A solver counts seconds per request; throughput is judged per token."""
-    return problem.shape.tokens_out if problem.objective is Objective.THROUGHPUT else 1
+    """A solver counts seconds per micro-batch; throughput is judged per token."""
+    return problem.shape.batch * problem.shape.tokens_out if problem.objective is Objective.THROUGHPUT else 1

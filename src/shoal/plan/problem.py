@@ -10,14 +10,20 @@ import msgspec
 
 from shoal.ids import NodeId
 
-PROBLEM_VERSION = 1
+PROBLEM_VERSION = 2
 
 
 class Objective(StrEnum):
     """What a plan is judged by."""
 
     LATENCY = "latency"
+    """Seconds of a request."""
     THROUGHPUT = "throughput"
+    """Tokens per second of all streams together."""
+    ENERGY = "energy"
+    """Joules of a request."""
+    PRICE = "price"
+    """Money of a request."""
 
 
 class BlockSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -42,6 +48,14 @@ class SharedTensor(msgspec.Struct, frozen=True, kw_only=True):
     blocks: tuple[int, ...]
 
 
+class BatchTimes(msgspec.Struct, frozen=True, kw_only=True):
+    """Times of one step with a new token for each of `batch` sequences."""
+
+    batch: int
+    decode_s: tuple[float, ...]
+    """Of each block, at the shape's mean context."""
+
+
 class DeviceSpec(msgspec.Struct, frozen=True, kw_only=True):
     """One device: memory, and the time of each block on it (same order as the problem's blocks)."""
 
@@ -59,6 +73,19 @@ class DeviceSpec(msgspec.Struct, frozen=True, kw_only=True):
     """One new token at the shape's mean context; may be empty for an excluded device."""
     prefill_s: tuple[float, ...]
     """The shape's whole prompt; may be empty for an excluded device."""
+    batched: tuple[BatchTimes, ...] = ()
+    """Steps of several sequences, beside `decode_s` for one; with none given they cost as if one after another."""
+    device_class: str = ""
+    """Devices of one class are alike in everything but their links; empty: unlike every other."""
+    active_watts: float = 0.0
+    """Power above idle while a block runs; what a device draws when idle is drawn whether it takes part or not."""
+    joules_limit: float | None = None
+    """What one request may draw here at most (a battery); None: no limit."""
+    price_per_hour: float = 0.0
+    """Of busy time, in any one currency."""
+    region: str = ""
+    trust: str = ""
+    """Names that `Residency` goes by; empty: unknown."""
 
 
 class LinkSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -69,6 +96,10 @@ class LinkSpec(msgspec.Struct, frozen=True, kw_only=True):
     latency_s: float
     bytes_per_s: float
     relayed: bool = False
+    medium: str = ""
+    """Links that name the same medium (a Wi-Fi channel) take turns on it; empty: a wire of its own."""
+    joules_per_byte: float = 0.0
+    price_per_byte: float = 0.0
 
 
 class RequestShape(msgspec.Struct, frozen=True, kw_only=True):
@@ -80,9 +111,23 @@ class RequestShape(msgspec.Struct, frozen=True, kw_only=True):
     slots: int = 2
     """Sequences whose cache is held at once."""
     in_flight: int = 1
-    """Micro-batches in the pipeline at once; each needs a slot."""
+    """Micro-batches in the pipeline at once."""
+    batch: int = 1
+    """Sequences of a micro-batch, stepped together; each needs a slot."""
     prefill_chunk_tokens: int = 128
     """Prompts run in steps of at most this many rows."""
+    retain_outputs: bool = False
+    """Stages keep what they sent for live sequences, so that a successor can be rebuilt: memory like a cache."""
+
+
+class Residency(msgspec.Struct, frozen=True, kw_only=True):
+    """Where activations may be: a hard rule, for blocks and relays alike.  An empty list allows everything.
+
+    A device that does not say where it is, or how far it is trusted, is not allowed by a list.
+    """
+
+    regions: tuple[str, ...] = ()
+    trusts: tuple[str, ...] = ()
 
 
 class Pin(msgspec.Struct, frozen=True, kw_only=True):
@@ -116,11 +161,19 @@ class Problem(msgspec.Struct, frozen=True, kw_only=True):
     """0: free; else the plan must have this many stages (`--stages`)."""
     exclude: tuple[NodeId, ...] = ()
     """Nodes that take no block."""
+    require: tuple[NodeId, ...] = ()
+    """Nodes that must take at least one."""
+    residency: Residency = Residency()
+    relay: bool = False
+    """Between two stages frames may pass through one node that holds no block."""
     shared: tuple[SharedTensor, ...] = ()
 
 
 class Stage(msgspec.Struct, frozen=True, kw_only=True):
-    """A shard on a device, with the memory it needs and its predicted times."""
+    """A shard on a device, with the memory it needs and its predicted times.
+
+    A stage without blocks (`start` equals `stop`) is a relay: it passes frames on.
+    """
 
     node: NodeId
     start: int
@@ -132,7 +185,7 @@ class Stage(msgspec.Struct, frozen=True, kw_only=True):
     prefill_s: float
     """The whole prompt, step overheads included."""
     decode_s: float
-    """One step of one token, step overhead included."""
+    """One step of a micro-batch, step overhead included."""
     send_prefill_s: float
     """Until the next stage has the whole prompt's frames; from the last stage, until the source has the first token."""
     send_decode_s: float
@@ -151,6 +204,10 @@ class Estimate(msgspec.Struct, frozen=True, kw_only=True):
     """Answer tokens per second of all streams together, prompts worked off included (closed loop)."""
     latency_s: float
     """Time to first token + (tokens out - 1) x time per output token."""
+    joules: float = 0.0
+    """Of one request: devices above idle, and links."""
+    price: float = 0.0
+    """Of one request."""
 
 
 class Infeasible(msgspec.Struct, frozen=True, kw_only=True, tag="infeasible"):
@@ -195,7 +252,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, tag="plan"):
     shape: RequestShape
     estimate: Estimate
     lower_bound: float
-    """Of the objective's value: seconds of latency, or seconds per token for throughput."""
+    """Of the objective's value: seconds of latency, seconds per token for throughput, joules or money per request."""
     gap: float
     """(value - lower bound) / value; 0 means proven optimal."""
     solver: str

@@ -5,6 +5,7 @@ else a beam, whose distance from the relaxation's bound is stated.  Throughput i
 problems (see `most_tokens`).
 """
 
+import dataclasses
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from math import nextafter
@@ -12,8 +13,9 @@ from math import nextafter
 from shoal.plan.beam import beam
 from shoal.plan.budget import Budget
 from shoal.plan.chain import Final, relax, sweep, trace
-from shoal.plan.problem import Objective
-from shoal.plan.tables import INF, Chain, Pass, Tables, busy_s, time_passes
+from shoal.plan.cost import Span
+from shoal.plan.problem import Objective, Problem
+from shoal.plan.tables import INF, LATENCY, Chain, Pass, Tables, Weights, Whole, busy_s, cost_passes, spans_of
 
 SWEEP_LIMIT = 16_384
 """Array operations that one exact search may take; about 25 us each at 70 blocks.  Throughput needs some 25 searches."""
@@ -46,24 +48,44 @@ class Found:
     bound: float
     solver: str
     finals: tuple[Final, ...] = ()
+    via: Whole | None = None
+    """The relays of the search that found the chain."""
+
+    def spans(self, tables: Tables) -> tuple[Span, ...]:
+        """The chain in the problem's words; no spans where there is none."""
+        return spans_of(tables, self.chain, self.via) if self.chain and self.via is not None else ()
 
 
 FREE = Choice()
+
+
+def demanded(problem: Problem, tables: Tables, *, besides: Choice = FREE) -> Choice:
+    """Devices that the problem wants to take part, with those of *besides*."""
+    require = besides.require
+    for node in problem.require:
+        require |= 1 << tables.nodes.index(node)
+    return Choice(require=require, forbid=besides.forbid)
+
+
 NOTHING = Found(cost=INF, chain=None, bound=INF, solver=EXACT)
 
 
 def solve(tables: Tables, objective: Objective, budget: Budget, choice: Choice = FREE, tolerance: float = 0.0) -> Found:
-    """The best chain: cost in seconds of one request's latency, or of the closed loop's period per request.
+    """The best chain: cost in seconds of one request's latency or of the closed loop's period, in joules or in money.
 
     A throughput answer is optimal within *tolerance*; a latency answer is optimal when its bound equals its cost.
     """
 
-    def find(cap_s: float) -> Found:
-        return cheapest(tables, list(time_passes(tables, cap_s)), budget, choice)
+    def find(cap_s: float = INF, weights: Weights = LATENCY) -> Found:
+        return cheapest(tables, list(cost_passes(tables, cap_s, weights)), budget, choice)
 
     match objective:
         case Objective.LATENCY:
-            return find(INF)
+            return find()
+        case Objective.ENERGY:
+            return find(weights=Weights(latency=0.0, joules=1.0))
+        case Objective.PRICE:
+            return find(weights=Weights(latency=0.0, price=1.0))
         case Objective.THROUGHPUT:
             return most_tokens(tables, find, tolerance)
 
@@ -98,14 +120,15 @@ def most_tokens(tables: Tables, find: Callable[[float], Found], tolerance: float
             best = rival
         elif not proven:
             break
-    return Found(cost=best.cost, chain=best.chain, bound=min(lower, best.cost), solver=best.solver)
+    return dataclasses.replace(best, bound=min(lower, best.cost))
 
 
 def _looped(tables: Tables, found: Found) -> Found:
     if found.chain is None:
         return Found(cost=INF, chain=None, bound=found.bound / tables.in_flight, solver=found.solver)
-    cost = max(busy_s(tables, found.chain), found.cost / tables.in_flight)
-    return Found(cost=cost, chain=found.chain, bound=found.bound / tables.in_flight, solver=found.solver)
+    assert found.via is not None
+    cost = max(busy_s(tables, found.chain, found.via), found.cost / tables.in_flight)
+    return dataclasses.replace(found, cost=cost, bound=found.bound / tables.in_flight, finals=())
 
 
 def _swept(tables: Tables, passes: list[Pass], budget: Budget, choice: Choice) -> Found:
@@ -118,7 +141,8 @@ def _swept(tables: Tables, passes: list[Pass], budget: Budget, choice: Choice) -
     winner = best_final(finals, choice)
     if winner is None:
         return NOTHING
-    return Found(cost=winner.cost, chain=trace(winner), bound=winner.cost, solver=EXACT, finals=finals)
+    chain, via = trace(winner), winner.found_in.via
+    return Found(cost=winner.cost, chain=chain, bound=winner.cost, solver=EXACT, finals=finals, via=via)
 
 
 def best_final(finals: Iterable[Final], choice: Choice) -> Final | None:
@@ -138,7 +162,8 @@ def _bounded(tables: Tables, passes: list[Pass], budget: Budget, choice: Choice)
         found = (relaxed.bound, chosen) if chosen else beam(tables, search, relaxed, budget)
         if found and found[0] < best[0] and choice.admits(_mask(found[1])):
             best, solver = found, RELAXATION if chosen else BEAM
-    return Found(cost=best[0], chain=best[1], bound=min(bound, best[0]), solver=solver)
+    via = passes[0].via if passes else None
+    return Found(cost=best[0], chain=best[1], bound=min(bound, best[0]), solver=solver, via=via)
 
 
 def _mask(chain: Chain) -> int:

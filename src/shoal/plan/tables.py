@@ -1,8 +1,11 @@
 """A problem as arrays, so that a solver's inner loop is a few array operations.
 
 Index order is [device, start, stop] for runs of blocks and [from, to, cut] for hops; infinity marks what is not
-allowed.  Every number is that of `cost`, weighted for one request: once for its prompt, tokens out - 1 times for a
-decode step.
+allowed.  Every number is that of `cost`, weighted for one request (for throughput: for the requests of one micro-batch): once
+for each prompt, tokens out - 1 times for a further step.
+
+A search chooses for each hop whether it is direct or goes through a relay, and which (`Pass.via`): the way that costs least by the
+search's own measure, among those that its cap admits.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,20 +20,53 @@ from shoal.ids import NodeId
 from shoal.plan.cost import (
     TOKEN_BYTES,
     TOKEN_FRAME_BYTES,
+    Span,
+    barred,
     cut_bytes,
+    decode_times,
     free_bytes,
     kv_positions,
+    may_relay,
+    occupied,
+    owners,
     prefill_rounds,
     prefill_steps,
+    prompts_counted,
+    retained_bytes,
     transfer_s,
 )
 from shoal.plan.problem import DeviceSpec, LinkSpec, Problem
 
 Floats = NDArray[np.float64]
+Whole = NDArray[np.int64]
 Chain = tuple[tuple[int, int, int], ...]
 """Stages as (device index, start, stop)."""
 
 INF = float("inf")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rows:
+    """What a chain costs beside time: the sum of its runs and hops, for one request."""
+
+    run: Floats
+    """[M, N+1, N+1]"""
+    hop: Floats
+    """[M, M, N+1] over direct links"""
+    relay: Floats
+    """[M] passing on a request's frames"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Weights:
+    """What a search minimises: a sum of latency, joules and money."""
+
+    latency: float = 1.0
+    joules: float = 0.0
+    price: float = 0.0
+
+
+LATENCY = Weights()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,9 +87,15 @@ class Tables:
     free_bytes: Floats
     """[M]"""
     hop_s: Floats
-    """[M, M, N+1]"""
+    """[M, M, N+1] over direct links"""
     wire_s: Floats
-    """[M, M, N+1] seconds that a request occupies the link."""
+    """[M, M, N+1] seconds that a request occupies a direct link"""
+    relay_s: Floats
+    """[M] what a relay adds to a request's latency, and how long it is busy; infinite where a device may not relay"""
+    occupies: tuple[tuple[object, ...], ...]
+    """[M, M] what a direct link keeps others from; None where there is no link"""
+    joules: Rows
+    price: Rows
     entry_s: Floats
     """[M] the prompt's ids from the source."""
     return_s: Floats
@@ -72,6 +114,8 @@ class Pass:
     """[N+1] cost of the first stage by its stop."""
     run: Floats
     hop: Floats
+    via: Whole
+    """[M, M, N+1] device that relays a hop; -1: none"""
     end: Floats
     """[M] cost of ending on a device."""
     close: Floats | None
@@ -79,26 +123,34 @@ class Pass:
 
 
 def build_tables(problem: Problem) -> Tables:
-    """Arrays of a checked problem; excluded devices are left out."""
-    devices = [device for device in problem.devices if device.node not in problem.exclude]
+    """Arrays of a checked problem; devices that may take no block are left out."""
+    out = barred(problem)
+    devices = [device for device in problem.devices if device.node not in out]
     nodes = tuple(device.node for device in devices)
-    owners = _owners(problem)
-    first, last = owners.get(0), owners.get(len(problem.blocks) - 1)
+    owned = owners(problem)
+    first, last = owned.get(0), owned.get(len(problem.blocks) - 1)
     wires = {(link.source, link.target): link for link in problem.links}
-    hop_s, wire_s = _hops(problem, nodes, wires)
+    prompts = prompts_counted(problem)
+    rounds = prompts * prefill_rounds(problem.shape)
+    hops = _hops(problem, devices, wires)
+    entry_bytes = TOKEN_FRAME_BYTES + TOKEN_BYTES * problem.shape.tokens_in
     return Tables(
         nodes=nodes,
         firsts=tuple(range(len(nodes))) if first is None else (nodes.index(first),),
         closing=nodes.index(first) if first is not None and first == last == problem.source else None,
-        run_s=np.stack([_run_s(problem, device, owners, prefill_steps(problem.shape)) for device in devices]),
-        pass_s=np.stack([_run_s(problem, device, owners, prefill_rounds(problem.shape)) for device in devices]),
+        run_s=_allowed(problem, devices, owned, prompts * prefill_steps(problem.shape)),
+        pass_s=_allowed(problem, devices, owned, rounds),
         need_bytes=np.stack([_need_bytes(problem, device) for device in devices]),
         free_bytes=np.array([free_bytes(device) for device in devices], dtype=np.float64),
-        hop_s=hop_s,
-        wire_s=wire_s,
-        entry_s=_token_s(
-            wires, [(problem.source, node) for node in nodes], TOKEN_FRAME_BYTES + TOKEN_BYTES * problem.shape.tokens_in
+        hop_s=hops.hop_s,
+        wire_s=hops.wire_s,
+        relay_s=np.array(
+            [(rounds + _laps(problem)) * d.step_overhead_s if may_relay(problem, d) else INF for d in devices]
         ),
+        occupies=tuple(tuple(_occupied(wires, a, b) for b in nodes) for a in nodes),
+        joules=_rows(problem, devices, hops, (lambda d: d.active_watts, lambda link: link.joules_per_byte)),
+        price=_rows(problem, devices, hops, (lambda d: d.price_per_hour / 3600, lambda link: link.price_per_byte)),
+        entry_s=prompts * _token_s(wires, [(problem.source, node) for node in nodes], entry_bytes),
         return_s=_return_s(problem, nodes, wires),
         in_flight=problem.shape.in_flight,
         max_stages=problem.max_stages or len(nodes) + 1,
@@ -106,18 +158,55 @@ def build_tables(problem: Problem) -> Tables:
     )
 
 
-def time_passes(tables: Tables, cap_s: float = INF) -> Iterator[Pass]:
-    """Searches whose cost is a request's latency; no device or link is kept busy for longer than *cap_s*."""
+def spans_of(tables: Tables, chain: Chain, via: Whole) -> tuple[Span, ...]:
+    """A solver's chain in the problem's words, with the relays that its search chose."""
+    spans = [Span(tables.nodes[device], start, stop) for device, start, stop in chain[:1]]
+    for here, there in pairwise(chain):
+        relay = int(via[here[0], there[0], here[2]])
+        spans += [Span(tables.nodes[relay], here[2], here[2])] if relay >= 0 else []
+        spans.append(Span(tables.nodes[there[0]], there[1], there[2]))
+    return tuple(spans)
+
+
+def cost_passes(tables: Tables, cap_s: float = INF, weights: Weights = LATENCY) -> Iterator[Pass]:
+    """Searches that minimise a weighted sum; no device or link is kept busy for longer than *cap_s*."""
     fits = (tables.need_bytes <= tables.free_bytes[:, None, None]) & (tables.run_s <= cap_s)
-    run = np.where(fits, tables.pass_s, INF)
-    hop = np.where(tables.wire_s <= cap_s, tables.hop_s, INF)
+    cost = _weighted(weights, tables.pass_s, tables.joules.run, tables.price.run)
+    run = np.where(fits, cost, INF)
+    hop, via = _ways(tables, cap_s, weights)
+    ends = (_weighted(weights, tables.entry_s), _weighted(weights, tables.return_s))
 
     def close(first: int, stop: int) -> Floats:
         need = tables.need_bytes[first, 0, stop] + tables.need_bytes[first, :, -1]
         busy_s = tables.run_s[first, 0, stop] + tables.run_s[first, :, -1]
-        return np.where((need <= tables.free_bytes[first]) & (busy_s <= cap_s), tables.pass_s[first, :, -1], INF)
+        return np.where((need <= tables.free_bytes[first]) & (busy_s <= cap_s), cost[first, :, -1], INF)
 
-    return _passes(tables, run, hop, (tables.entry_s, tables.return_s), close)
+    return _passes(tables, (run, hop, via), ends, close)
+
+
+def _ways(tables: Tables, cap_s: float, weights: Weights) -> tuple[Floats, Whole]:
+    """The cheapest way of each hop, direct or through one relay, no link of it busy for longer than *cap_s*."""
+    cost = _weighted(weights, tables.hop_s, tables.joules.hop, tables.price.hop)
+    direct = np.where(tables.wire_s <= cap_s, cost, INF)
+    relaying = _weighted(weights, tables.relay_s, tables.joules.relay, tables.price.relay)
+    best, via = direct.copy(), np.full(direct.shape, -1, np.int64)
+    for relay in np.flatnonzero(np.isfinite(relaying) & (tables.relay_s <= cap_s)):
+        both = direct[:, relay, None] + direct[None, relay, :] + relaying[relay]
+        both[relay], both[:, relay] = INF, INF
+        np.fill_diagonal(both[:, :, 0], INF)
+        better = both < best
+        better[np.diag_indices(len(tables.nodes))] = False
+        best[better], via[better] = both[better], relay
+    return best, via
+
+
+def _weighted(weights: Weights, time_s: Floats, joules: Floats | None = None, price: Floats | None = None) -> Floats:
+    """The sum, infinite wherever the time is; a weight of 0 does not make a forbidden thing free."""
+    total = np.where(np.isfinite(time_s), 0.0, INF)
+    for weight, values in ((weights.latency, time_s), (weights.joules, joules), (weights.price, price)):
+        if weight and values is not None:
+            total = total + weight * values
+    return np.asarray(total)
 
 
 def missing_passes(tables: Tables) -> Iterator[Pass]:
@@ -129,32 +218,47 @@ def missing_passes(tables: Tables) -> Iterator[Pass]:
         both = need[first, 0, stop] + need[first, :, -1] - tables.free_bytes[first]
         return np.where(np.isfinite(run[first, :, -1]), np.maximum(both, 0) - run[first, 0, stop], INF)
 
-    return _passes(tables, run, _reach(tables.hop_s), (_reach(tables.entry_s), _reach(tables.return_s)), close)
+    reach, via = _ways(tables, INF, Weights(latency=0.0))
+    return _passes(tables, (run, reach, via), (_reach(tables.entry_s), _reach(tables.return_s)), close)
 
 
-def busy_s(tables: Tables, chain: Chain) -> float:
-    """Seconds that one request keeps the chain's busiest device or link occupied."""
-    per_device: dict[int, float] = {}
+def busy_s(tables: Tables, chain: Chain, via: Whole) -> float:
+    """Seconds that one request (or micro-batch) keeps the chain's busiest device, link or medium occupied."""
+    taken: dict[object, float] = {}
+
+    def take(what: object, seconds: float) -> None:
+        taken[what] = taken.get(what, 0.0) + seconds
+
     for device, start, stop in chain:
-        per_device[device] = per_device.get(device, 0.0) + float(tables.run_s[device, start, stop])
-    wires = [float(tables.wire_s[here[0], there[0], here[2]]) for here, there in pairwise(chain)]
-    return max([*per_device.values(), *wires])
+        take(device, float(tables.run_s[device, start, stop]))
+    for (here, _, cut), (there, _, _) in pairwise(chain):
+        relay = int(via[here, there, cut])
+        legs = ((here, there),) if relay < 0 else ((here, relay), (relay, there))
+        for a, b in legs:
+            take(tables.occupies[a][b], float(tables.wire_s[a, b, cut]))
+        if relay >= 0:
+            take(relay, float(tables.relay_s[relay]))
+    return max(taken.values())
 
 
 def _passes(
-    tables: Tables, run: Floats, hop: Floats, ends: tuple[Floats, Floats], close: Callable[[int, int], Floats]
+    tables: Tables,
+    costs: tuple[Floats, Floats, Whole],
+    ends: tuple[Floats, Floats],
+    close: Callable[[int, int], Floats],
 ) -> Iterator[Pass]:
-    entry, back = ends
+    (run, hop, via), (entry, back) = costs, ends
     for first in tables.firsts:
         start = entry[first] + run[first, 0]
         if first != tables.closing:
-            yield Pass(first=first, start=start, run=run, hop=hop, end=back[first], close=None)
+            yield Pass(first=first, start=start, run=run, hop=hop, via=via, end=back[first], close=None)
             continue
-        yield Pass(first=first, start=_only(start, -1), run=run, hop=hop, end=back[first], close=None)
+        yield Pass(first=first, start=_only(start, -1), run=run, hop=hop, via=via, end=back[first], close=None)
         for stop in range(1, start.size - 1):
             if np.isfinite(start[stop]):
                 never = np.full(len(tables.nodes), INF)
-                yield Pass(first=first, start=_only(start, stop), run=run, hop=hop, end=never, close=close(first, stop))
+                last = close(first, stop)
+                yield Pass(first=first, start=_only(start, stop), run=run, hop=hop, via=via, end=never, close=last)
 
 
 def _only(values: Floats, index: int) -> Floats:
@@ -167,27 +271,44 @@ def _reach(values: Floats) -> Floats:
     return np.where(np.isfinite(values), 0.0, INF)
 
 
-def _owners(problem: Problem) -> dict[int, NodeId]:
-    owners = {pin.block: pin.node for pin in problem.pins}
-    if problem.pin_first:
-        owners[0] = problem.source
-    if problem.pin_last:
-        owners[len(problem.blocks) - 1] = problem.source
-    return owners
+def _laps(problem: Problem) -> int:
+    return problem.shape.tokens_out - 1
 
 
-def _run_s(problem: Problem, device: DeviceSpec, owners: dict[int, NodeId], rounds: float) -> Floats:
-    """Seconds of each range of blocks for *rounds* of the prompt's chunks and all further steps."""
-    laps = problem.shape.tokens_out - 1
-    overhead_s = device.step_overhead_s * (rounds + laps)
+def _allowed(problem: Problem, devices: list[DeviceSpec], owned: dict[int, NodeId], rounds: float) -> Floats:
+    """Seconds of each shard for *rounds* of a prompt's chunks and all further steps; infinite where it may not be."""
+    return np.stack([np.where(_may_run(problem, d, owned), _run(problem, d, rounds), INF) for d in devices])
+
+
+def _run(problem: Problem, device: DeviceSpec, rounds: float, laps: float | None = None) -> Floats:
+    """[N+1, N+1] seconds of each range of blocks; infinite where it is empty."""
+    laps = _laps(problem) if laps is None else laps
     part = rounds / prefill_steps(problem.shape)
-    per_block = part * np.array(device.prefill_s) + laps * np.array(device.decode_s)
-    foreign = [block for block, node in owners.items() if node != device.node]
+    per_block = part * np.array(device.prefill_s) + laps * np.array(decode_times(device, problem.shape.batch))
     total = np.full((per_block.size + 1, per_block.size + 1), INF)
     for start in range(per_block.size):
-        stop = min((block for block in foreign if block >= start), default=per_block.size)
-        total[start, start + 1 : stop + 1] = overhead_s + np.cumsum(per_block[start:stop])
+        total[start, start + 1 :] = device.step_overhead_s * (rounds + laps) + np.cumsum(per_block[start:])
     return total
+
+
+def _may_run(problem: Problem, device: DeviceSpec, owned: dict[int, NodeId]) -> NDArray[np.bool_]:
+    """[N+1, N+1] whether pins and the device's battery allow a range of blocks."""
+    blocks = len(problem.blocks)
+    allowed = np.ones((blocks + 1, blocks + 1), bool)
+    for block in (block for block, node in owned.items() if node != device.node):
+        allowed[: block + 1, block + 1 :] = False
+    if device.joules_limit is not None:
+        allowed &= device.active_watts * _busy(problem, device) <= device.joules_limit
+    return allowed
+
+
+def _busy(problem: Problem, device: DeviceSpec) -> Floats:
+    """[N+1, N+1] seconds that one request alone keeps a shard busy: its prompt, and its share of each further step.
+
+    0 for empty ranges.
+    """
+    seconds = _run(problem, device, prefill_steps(problem.shape), _laps(problem) / problem.shape.batch)
+    return np.where(np.isfinite(seconds), seconds, 0.0)
 
 
 def _need_bytes(problem: Problem, device: DeviceSpec) -> Floats:
@@ -197,6 +318,8 @@ def _need_bytes(problem: Problem, device: DeviceSpec) -> Floats:
         [(b.weights_bytes, b.kv_bytes_per_token * positions, b.workspace_bytes, b.load_peak_bytes) for b in blocks],
         float,
     )
+    retained = np.array([retained_bytes(problem, stop) for stop in range(1, len(blocks) + 1)], float)
+    processes = device.fixed_bytes * (1 + may_relay(problem, device))
     uses = np.array([[block in tensor.blocks for block in range(len(blocks))] for tensor in problem.shared], int)
     sizes = np.array([tensor.size_bytes for tensor in problem.shared], float)
     for start in range(len(blocks)):
@@ -204,33 +327,63 @@ def _need_bytes(problem: Problem, device: DeviceSpec) -> Floats:
         if sizes.size:
             stored -= sizes @ np.maximum(np.cumsum(uses[:, start:], axis=1) - 1, 0)
         weights = np.ceil(device.weights_factor * stored)
-        serving = np.cumsum(columns[start:, 1]) + np.maximum.accumulate(columns[start:, 2])
+        serving = np.cumsum(columns[start:, 1]) + np.maximum.accumulate(columns[start:, 2]) + retained[start:]
         peak = np.maximum(serving, np.maximum.accumulate(columns[start:, 3]))
-        total[start, start + 1 :] = device.fixed_bytes + weights + peak
+        total[start, start + 1 :] = processes + weights + peak
     return total
 
 
-def _hops(
-    problem: Problem, nodes: tuple[NodeId, ...], wires: dict[tuple[NodeId, NodeId], LinkSpec]
-) -> tuple[Floats, Floats]:
-    laps, rounds = problem.shape.tokens_out - 1, prefill_rounds(problem.shape)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Hops:
+    """Direct links; `sent` [N+1] are the bytes of one request over each cut, the rest is as in `Tables`."""
+
+    hop_s: Floats
+    wire_s: Floats
+    sent: Floats
+    links: tuple[tuple[LinkSpec | None, ...], ...]
+
+
+def _hops(problem: Problem, devices: list[DeviceSpec], wires: dict[tuple[NodeId, NodeId], LinkSpec]) -> _Hops:
+    laps, prompts = _laps(problem), prompts_counted(problem)
+    rounds = prompts * prefill_rounds(problem.shape)
     sizes = [cut_bytes(problem, stop) for stop in range(1, len(problem.blocks))]
     prompt_bytes = np.array([0, *(prompt for prompt, _ in sizes), 0], dtype=np.float64)
-    answer_bytes = np.array([0, *(laps * row for _, row in sizes), 0], dtype=np.float64)
-    delay_bytes = prompt_bytes * (rounds / prefill_steps(problem.shape)) + answer_bytes
-    hop_s = np.full((len(nodes), len(nodes), prompt_bytes.size), INF)
+    row_bytes = np.array([0, *(row for _, row in sizes), 0], dtype=np.float64)
+    delay_bytes = prompt_bytes * (rounds / prefill_steps(problem.shape)) + laps * row_bytes
+    links = tuple(tuple(wires.get((a.node, b.node)) for b in devices) for a in devices)
+    hop_s = np.full((len(devices), len(devices), prompt_bytes.size), INF)
     wire_s = hop_s.copy()
-    for i, source in enumerate(nodes):
-        for j, target in enumerate(nodes):
-            if link := wires.get((source, target)):
-                wire_s[i, j] = (prompt_bytes + answer_bytes) / link.bytes_per_s
+    for i, row in enumerate(links):
+        for j, link in enumerate(row):
+            if link:
+                wire_s[i, j] = (prompts * prompt_bytes + laps * row_bytes) / link.bytes_per_s
                 hop_s[i, j] = delay_bytes / link.bytes_per_s + (rounds + laps) * link.latency_s
-    return hop_s, wire_s
+    return _Hops(hop_s=hop_s, wire_s=wire_s, sent=prompt_bytes + laps / problem.shape.batch * row_bytes, links=links)
+
+
+Rates = tuple[Callable[[DeviceSpec], float], Callable[[LinkSpec], float]]
+"""Per second of a busy device, and per byte on a link."""
+
+
+def _rows(problem: Problem, devices: list[DeviceSpec], hops: _Hops, rates: Rates) -> Rows:
+    per_second, per_byte = rates
+    run = np.stack([_busy(problem, d) * per_second(d) for d in devices])
+    relaying = np.array([per_second(d) * d.step_overhead_s for d in devices]) * (
+        prefill_steps(problem.shape) + _laps(problem) / problem.shape.batch
+    )
+    hop = np.array([[per_byte(link) if link else 0.0 for link in row] for row in hops.links])[:, :, None] * hops.sent
+    return Rows(run=run, hop=hop, relay=relaying)
+
+
+def _occupied(wires: dict[tuple[NodeId, NodeId], LinkSpec], source: NodeId, target: NodeId) -> object:
+    link = wires.get((source, target))
+    return occupied(link) if link else None
 
 
 def _return_s(problem: Problem, nodes: tuple[NodeId, ...], wires: dict[tuple[NodeId, NodeId], LinkSpec]) -> Floats:
-    laps = problem.shape.tokens_out - 1 + prefill_rounds(problem.shape) - 1
-    deliver_s = _token_s(wires, [(node, problem.source) for node in nodes], TOKEN_FRAME_BYTES)
+    prompts = prompts_counted(problem)
+    laps = _laps(problem) + prompts * (prefill_rounds(problem.shape) - 1)
+    deliver_s = prompts * _token_s(wires, [(node, problem.source) for node in nodes], TOKEN_FRAME_BYTES)
     lap_s = np.stack([_token_s(wires, [(last, first) for last in nodes], TOKEN_FRAME_BYTES) for first in nodes])
     return np.where(np.isfinite(lap_s), laps * np.nan_to_num(lap_s, posinf=0.0), INF) + deliver_s
 

@@ -12,7 +12,7 @@ from shoal.fleet.report import ShardId, ShardReport, ShardState
 from shoal.ids import DeploymentId, Digest, NodeId
 from shoal.node.journal import Journal
 from shoal.node.shards import ShardKeeper
-from shoal.node.worker_spec import Wiring, WorkerReport
+from shoal.node.worker_spec import Wiring
 
 A = NodeId("a" * 32)
 
@@ -76,7 +76,7 @@ class Bench:
         await self.until(lambda: which in self.workers)
 
     def says(self, which: ShardId, state: ShardState, **more: object) -> None:
-        self.keeper.worker_said(WorkerReport(shard=which, state=state, **more))
+        self.keeper.worker_said(ShardReport(shard=which, state=state, start=0, stop=3, **more))
 
 
 def run(journal: Journal, use: Callable[[Bench], Awaitable[None]], *, full: bool = False) -> list[str]:
@@ -124,6 +124,7 @@ def test_a_shard_is_fetched_loaded_wired_and_given_up(journal: Journal) -> None:
         report = bench.report(shard())
         assert report is not None
         assert (report.state, report.live_requests) == (ShardState.WIRED, 2)
+        assert (report.fetched_bytes, report.memory_bytes) == (7, 10), "what the worker cannot know stays"
 
         bench.keeper.offer(Retire(fencing_epoch=1, shard=shard()))
         await bench.until(lambda: not bench.keeper.reports())

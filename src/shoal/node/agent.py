@@ -12,7 +12,7 @@ from structlog.typing import FilteringBoundLogger
 
 from shoal.errors import MalformedFrameError
 from shoal.fleet.order import Order, Refused, Reply
-from shoal.fleet.report import NodeFacts, NodeReport
+from shoal.fleet.report import NodeFacts, NodeReport, ShardReport
 from shoal.fleet.view import CoordinatorView
 from shoal.ids import Digest, NodeId
 from shoal.node.calls import CallDesk, Handler
@@ -24,7 +24,6 @@ from shoal.node.mailbox import Mailbox
 from shoal.node.messages import REPORT, VIEW, Leave, Nothing
 from shoal.node.shards import ShardKeeper
 from shoal.node.voice import Bell
-from shoal.node.worker_spec import WorkerReport
 from shoal.transport.bus import Bus, Closable, Lane, Sample
 from shoal.transport.keys import ControlTopic, EventTopic, HeartbeatTopic, WorkerTopic, key_of, pattern_of
 
@@ -33,7 +32,7 @@ LEAVE_S = 30.0
 """A leaving node goes after that, drained or not."""
 _ORDER_TIMEOUT_S = 1.0
 
-Heard = NodeReport | CoordinatorView | WorkerReport
+Heard = NodeReport | CoordinatorView | ShardReport
 
 
 @dataclass(slots=True)
@@ -128,7 +127,7 @@ class Agent:
         return [
             self.bus.subscribe(pattern_of(HeartbeatTopic, fleet=self.fleet), into(NodeReport)),
             self.bus.subscribe(pattern_of(EventTopic, fleet=self.fleet, kind=VIEW), into(CoordinatorView)),
-            self.bus.subscribe(reports, into(WorkerReport)),
+            self.bus.subscribe(reports, into(ShardReport)),
             self.bus.answer(orders, self._take_order),
         ]
 
@@ -163,7 +162,7 @@ class Agent:
                         self.coordinator.hear_view(item)
                     self.on_view(item)
                     await self._follow(item)
-                case WorkerReport():
+                case ShardReport():
                     self.keeper.worker_said(item)
 
     async def _follow(self, view: CoordinatorView) -> None:

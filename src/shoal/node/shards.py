@@ -15,7 +15,7 @@ from shoal.fleet.order import Accepted, Hold, Order, Refused, Reply, Retire, Wir
 from shoal.fleet.report import ShardId, ShardReport, ShardState
 from shoal.node.journal import Journal
 from shoal.node.mailbox import Mailbox
-from shoal.node.worker_spec import Wiring, WorkerReport
+from shoal.node.worker_spec import Wiring
 
 
 class WorkerHandle(Protocol):
@@ -96,26 +96,19 @@ class ShardKeeper:
         """Where every shard stands."""
         return tuple(kept.report for kept in self._kept.values())
 
-    def worker_said(self, said: WorkerReport) -> None:
-        """Note a worker's report; one of a shard that we no longer hold is dropped."""
+    def worker_said(self, said: ShardReport) -> None:
+        """Note a worker's report; one of a shard that we no longer hold is dropped.
+
+        The worker knows everything about its shard but what this node promised and fetched for it.
+        """
         kept = self._kept.get(said.shard)
         if kept is None or kept.report.state is ShardState.FAILED:
             return
-        fields = {
-            f: getattr(said, f)
-            for f in (
-                "state",
-                "locators",
-                "wired_to",
-                "error_code",
-                "error",
-                "steps",
-                "busy_s",
-                "live_requests",
-                "waiting_requests",
-            )
-        }
-        self._note(kept, **fields)
+        ours = kept.report
+        self._become(
+            kept,
+            msgspec.structs.replace(said, memory_bytes=ours.memory_bytes, fetched_bytes=ours.fetched_bytes),
+        )
         if said.state is ShardState.READY and kept.wiring is not None:
             self._tell(kept.wiring)
 
@@ -210,7 +203,9 @@ class ShardKeeper:
         self._changed()
 
     def _note(self, kept: _Kept, **fields: object) -> None:
-        before = kept.report
-        kept.report = msgspec.structs.replace(before, **fields)
+        self._become(kept, msgspec.structs.replace(kept.report, **fields))
+
+    def _become(self, kept: _Kept, report: ShardReport) -> None:
+        before, kept.report = kept.report, report
         if (before.state, before.locators) != (kept.report.state, kept.report.locators):
             self._changed()

@@ -15,11 +15,11 @@ from structlog.typing import FilteringBoundLogger
 
 from shoal.clock import Clock, SystemClock
 from shoal.errors import ShoalError
-from shoal.fleet.report import ShardState
+from shoal.fleet.report import ShardReport, ShardState
 from shoal.node.artifacts import Artifact, load_shard, open_artifact
 from shoal.node.messages import REPORT, WIRE
 from shoal.node.stage_loop import StageLoop, Stopped, Wired, submit_topic
-from shoal.node.worker_spec import Wiring, WorkerReport, WorkerSpec
+from shoal.node.worker_spec import Wiring, WorkerSpec
 from shoal.observe.log import set_up_logs
 from shoal.runtime.backend.onnx import OnnxBackend
 from shoal.runtime.backend.throttled import Throttled
@@ -64,9 +64,11 @@ class Reporter:
 
     def _send(self, error: ShoalError | None) -> None:
         loop = self.loop
-        report = WorkerReport(
+        report = ShardReport(
             shard=self.spec.shard,
             state=self.state,
+            start=self.spec.start,
+            stop=self.spec.stop,
             locators=self.locators,
             wired_to=self.wired_to,
             error_code=error.code if error else "",

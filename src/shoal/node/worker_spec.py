@@ -1,8 +1,8 @@
-"""What an agent and the worker of one shard say to each other."""
+"""What an agent tells the worker of one shard; what the worker answers is a `ShardReport`."""
 
 import msgspec
 
-from shoal.fleet.report import ShardId, ShardState
+from shoal.fleet.report import ShardId
 from shoal.ids import Digest, NodeId
 
 
@@ -33,21 +33,6 @@ class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
     threads: int
     slowdown: float = 1.0
     links: tuple[LinkShape, ...] = ()
-
-
-class WorkerReport(msgspec.Struct, frozen=True, kw_only=True):
-    """Where a worker stands; sent on each change and twice a second."""
-
-    shard: ShardId
-    state: ShardState
-    locators: tuple[str, ...] = ()
-    wired_to: tuple[str, ...] = ()
-    error_code: str = ""
-    error: str = ""
-    steps: int = 0
-    busy_s: float = 0.0
-    live_requests: int = 0
-    waiting_requests: int = 0
 
 
 class Wiring(msgspec.Struct, frozen=True, kw_only=True):

@@ -240,6 +240,19 @@ def test_a_source_that_is_not_heard_is_asked_last() -> None:
     found = sources(SPEC.manifest, reports_of(complete=(), heard=(b, c)), asker=b, source=a)
 
     assert found == (c, a)
+def test_a_stage_that_sees_its_neighbour_fall_silent_breaks_the_plan_for_as_long_as_it_says_so() -> None:
+    nodes = SimulatedNodes()
+    state = settle(wanted(plan(*NODES[:2])), nodes)
+    shard, held = next(iter(nodes.shards[NODES[0]].items()))
+    silent = {"error_code": "shard_lost", "error": "stage 1 has shown no sign of life for 10 s"}
+
+    nodes.shards[NODES[0]][shard] = msgspec.structs.replace(held, **silent)
+    state = nodes.tell(state, 0.0)
+    assert broken(state.deployments[CHAT], heard(state, 0.0)).endswith("stage 1 has shown no sign of life for 10 s")
+
+    nodes.shards[NODES[0]][shard] = held
+    state = nodes.tell(state, 0.0)
+    assert broken(state.deployments[CHAT], heard(state, 0.0)) == ""
 
 
 def test_memory_is_promised_to_others_from_the_moment_of_the_order() -> None:

@@ -79,7 +79,9 @@ class Bench:
         self.keeper.worker_said(ShardReport(shard=which, state=state, start=0, stop=3, **more))
 
 
-def run(journal: Journal, use: Callable[[Bench], Awaitable[None]], *, full: bool = False) -> list[str]:
+def run(
+    journal: Journal, use: Callable[[Bench], Awaitable[None]], *, full: bool = False, look_every_s: float = 60.0
+) -> list[str]:
     """Run *use* with a keeper at work; what happened to its workers."""
     log: list[str] = []
 
@@ -99,7 +101,7 @@ def run(journal: Journal, use: Callable[[Bench], Awaitable[None]], *, full: bool
             workers[order.shard] = Worker(log)
             return workers[order.shard]
 
-        keeper = ShardKeeper(journal, fetch, launch, told.append, lambda: None)
+        keeper = ShardKeeper(journal, fetch, launch, told.append, lambda: None, look_every_s=look_every_s)
         async with anyio.create_task_group() as group:
             group.start_soon(keeper.run)
             await use(Bench(keeper, workers, told, log))
@@ -174,6 +176,38 @@ def test_a_worker_that_dies_is_reported_until_its_shard_is_given_up(journal: Jou
         await bench.until(lambda: not bench.keeper.reports())
 
     run(journal, use)
+
+
+def test_a_worker_that_says_nothing_any_more_is_ended_and_its_shard_failed(journal: Journal) -> None:
+    async def use(bench: Bench) -> None:
+        for stage in (0, 1):
+            bench.keeper.offer(hold(shard(stage)))
+            await bench.loading(shard(stage))
+        bench.says(shard(1), ShardState.READY)
+
+        def silent_is_failed() -> bool:
+            bench.says(shard(0), ShardState.WIRED)
+            return bench.report(shard(1)).state is ShardState.FAILED
+
+        await bench.until(silent_is_failed)
+        await bench.until(lambda: "stopped" in bench.log)
+
+        report = bench.report(shard(1))
+        assert (report.error_code, "has said nothing" in report.error) == ("shard_lost", True)
+        assert bench.report(shard(0)).state is ShardState.WIRED, "one that speaks goes on"
+
+    run(journal, use, look_every_s=0.01)
+
+
+def test_a_worker_that_loads_is_given_more_time(journal: Journal) -> None:
+    async def use(bench: Bench) -> None:
+        bench.keeper.offer(hold(shard()))
+        await bench.loading(shard())
+        await anyio.sleep(0.4)  # 40 looks: four times what a loaded one has
+
+        assert bench.report(shard()).state is ShardState.LOADING
+
+    run(journal, use, look_every_s=0.01)
 
 
 def test_a_fetch_that_fails_is_reported_with_its_reason_and_other_shards_go_on(journal: Journal) -> None:

@@ -5,6 +5,7 @@ import threading
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from queue import SimpleQueue
 
 import anyio
 import pytest
@@ -24,7 +25,7 @@ from shoal.runtime.scheduler import SchedulerSettings
 from shoal.runtime.settings import StageSettings
 from shoal.transport.bus import Bus
 from shoal.transport.frame import pack
-from shoal.transport.keys import EventTopic, FrameTopic, TokensTopic, key_of
+from shoal.transport.keys import CreditTopic, EventTopic, FrameTopic, TokensTopic, key_of
 from shoal.transport.memory import MemoryBus, MemoryFabric
 
 FLEET, NODE, M = "f", NodeId("n" * 32), DeploymentId("m")
@@ -45,10 +46,18 @@ class Stages:
 
 
 @contextmanager
-def stages_of(count: int, bus_of: Attach, log: FilteringBoundLogger, *, step_s: float = 0.0) -> Iterator[Stages]:
+def stages_of(
+    count: int,
+    bus_of: Attach,
+    log: FilteringBoundLogger,
+    *,
+    step_s: float = 0.0,
+    wait: Callable[[float], object] | None = None,
+    heartbeat_s: float = 2.0,
+) -> Iterator[Stages]:
     data = MemoryFabric()
-    wait = threading.Event()
-    engine = NullBackend(cost_s=lambda _: step_s, wait=wait.wait) if step_s else NullBackend()
+    wait = wait or threading.Event().wait
+    engine = NullBackend(cost_s=lambda _: step_s, wait=wait) if step_s else NullBackend()
     with ExitStack() as stack:
         loops = []
         for index in range(count):
@@ -57,7 +66,7 @@ def stages_of(count: int, bus_of: Attach, log: FilteringBoundLogger, *, step_s: 
             piece = null_shard(start, stop, embeds=index == 0, vocabulary=VOCABULARY if last else 0, slots=SLOTS)
             settings = StageSettings(
                 plan_epoch=1, index=index, stages=count, slots=SLOTS, context_tokens=CONTEXT, vocabulary=VOCABULARY,
-                scheduler=SchedulerSettings(in_flight=2),
+                scheduler=SchedulerSettings(in_flight=2), heartbeat_s=heartbeat_s,
             )  # fmt: skip
             inbound = data.attach(f"in{index}")
             stack.callback(inbound.close)
@@ -232,6 +241,30 @@ def test_a_stage_that_is_stopped_ends_its_requests_with_an_error(bus_of: Attach,
 
     with stages_of(2, bus_of, log, step_s=0.02) as stages:
         use(bus_of, log, stages, then)
+
+
+def test_a_stage_shows_signs_of_life_to_both_sides_while_its_engine_is_busy(
+    bus_of: Attach, log: FilteringBoundLogger
+) -> None:
+    busy, free = threading.Event(), threading.Event()
+    seen: SimpleQueue[str] = SimpleQueue()
+
+    def step(_seconds: float) -> None:
+        busy.set()
+        free.wait(20)
+
+    with stages_of(2, bus_of, log, step_s=0.001, wait=step, heartbeat_s=0.1) as stages:
+        credit = key_of(CreditTopic(fleet=FLEET, deployment=M, plan_epoch=1, stage=1))
+        stages.outside.subscribe(credit, lambda _: seen.put("credit"))
+        gateway = bus_of("gateway")
+        gateway.subscribe("answers", lambda _: seen.put("delta"))
+        submit = frames.Submit(request=asked("a", max_tokens=1), reply_to="answers")
+        gateway.put(key_of(submit_topic(FLEET, NODE, stages.shard())), pack(frames.encode(submit), {}))
+        assert busy.wait(10)
+        try:
+            assert {seen.get(timeout=10) for _ in range(4)} == {"credit", "delta"}
+        finally:
+            free.set()
 
 
 def test_a_pipeline_that_is_no_more_breaks_its_answers_off_and_no_others(

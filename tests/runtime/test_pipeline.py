@@ -273,7 +273,7 @@ def test_never_more_frames_than_credits_are_on_their_way(make_pipeline: Pipeline
     pipeline.submit(make_request("a", prompt=40, max_tokens=2))
     most = 0
     while pipeline.turn():
-        most = max(most, len(pipeline.machines[0].unacked), len(pipeline.machines[1].inbox) + 1)
+        most = max(most, len(pipeline.machines[0].edge.unacked), len(pipeline.machines[1].inbox) + 1)
 
     assert most == 4
     assert len(pipeline.tokens(RequestId("a"))) == 2
@@ -291,7 +291,7 @@ def test_between_two_stages_answers_are_the_credits(
     pipeline.run()
 
     assert (True in told) == with_credits
-    assert all(not machine.unacked for machine in pipeline.machines)
+    assert all(not machine.edge.unacked for machine in pipeline.machines)
 
 
 def test_sampling_a_position_again_forgets_what_came_after_it() -> None:

@@ -97,6 +97,23 @@ def test_when_a_worker_is_killed_the_stream_ends_with_an_error_and_the_service_r
 
 
 @pytest.mark.slow
+def test_when_only_the_last_worker_freezes_the_stream_ends_and_the_service_recovers(site: Fleet) -> None:
+    before, epoch = text_of(site), site.deployment("two").plan_epoch
+    workers = second_of(site).workers()
+
+    with long_answer(site) as ended:
+        for worker in workers:
+            worker.suspend()
+        end = ended.get(timeout=20)
+
+    assert isinstance(end, openai.APIError)
+    assert end.code == "shard_lost"
+    site.wait_ready("two", after_epoch=epoch)
+    assert text_of(site) == before
+    assert not psutil.wait_procs(workers, timeout=6)[1], "a frozen worker does not keep its memory"
+
+
+@pytest.mark.slow
 def test_a_killed_node_is_seen_in_time_and_its_stage_moves(site: Fleet) -> None:
     before, epoch = text_of(site), site.deployment("two").plan_epoch
     lost = second_of(site)

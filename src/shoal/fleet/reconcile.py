@@ -61,6 +61,8 @@ def broken(deployment: Deployment, reports: Mapping[NodeId, NodeReport]) -> str:
         shard = _shard_of(deployment, plan, index, reports)
         if shard is not None and shard.state is ShardState.FAILED:
             return f"stage {index} on {stage.node} failed: {shard.error}"
+        if shard is not None and shard.state is ShardState.WIRED and shard.error_code:
+            return f"stage {index} on {stage.node} says: {shard.error}"
     shards = [_shard_of(deployment, plan, i, reports) for i in range(len(plan.stages))]
     if shards[0] is None or not shards[0].live_requests + shards[0].waiting_requests:
         for stage in plan.stages:

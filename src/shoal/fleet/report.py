@@ -40,6 +40,7 @@ class ShardReport(msgspec.Struct, frozen=True, kw_only=True):
     """Locators that its frames go to, once it is wired."""
     error_code: str = ""
     error: str = ""
+    """Why it has failed; in another state, what it sees go wrong around it: that may pass by itself, or another plan is made."""
     memory_bytes: int = 0
     """Planned bytes, promised from the moment the order was taken."""
     fetched_bytes: int = 0

@@ -36,6 +36,14 @@ Fetch = Callable[[Hold, Callable[[int], None]], Awaitable[None]]
 Launch = Callable[[Hold], Awaitable[WorkerHandle]]
 
 
+LOOK_EVERY_S = 0.5
+_SILENT_LOOKS = 10
+"""So often in a row may nothing have come from a worker that has loaded: 5 s, ten of its reports.  Looks are counted rather than
+seconds, for a node that was itself frozen must not hold that against its workers."""
+_LOADING_LOOKS = 240
+"""The same while it loads: some engines keep the interpreter to themselves meanwhile, and small machines are slow to start."""
+
+
 class _Fence(msgspec.Struct, frozen=True, kw_only=True):
     epoch: int
 
@@ -46,6 +54,7 @@ class _Kept:
     report: ShardReport
     scope: anyio.CancelScope
     wiring: Wiring | None = None
+    silent_looks: int = 0
     ended: anyio.Event = field(default_factory=anyio.Event)
 
 
@@ -59,12 +68,15 @@ class ShardKeeper:
         launch: Launch,
         tell: Callable[[Wiring], None],
         changed: Callable[[], None],
+        *,
+        look_every_s: float = LOOK_EVERY_S,
     ) -> None:
         self._journal = journal
         self._fetch = fetch
         self._launch = launch
         self._tell = tell
         self._changed = changed
+        self._look_every_s = look_every_s
         self._kept: dict[ShardId, _Kept] = {}
         self._orders: Mailbox[Order] = Mailbox()
         self._fence_lock = threading.Lock()
@@ -104,7 +116,7 @@ class ShardKeeper:
         kept = self._kept.get(said.shard)
         if kept is None or kept.report.state is ShardState.FAILED:
             return
-        ours = kept.report
+        ours, kept.silent_looks = kept.report, 0
         self._become(
             kept,
             msgspec.structs.replace(said, memory_bytes=ours.memory_bytes, fetched_bytes=ours.fetched_bytes),
@@ -185,12 +197,12 @@ class ShardKeeper:
                 self._note(kept, state=ShardState.LOADING)
                 worker = await self._launch(kept.hold)
                 try:
-                    ended = await worker.wait()
+                    ended = await self._outlive(kept, worker)
+                    if kept.report.state is not ShardState.FAILED:
+                        self._note(kept, state=ShardState.FAILED, error_code="shard_lost", error=ended)
                 finally:
                     with anyio.CancelScope(shield=True):
                         await worker.stop()
-                if kept.report.state is not ShardState.FAILED:
-                    self._note(kept, state=ShardState.FAILED, error_code="shard_lost", error=ended)
             except ShoalError as error:
                 self._note(kept, state=ShardState.FAILED, error_code=error.code, error=error.message)
             except Exception as error:  # noqa: BLE001 whatever ails one shard, the node and its other shards go on
@@ -201,6 +213,26 @@ class ShardKeeper:
         del self._kept[kept.hold.shard]
         kept.ended.set()
         self._changed()
+
+    async def _outlive(self, kept: _Kept, worker: WorkerHandle) -> str:
+        """Wait until the worker has ended or has fallen silent; how that was, in words."""
+        said: list[str] = []
+
+        async def until_ended(scope: anyio.CancelScope) -> None:
+            said.append(await worker.wait())
+            scope.cancel()
+
+        async with anyio.create_task_group() as group:
+            group.start_soon(until_ended, group.cancel_scope)
+            while True:
+                await anyio.sleep(self._look_every_s)
+                kept.silent_looks += 1
+                loading = kept.report.state is ShardState.LOADING
+                if kept.silent_looks > (_LOADING_LOOKS if loading else _SILENT_LOOKS):
+                    silent_s = kept.silent_looks * self._look_every_s
+                    said.append(f"its worker has said nothing for {silent_s:g} s and was ended")
+                    group.cancel_scope.cancel()
+        return said[0]
 
     def _note(self, kept: _Kept, **fields: object) -> None:
         self._become(kept, msgspec.structs.replace(kept.report, **fields))

@@ -3,9 +3,15 @@
 The same loop serves a worker process on the real fabric and a thread of a rehearsal on the in-memory one: everything that it
 touches is given.  Frames of one edge travel on one lane, because a stage relies on their order: credits and closings count
 on it.
+
+An engine call may take longer than anybody should be silent.  So a second thread, the pulse, says the last credit again every
+second, to the stage before, and has signs of life sent to those who wait for an answer while a step runs.  It touches nothing
+that the loop owns: the loop leaves values for it.  A step that takes longer than `lost_s` is taken for a hanging engine, and
+the pulse stops speaking for it.
 """
 
 import contextlib
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,7 +23,7 @@ from structlog.typing import FilteringBoundLogger
 from shoal.clock import Clock
 from shoal.errors import MalformedFrameError, ShoalError, UntrustedError
 from shoal.fleet.report import ShardId
-from shoal.ids import NodeId
+from shoal.ids import NodeId, RequestId
 from shoal.runtime import frames, stage
 from shoal.runtime.effects import (
     Abandon,
@@ -32,7 +38,9 @@ from shoal.runtime.effects import (
     RunStep,
     SendCredit,
     SendFrame,
+    SendSent,
     SendTokens,
+    SentArrived,
     StageInput,
     StepDone,
     StepFailed,
@@ -42,6 +50,7 @@ from shoal.runtime.effects import (
     TokensArrived,
 )
 from shoal.runtime.ports import Session
+from shoal.runtime.request import OutputDelta
 from shoal.runtime.settings import StageSettings
 from shoal.transport.bus import Bus, Closable, Lane, Sample
 from shoal.transport.frame import pack, unpack
@@ -49,6 +58,7 @@ from shoal.transport.keys import CreditTopic, FrameTopic, TokensTopic, WorkerTop
 from shoal.transport.pieces import Joiner, split
 
 _TICK_S = 0.25
+_PULSE_S = 1.0
 
 
 class Wired:
@@ -76,9 +86,9 @@ class _Keys:
     credits_out: str
 
 
-def _keys(fleet: str, shard: ShardId) -> _Keys:
+def _keys(fleet: str, shard: ShardId, stages: int) -> _Keys:
     name, epoch, index = shard.deployment, shard.plan_epoch, shard.stage
-    before = max(0, index - 1)
+    before = (index - 1) % stages
     return _Keys(
         frames_in=key_of(FrameTopic(fleet=fleet, deployment=name, plan_epoch=epoch, stage=index)),
         frames_out=key_of(FrameTopic(fleet=fleet, deployment=name, plan_epoch=epoch, stage=index + 1)),
@@ -108,6 +118,14 @@ class StageLoop:
     live_requests: int = 0
     waiting_requests: int = 0
     malformed: int = 0
+    trouble: str = ""
+    """Why the pipeline does not work as seen from here; empty while it does."""
+    _behind: str = ""
+    _heard_s: float | None = None
+    _credit: int = -1
+    _step_began_s: float | None = None
+    _audience: tuple[tuple[str, RequestId], ...] = ()
+    _ended: threading.Event = field(default_factory=threading.Event)
     _outbound: Bus | None = None
     _open: list[Closable] = field(default_factory=list)
     _messages: int = 0
@@ -115,7 +133,7 @@ class StageLoop:
     _keys: _Keys = field(init=False)
 
     def __post_init__(self) -> None:
-        self._keys = _keys(self.fleet, self.shard)
+        self._keys = _keys(self.fleet, self.shard, self.settings.stages)
 
     def listen(self, submit_key: str) -> None:
         """Subscribe to everything that this stage is told; *submit_key* is where gateways send requests."""
@@ -128,13 +146,15 @@ class StageLoop:
     def run(self) -> None:
         """Work until told to stop; closes nothing that it was given."""
         state = stage.start(self.settings)
+        pulse = threading.Thread(target=self._pulse, name=f"pulse-{self.shard}", daemon=True)
+        pulse.start()
         ticked_s = self.clock.now_s()
         try:
             while True:
                 try:
                     item = self.inbox.get(timeout=_TICK_S)
                 except Empty:
-                    item = Tick(now_s=self.clock.now_s())
+                    item = self._tick()
                 now_s = self.clock.now_s()
                 match item:
                     case Stopped():
@@ -143,49 +163,94 @@ class StageLoop:
                         self._connect(outbound)
                     case _:
                         state = self._advance(state, item)
-                        if state.first is not None:
-                            self.live_requests, self.waiting_requests = len(state.first.live), len(state.first.waiting)
                         if now_s - ticked_s >= _TICK_S:
-                            state = self._advance(state, Tick(now_s=now_s))
+                            state = self._advance(state, self._tick())
                             ticked_s = now_s
+                        self._show(state)
                 self.told()
         finally:
+            self._ended.set()
+            pulse.join()
             with contextlib.suppress(ShoalError):
                 self._advance(state, Abandon(code="shard_lost", text="the stage is stopping"))
             for subscription in self._open:
                 subscription.close()
+
+    def _tick(self) -> Tick:
+        return Tick(now_s=self.clock.now_s(), heard_s=self._heard_s)
+
+    def _show(self, state: stage.StageState) -> None:
+        """Leave what others may read of the machine."""
+        self.trouble, self._behind = state.trouble, state.behind
+        if state.first is not None:
+            self.live_requests, self.waiting_requests = len(state.first.live), len(state.first.waiting)
+
+    def _pulse(self) -> None:
+        """Signs of life, on a thread of their own until the loop ends."""
+        while not self._ended.wait(_PULSE_S):
+            began_s = self._step_began_s
+            busy_s = self.clock.now_s() - began_s if began_s is not None else 0.0
+            if busy_s > self.settings.lost_s:
+                self.trouble = f"a step of stage {self.shard.stage} has not ended for {self.settings.lost_s:g} s"
+            with contextlib.suppress(ShoalError):  # a session that is being closed
+                if self.settings.stages > 1:
+                    self._say_credit(self._credit)
+                if self.settings.heartbeat_s < busy_s <= self.settings.lost_s:
+                    for reply_to, request in self._audience:
+                        self._emit(reply_to, OutputDelta(request=request))
+
+    def _say_credit(self, step: int) -> None:
+        # Trouble travels up the pipeline and ends at the first stage: round the ring it would never end.
+        trouble = "" if self.settings.is_first else self.trouble or self._behind
+        frame = frames.CreditFrame(plan_epoch=self.shard.plan_epoch, step=step, trouble=trouble)
+        self.inbound.put(self._keys.credits_out, pack(frames.encode(frame), {}))
+
+    def _emit(self, reply_to: str, delta: OutputDelta) -> None:
+        self.control.put(reply_to, pack(frames.encode(frames.Delta(delta=delta)), {}), lane=Lane.DECODE)
 
     def _advance(self, state: stage.StageState, given: StageInput) -> stage.StageState:
         pending: list[StageInput] = [given]
         while pending:
             state, effects = stage.advance(state, pending.pop(0))
             for effect in effects:
-                followed = self._carry_out(effect)
-                if followed is not None:
-                    pending.append(followed)
+                pending += self._carry_out(state, effect)
         return state
 
-    def _carry_out(self, effect: Effect) -> StageInput | None:
+    def _run_step(self, state: stage.StageState, effect: RunStep) -> list[StageInput]:
+        """Call the engine; after a long call the machine must know how late it is before it goes on."""
+        if state.first is not None:
+            self._audience = tuple(state.first.audience())
+        began_s = self._step_began_s = self.clock.now_s()
+        try:
+            done = self._step(effect)
+        finally:
+            self._step_began_s = None
+        return [self._tick(), done] if self.clock.now_s() - began_s > _TICK_S else [done]
+
+    def _carry_out(self, state: stage.StageState, effect: Effect) -> list[StageInput]:
         match effect:
             case RunStep():
-                return self._step(effect)
+                return self._run_step(state, effect)
             case SendFrame(frame=frame, tensors=tensors):
                 self._send(self._keys.frames_out, pack(frames.encode(frame), tensors))
             case SendTokens(frame=tokens):
                 self._send(self._keys.tokens, pack(frames.encode(tokens), {}))
             case SendCredit(frame=credit):
-                self.inbound.put(self._keys.credits_out, pack(frames.encode(credit), {}))
+                self._credit = credit.step
+                self._say_credit(credit.step)
+            case SendSent(frame=sent):
+                self._send(self._keys.frames_out, pack(frames.encode(sent), {}))
             case Emit(reply_to=reply_to, delta=delta):
-                self.control.put(reply_to, pack(frames.encode(frames.Delta(delta=delta)), {}), lane=Lane.DECODE)
+                self._emit(reply_to, delta)
             case EmitResult(reply_to=reply_to, done=done, tensors=tensors):
                 self.control.put(reply_to, pack(frames.encode(done), tensors), lane=Lane.DECODE)
             case ReleaseSlot(slot=slot):
                 self.session.release(slot)
-            case Suspect(overdue_s=overdue_s):
-                self.log.warning("stage.next_is_silent", shard=str(self.shard), overdue_s=overdue_s)
+            case Suspect(trouble=trouble):
+                self.log.warning("stage.trouble", shard=str(self.shard), trouble=trouble)
             case _:
                 assert_never(effect)
-        return None
+        return []
 
     def _step(self, effect: RunStep) -> StageInput:
         began_s = time.perf_counter()
@@ -207,8 +272,7 @@ class StageLoop:
 
     def _connect(self, outbound: Bus) -> None:
         self._outbound = outbound
-        if not self.settings.is_last:
-            self._open.append(outbound.subscribe(self._keys.credits_in, self._from_stage))
+        self._open.append(outbound.subscribe(self._keys.credits_in, self._from_stage))
 
     def _from_stage(self, sample: Sample) -> None:
         try:
@@ -226,7 +290,10 @@ class StageLoop:
             case frames.TokensFrame():
                 self.inbox.put(TokensArrived(frame=frame))
             case frames.CreditFrame():
+                self._heard_s = self.clock.now_s()
                 self.inbox.put(CreditArrived(frame=frame))
+            case frames.SentFrame():
+                self.inbox.put(SentArrived(frame=frame))
             case _:
                 assert_never(frame)
 

@@ -4,6 +4,7 @@ Its life: read the spec from standard input, load, listen (`ready`), be wired, s
 happens when its agent says so and also when the agent dies.  Reports go to the agent over the control session.
 """
 
+import contextlib
 import os
 import sys
 import threading
@@ -14,8 +15,9 @@ import msgspec
 from structlog.typing import FilteringBoundLogger
 
 from shoal.clock import Clock, SystemClock
-from shoal.errors import ShoalError
+from shoal.errors import ShardLostError, ShoalError
 from shoal.fleet.report import ShardReport, ShardState
+from shoal.ids import NodeId
 from shoal.node.artifacts import Artifact, load_shard, open_artifact
 from shoal.node.messages import REPORT, WIRE
 from shoal.node.stage_loop import StageLoop, Stopped, Wired, submit_topic
@@ -38,7 +40,10 @@ _MATCH_TIMEOUT_S = 2.0
 
 @dataclass(slots=True)
 class Reporter:
-    """Tells the agent where the shard stands: on each change, and twice a second."""
+    """Tells the agent where the shard stands: on each change, and twice a second, if need be from a thread beside the loop.
+
+    The agent takes a worker that says nothing for dead: loading and steps may take longer than that.
+    """
 
     spec: WorkerSpec
     control: Bus
@@ -46,24 +51,47 @@ class Reporter:
     state: ShardState = ShardState.LOADING
     locators: tuple[str, ...] = ()
     wired_to: tuple[str, ...] = ()
+    error: ShoalError | None = None
+    next_node: NodeId | None = None
     loop: StageLoop | None = None
     _sent_s: float = float("-inf")
     _lock: threading.Lock = field(default_factory=threading.Lock)
+    _ended: threading.Event = field(default_factory=threading.Event)
+
+    def start(self) -> None:
+        """Report from now on, until closed."""
+        threading.Thread(target=self._run, name="report", daemon=True).start()
 
     def tell(self, state: ShardState, error: ShoalError | None = None) -> None:
         """Report *state* at once."""
         with self._lock:
-            self.state = state
-            self._send(error)
+            self.state, self.error = state, error
+            self._send()
 
     def remind(self) -> None:
         """Report again when the last report is old."""
         if self.clock.now_s() - self._sent_s >= _REPORT_EVERY_S:
             with self._lock:
-                self._send(None)
+                self._send()
 
-    def _send(self, error: ShoalError | None) -> None:
-        loop = self.loop
+    def close(self) -> None:
+        """Say no more."""
+        self._ended.set()
+
+    def _run(self) -> None:
+        while not self._ended.wait(_REPORT_EVERY_S / 2):
+            with contextlib.suppress(ShoalError):  # of a session that is being closed
+                self.remind()
+
+    def _trouble(self) -> ShoalError | None:
+        """What the loop sees go wrong: the fleet should plan anew, but if nobody does it may yet mend itself."""
+        if self.loop is None or not self.loop.trouble:
+            return None
+        where = f"; the next stage is on node {self.next_node}" if self.next_node else ""
+        return ShardLostError(f"{self.loop.trouble}{where}")
+
+    def _send(self) -> None:
+        loop, error = self.loop, self.error or self._trouble()
         report = ShardReport(
             shard=self.spec.shard,
             state=self.state,
@@ -113,10 +141,11 @@ def stage_settings(spec: WorkerSpec, artifact: Artifact) -> StageSettings:
 
 def serve(spec: WorkerSpec, control: Bus, backend: Backend, store: Store, log: FilteringBoundLogger) -> None:
     """Load the shard and work until the agent closes our input."""
-    clock = SystemClock()
     life = _Life()
     threading.Thread(target=life.watch, name="input", daemon=True).start()
+    clock = SystemClock()
     reporter = Reporter(spec=spec, control=control, clock=clock)
+    reporter.start()
     try:
         artifact = open_artifact(store, spec.manifest)
         session = _load(spec, store, artifact, backend)
@@ -144,6 +173,7 @@ def serve(spec: WorkerSpec, control: Bus, backend: Backend, store: Store, log: F
     try:
         loop.run()
     finally:
+        reporter.close()
         listening.close()
         wiring.close()
         inbound.close()
@@ -190,6 +220,7 @@ class _Wiring:
                 self._outbound = open_data(listen=(), next=wiring.next_locators)
                 self._outbound.wait_matched(self._next_key(), _MATCH_TIMEOUT_S)
                 self.loop.inbox.put(Wired(outbound=shaped(self._outbound, self.spec, wiring)))
+                self.reporter.next_node = wiring.next_node
                 self.reporter.wired_to = wiring.next_locators  # a stage alone sends to nobody, old or new
             self.reporter.tell(ShardState.WIRED)
         except ShoalError as error:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import msgspec
 
 from shoal.ids import RequestId
-from shoal.runtime.frames import BatchFrame, CreditFrame, InferDone, Submit, SubmitInfer, TokensFrame
+from shoal.runtime.frames import BatchFrame, CreditFrame, InferDone, SentFrame, Submit, SubmitInfer, TokensFrame
 from shoal.runtime.ports import SequenceStep
 from shoal.runtime.request import Array, OutputDelta
 
@@ -48,6 +48,12 @@ class CreditArrived(msgspec.Struct, frozen=True, kw_only=True):
     frame: CreditFrame
 
 
+class SentArrived(msgspec.Struct, frozen=True, kw_only=True):
+    """The stage before says what it has sent so far."""
+
+    frame: SentFrame
+
+
 class SubmitArrived(msgspec.Struct, frozen=True, kw_only=True):
     """A gateway wants an answer (first stage only)."""
 
@@ -68,9 +74,13 @@ class CancelArrived(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Tick(msgspec.Struct, frozen=True, kw_only=True):
-    """Time passes; told often enough that overdue credits are noticed."""
+    """Time passes; told often enough that silence is noticed.
+
+    `heard_s` is when the next stage was last heard, however many of its frames still wait to be taken.
+    """
 
     now_s: float
+    heard_s: float | None = None
 
 
 class Abandon(msgspec.Struct, frozen=True, kw_only=True):
@@ -86,6 +96,7 @@ StageInput = (
     | StepFailed
     | TokensArrived
     | CreditArrived
+    | SentArrived
     | SubmitArrived
     | InferArrived
     | CancelArrived
@@ -120,6 +131,12 @@ class SendCredit(msgspec.Struct, frozen=True, kw_only=True):
     frame: CreditFrame
 
 
+class SendSent(msgspec.Struct, frozen=True, kw_only=True):
+    """To the next stage, behind the frames."""
+
+    frame: SentFrame
+
+
 class Emit(msgspec.Struct, frozen=True, kw_only=True):
     """A piece of an answer, to the gateway at *reply_to*."""
 
@@ -142,9 +159,9 @@ class ReleaseSlot(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Suspect(msgspec.Struct, frozen=True, kw_only=True):
-    """The next stage owes a credit for longer than it should (ADR 3): a hint for whoever watches health."""
+    """The pipeline does not work as seen from here (ADR 3); the state's `trouble` says for how long that holds."""
 
-    overdue_s: float
+    trouble: str
 
 
-Effect = RunStep | SendFrame | SendTokens | SendCredit | Emit | EmitResult | ReleaseSlot | Suspect
+Effect = RunStep | SendFrame | SendTokens | SendCredit | SendSent | Emit | EmitResult | ReleaseSlot | Suspect

@@ -5,6 +5,7 @@ request gives up its slot immediately; `closing` holds what the other stages sti
 """
 
 from collections import deque
+from collections.abc import Container
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -49,6 +50,7 @@ class Flight:
     sent_s: float
     prefill: bool = False
     infer: InferStep | None = None
+    probe: bool = False
 
 
 @dataclass(slots=True)
@@ -63,6 +65,9 @@ class FirstStage:
     flights: dict[int, Flight] = field(default_factory=dict)
     closing: list[ClosedSequence] = field(default_factory=list)
     now_s: float = 0.0
+    answered_s: float = 0.0
+    stuck: bool = False
+    """Nothing has come out of the pipeline for `lost_s` although something should."""
     next_step: int = 0
     last_was_prefill: bool = False
 
@@ -98,6 +103,14 @@ class FirstStage:
         self.infers.append((submit, tensors))
         return []
 
+    def refuse(self, submit: Submit | SubmitInfer, code: str, text: str) -> list[Effect]:
+        """Say at once that the pipeline does not work."""
+        match submit:
+            case Submit(request=request, reply_to=reply_to):
+                return [_error(reply_to, Failure(request=request.request, code=code, text=text))]
+            case SubmitInfer(request=name, reply_to=reply_to):
+                return [_infer_failed(InferStep(request=name, reply_to=reply_to), code, text)]
+
     def cancel(self, request: RequestId) -> list[Effect]:
         """Forget a request wherever it is; unknown ones are fine (it may just have ended)."""
         for submit in self.waiting:
@@ -125,21 +138,43 @@ class FirstStage:
 
     def signs_of_life(self) -> list[Effect]:
         """An empty delta for every request, waiting or running."""
+        return [Emit(reply_to=reply_to, delta=OutputDelta(request=request)) for reply_to, request in self.audience()]
+
+    def audience(self) -> list[tuple[str, RequestId]]:
+        """Who waits for what, and where."""
         waiting = [(s.reply_to, s.request.request) for s in self.waiting]
         running = [(s.reply_to, request) for request, s in self.live.items()]
         infers = [(s.reply_to, s.request) for s, _ in self.infers]
         infers += [(f.infer.reply_to, f.infer.request) for f in self.flights.values() if f.infer]
-        everyone = waiting + running + infers
-        return [Emit(reply_to=reply_to, delta=OutputDelta(request=request)) for reply_to, request in everyone]
+        return waiting + running + infers
 
-    def lose_overdue(self, now_s: float) -> list[Effect]:
-        """Fail what has been in the pipeline for longer than `lost_s`: its frame, or the answer to it, will never come."""
+    def ran(self, step: int, now_s: float) -> None:
+        """Our own part of a step is done: from now on the others are waited for."""
         self.now_s = now_s
-        overdue = [step for step, f in self.flights.items() if now_s - f.sent_s > self.settings.lost_s]
-        return [effect for step in overdue for effect in self._lose(self.flights.pop(step))]
+        if step in self.flights:
+            self.flights[step].sent_s = now_s
+
+    def watch(self) -> None:
+        """Notice when nothing comes out of the pipeline any more."""
+        if self.flights and self.now_s - max(self._oldest_s(), self.answered_s) > self.settings.lost_s:
+            self.stuck = True
+
+    def probe(self, unacked: Container[int]) -> BatchFrame | None:
+        """A frame that only wants to be answered, when one with work has been out for long and no probe is on its way."""
+        probes = [(step, f.sent_s) for step, f in self.flights.items() if f.probe]
+        due_s = max([self._oldest_s(), *(sent_s for _, sent_s in probes)]) + self.settings.probe_s
+        if len(probes) == len(self.flights) or self.now_s < due_s or any(step in unacked for step, _ in probes):
+            return None
+        step = self._take_step()
+        self.flights[step] = Flight((), self.now_s, probe=True)
+        return BatchFrame(plan_epoch=self.settings.plan_epoch, step=step, probe=True)
+
+    def _oldest_s(self) -> float:
+        return min((f.sent_s for f in self.flights.values()), default=self.now_s)
 
     def take_tokens(self, frame: TokensFrame) -> list[Effect]:
         """Apply what became of a step.  Frames come in order, so that a skipped step means a lost frame."""
+        self.answered_s, self.stuck = self.now_s, False
         if frame.step not in self.flights:
             return []
         effects: list[Effect] = []
@@ -163,8 +198,9 @@ class FirstStage:
         return self._rows_frame(batch) if batch else None
 
     def _pressure(self) -> Pressure:
-        prefill = sum(f.prefill for f in self.flights.values())
-        return Pressure(frames=len(self.flights), prefill_frames=prefill, last_was_prefill=self.last_was_prefill)
+        flights = [f for f in self.flights.values() if not f.probe]
+        prefill = sum(f.prefill for f in flights)
+        return Pressure(frames=len(flights), prefill_frames=prefill, last_was_prefill=self.last_was_prefill)
 
     def closing_frame(self) -> BatchFrame | None:
         """Tell the other stages who has ended since the last time; None when nobody has."""

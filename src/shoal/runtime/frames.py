@@ -3,7 +3,8 @@
 Rules that keep a thin uplink usable: a request is described whole once (`opened`) and known by its id afterwards; the last
 stage sends token ids, never logits; defaults are left out; structs that repeat per token are arrays.  Every batch frame
 that carries rows, an inference or failures is answered by exactly one tokens frame, so that the first stage can count what is in
-the pipeline.  Credits are cumulative (`all steps up to`), so that a lost one heals itself.
+the pipeline.  Credits are cumulative (`all steps up to`), so that a lost one heals itself, and said again every second: as a
+sign of life.
 """
 
 from typing import TypeVar
@@ -61,10 +62,12 @@ class BatchFrame(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, 
     closed: tuple[ClosedSequence, ...] = ()
     failed: tuple[Failure, ...] = ()
     infer: InferStep | None = None
+    probe: bool = False
+    """Asks for an answer and nothing else: what was sent before it and is not answered by then is lost."""
 
     def wants_answer(self) -> bool:
         """Whether a tokens frame answers it."""
-        return bool(self.sequences or self.failed or self.infer)
+        return bool(self.sequences or self.failed or self.infer or self.probe)
 
 
 class RequestTokens(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
@@ -83,14 +86,23 @@ class TokensFrame(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True,
     failed: tuple[Failure, ...] = ()
 
 
-class CreditFrame(msgspec.Struct, frozen=True, kw_only=True, tag="credit"):
-    """From a stage to the one before it: all frames up to *step* are done with."""
+class CreditFrame(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="credit"):
+    """From a stage to the one before it: all frames up to *step* are done with (-1: none yet); a sign of life in any case."""
+
+    plan_epoch: int
+    step: int
+    trouble: str = ""
+    """Why the pipeline behind the sender does not work."""
+
+
+class SentFrame(msgspec.Struct, frozen=True, kw_only=True, tag="sent"):
+    """From a stage to the next one: all frames up to *step* went before this; those that have not arrived never will."""
 
     plan_epoch: int
     step: int
 
 
-StageFrame = BatchFrame | TokensFrame | CreditFrame
+StageFrame = BatchFrame | TokensFrame | CreditFrame | SentFrame
 
 
 class Submit(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="submit"):

@@ -23,16 +23,19 @@ from shoal.runtime.effects import (
     RunStep,
     SendCredit,
     SendFrame,
+    SendSent,
     SendTokens,
+    SentArrived,
     StageInput,
     StepDone,
     StepFailed,
     SubmitArrived,
     Suspect,
     Tensors,
+    Tick,
     TokensArrived,
 )
-from shoal.runtime.frames import BatchFrame, CreditFrame, Submit, TokensFrame
+from shoal.runtime.frames import BatchFrame, CreditFrame, SentFrame, Submit, TokensFrame
 from shoal.runtime.ports import SequenceStep, Session
 from shoal.runtime.request import GenerateRequest, OutputDelta
 from shoal.runtime.settings import StageSettings
@@ -43,8 +46,13 @@ MAX_EVENTS = 1_000_000
 StepTime = Callable[[int, Sequence[SequenceStep]], float]
 """Seconds that stage *index* takes for a step."""
 
-HopTime = Callable[[int, int, BatchFrame | TokensFrame | CreditFrame, Tensors], float]
+Message = BatchFrame | TokensFrame | CreditFrame | SentFrame
+
+HopTime = Callable[[int, int, Message, Tensors], float]
 """Seconds that a frame takes from stage to stage."""
+
+TICK_S = 0.25
+TICKS_PER_SIGN = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,12 +65,14 @@ class LocalStage:
 
 @dataclass(slots=True)
 class LocalPipeline:
-    """Stages in order.  `deltas` collects answers; `suspects` the stages that reported an overdue credit."""
+    """Stages in order.  `deltas` collects answers; `suspects` the stages that saw trouble."""
 
     stages: Sequence[LocalStage]
     clock: ManualClock = field(default_factory=ManualClock)
     step_s: StepTime = lambda _stage, _sequences: 0.0
     hop_s: HopTime = lambda _source, _target, _frame, _tensors: 0.0
+    passes: Callable[[int, int], bool] = lambda _source, _target: True
+    """Whether the link from stage to stage works; what is sent while it does not is lost without a word."""
     machines: list[StageState] = field(init=False)
     deltas: dict[RequestId, list[OutputDelta]] = field(default_factory=dict)
     results: dict[RequestId, EmitResult] = field(default_factory=dict)
@@ -94,10 +104,20 @@ class LocalPipeline:
             return False
         at_s, _, stage, given = heapq.heappop(self._queue)
         self.clock.advance(max(0.0, at_s - self.clock.now_s()))
-        _, effects = advance(self.machines[stage], given)
-        for effect in effects:
-            self._carry_out(stage, effect)
+        self._take(stage, given)
         return True
+
+    def wait(self, seconds: float) -> None:
+        """Let time pass as it does for workers: clocks tick, and each stage shows the one before it signs of life."""
+        for tick in range(1, round(seconds / TICK_S) + 1):
+            until_s = self.clock.now_s() + TICK_S
+            while self._queue and self._queue[0][0] <= until_s:
+                self.turn()
+            self.clock.advance(until_s - self.clock.now_s())
+            for stage, machine in enumerate(self.machines):
+                self._take(stage, Tick(now_s=until_s))
+                if tick % TICKS_PER_SIGN == 0 and len(self.machines) > 1:
+                    self._show_life(stage, machine)
 
     def run(self) -> None:
         """Process inputs until nothing is left."""
@@ -121,18 +141,35 @@ class LocalPipeline:
         for stage in self.stages:
             stage.session.close()
 
+    def _take(self, stage: int, given: StageInput) -> None:
+        _, effects = advance(self.machines[stage], given)
+        for effect in effects:
+            self._carry_out(stage, effect)
+
+    def _show_life(self, stage: int, machine: StageState) -> None:
+        trouble = "" if machine.first else machine.trouble or machine.behind
+        sign = CreditFrame(plan_epoch=machine.settings.plan_epoch, step=-1, trouble=trouble)
+        self._travel(stage, (stage - 1) % len(self.machines), sign, CreditArrived(frame=sign))
+
+    def _travel(
+        self, source: int, target: int, message: Message, given: StageInput, tensors: Tensors | None = None
+    ) -> None:
+        if self.passes(source, target):
+            self.give(target, given, after_s=self.hop_s(source, target, message, tensors or {}))
+
     def _carry_out(self, stage: int, effect: Effect) -> None:
         match effect:
             case RunStep(sequences=sequences, tensors=tensors):
                 self.give(stage, self._step(stage, effect), after_s=self.step_s(stage, sequences))
             case SendFrame(frame=frame, tensors=tensors):
                 self.sent.append(frame)
-                after_s = self.hop_s(stage, stage + 1, frame, tensors)
-                self.give(stage + 1, BatchArrived(frame=frame, tensors=tensors), after_s=after_s)
+                self._travel(stage, stage + 1, frame, BatchArrived(frame=frame, tensors=tensors), tensors)
             case SendTokens(frame=answer):
-                self.give(0, TokensArrived(frame=answer), after_s=self.hop_s(stage, 0, answer, {}))
+                self._travel(stage, 0, answer, TokensArrived(frame=answer))
             case SendCredit(frame=credit):
-                self.give(stage - 1, CreditArrived(frame=credit), after_s=self.hop_s(stage, stage - 1, credit, {}))
+                self._travel(stage, stage - 1, credit, CreditArrived(frame=credit))
+            case SendSent(frame=said):
+                self._travel(stage, stage + 1, said, SentArrived(frame=said))
             case Emit(delta=delta):
                 self.deltas.setdefault(delta.request, []).append(delta)
                 self.arrivals_s.setdefault(delta.request, []).append(self.clock.now_s())

@@ -11,8 +11,10 @@ class StageSettings(msgspec.Struct, frozen=True, kw_only=True):
     `slots` and `context_tokens` size the cache; both are 0 for a model that only infers.  `sends` names the tensors that the next
     stage needs (empty: exactly the shard's outputs); those that the shard does not make are passed on from its input.
     Every `heartbeat_s` each request gets a sign of life (an empty delta), so that gateways can tell slow from gone.
-    A frame whose answer has not come after `lost_s` (far longer than any step takes) is lost, and its requests fail.
-    `credits` frames at most are on their way to the next stage; one not returned for `overdue_s` makes it suspect.
+    `credits` frames at most are on their way to the next stage.  A frame that has been out for `remind_s` is followed by a
+    word on what was sent, and one without an answer for `probe_s` by a probe: both find out what was lost, and neither takes a
+    slow stage for a broken one.  A next stage that owes something and shows no sign of life for `overdue_s` is in trouble.
+    Where every stage lives and yet nothing comes out for `lost_s` (longer than any step may take), an engine hangs.
     """
 
     plan_epoch: int
@@ -24,6 +26,8 @@ class StageSettings(msgspec.Struct, frozen=True, kw_only=True):
     eos_token_ids: tuple[int, ...] = ()
     sends: tuple[str, ...] = ()
     credits: int = 4
+    remind_s: float = 2.0
+    probe_s: float = 5.0
     overdue_s: float = 10.0
     heartbeat_s: float = 2.0
     lost_s: float = 120.0

@@ -7,11 +7,14 @@ tables of all live sequences are not copied per token.
 How it flows.  The first stage schedules; each stage runs the rows of a frame and sends the frame on with its boundary tensors; the
 last one samples and answers the first with token ids.  A stage runs one step at a time and begins the next as soon as its
 input is there and its last output has left.  At most `credits` frames are on their way between two stages, so that no queue
-of the fabric ever fills.  A frame that only closes sequences overtakes nothing but waits for nothing except a running step.
+of the fabric ever fills (`edge`).  A frame that only closes sequences overtakes nothing but waits for nothing except a running
+step.
 
 What can go wrong.  A frame of another plan epoch, of an old step, or naming impossible slots is dropped and counted in
 `discarded`.  A sequence whose earlier rows never arrived here (a lost frame) fails as `shard_lost` in the frame itself, its
 neighbours go on.  A failed engine step fails the requests of that frame; the failure travels down the pipeline like a result.
+A next stage that falls silent is `trouble`: every stage hears of it from the one behind it, the first ends what it serves and
+refuses what comes until there are signs of life again.  What is made of it is the shell's to say: the fleet plans anew.
 """
 
 from collections import deque
@@ -23,6 +26,7 @@ import numpy as np
 
 from shoal.errors import ShardLostError
 from shoal.model.spec import LOGITS
+from shoal.runtime.edge import Edge, Work
 from shoal.runtime.effects import (
     Abandon,
     BatchArrived,
@@ -35,7 +39,9 @@ from shoal.runtime.effects import (
     RunStep,
     SendCredit,
     SendFrame,
+    SendSent,
     SendTokens,
+    SentArrived,
     StageInput,
     StepDone,
     StepFailed,
@@ -46,21 +52,19 @@ from shoal.runtime.effects import (
     TokensArrived,
 )
 from shoal.runtime.first import FirstStage
-from shoal.runtime.frames import BatchFrame, CreditFrame, Failure, InferDone, TokensFrame
+from shoal.runtime.frames import BatchFrame, CreditFrame, Failure, InferDone, SentFrame, TokensFrame
 from shoal.runtime.last import LastStage
 from shoal.runtime.ports import SequenceStep
 from shoal.runtime.request import Array
 from shoal.runtime.settings import StageSettings
 from shoal.runtime.slots import SlotTable
 
-Work = tuple[BatchFrame, Tensors]
-
 
 @dataclass(slots=True)
 class StageState:
     """All that a stage remembers.  `first` and `last` are there only on those stages.
 
-    `unacked` holds (step, time sent) of frames whose credit has not come back.
+    `trouble` is what this stage sees itself, `behind` what the next one says about those behind it; empty while all is well.
     """
 
     settings: StageSettings
@@ -68,15 +72,18 @@ class StageState:
     first: FirstStage | None
     last: LastStage | None
     inbox: deque[Work] = field(default_factory=deque)
-    outbox: deque[Work] = field(default_factory=deque)
     running: Work | None = None
-    unacked: deque[tuple[int, float]] = field(default_factory=deque)
     last_step: int = -1
     began_s: float | None = None
     now_s: float = 0.0
     beaten_s: float = 0.0
-    suspected: bool = False
+    trouble: str = ""
+    behind: str = ""
     discarded: int = 0
+    edge: Edge = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.edge = Edge(self.settings.credits)
 
 
 def start(settings: StageSettings) -> StageState:
@@ -107,8 +114,10 @@ def _take(state: StageState, given: StageInput) -> list[Effect]:
             return _step_failed(state, code, text)
         case CreditArrived(frame=frame):
             return _credit(state, frame)
-        case Tick(now_s=now_s):
-            return _tick(state, now_s)
+        case SentArrived(frame=sent):
+            return _reminded(state, sent)
+        case Tick():
+            return _tick(state, given)
         case TokensArrived() | SubmitArrived() | InferArrived() | CancelArrived() | Abandon():
             return _take_first(state, given)
         case _:
@@ -129,9 +138,11 @@ def _take_first(
             state.discarded += not known
             return first.take_tokens(frame) if known else []
         case SubmitArrived(submit=submit):
-            return first.submit(submit)
+            broken = state.trouble or state.behind
+            return first.refuse(submit, ShardLostError.code, broken) if broken else first.submit(submit)
         case InferArrived(submit=infer, tensors=tensors):
-            return first.submit_infer(infer, tensors)
+            broken = state.trouble or state.behind
+            return first.refuse(infer, ShardLostError.code, broken) if broken else first.submit_infer(infer, tensors)
         case CancelArrived(request=request):
             return first.cancel(request)
         case Abandon(code=code, text=text):
@@ -157,28 +168,46 @@ def _plausible(frame: BatchFrame, settings: StageSettings) -> bool:
     return frame.plan_epoch == settings.plan_epoch and rows and inside and slots
 
 
+def _reminded(state: StageState, frame: SentFrame) -> list[Effect]:
+    """All up to that step has been sent: what is not here by now was lost, and what was ahead of it was nobody's frame."""
+    if state.first is not None or frame.plan_epoch != state.settings.plan_epoch:
+        state.discarded += 1
+        return []
+    state.last_step = frame.step
+    if state.running is not None or state.inbox or state.edge.outbox:
+        return []
+    return [SendCredit(frame=CreditFrame(plan_epoch=frame.plan_epoch, step=frame.step))]
+
+
 def _credit(state: StageState, frame: CreditFrame) -> list[Effect]:
-    state.discarded += not _acknowledge(state, frame.plan_epoch, frame.step)
-    return []
+    if not _acknowledge(state, frame.plan_epoch, frame.step):
+        state.discarded += 1
+        return []
+    news, state.behind = frame.trouble != state.behind, frame.trouble
+    return state.first.abandon(ShardLostError.code, state.behind) if state.first and news and state.behind else []
 
 
 def _acknowledge(state: StageState, plan_epoch: int, step: int) -> bool:
     """Forget what the next stage is done with: all up to *step*; False when it speaks of another plan."""
     if plan_epoch != state.settings.plan_epoch:
         return False
-    while state.unacked and state.unacked[0][0] <= step:
-        state.unacked.popleft()
-    state.suspected = False
+    state.edge.acknowledge(step)
+    state.edge.hear(state.now_s)
     return True
 
 
-def _tick(state: StageState, now_s: float) -> list[Effect]:
+def _tick(state: StageState, tick: Tick) -> list[Effect]:
     # A clock's zero is arbitrary: the machine's own time begins with its first tick.
     if state.began_s is None:
-        state.began_s = now_s
-    state.now_s = now_s - state.began_s
-    lost = state.first.lose_overdue(state.now_s) if state.first else []
-    return lost + _beat(state) + _watch(state)
+        state.began_s = tick.now_s
+    state.now_s = tick.now_s - state.began_s
+    if tick.heard_s is not None:
+        state.edge.hear(tick.heard_s - state.began_s)
+    if state.first is not None:
+        state.first.now_s = state.now_s
+    if state.running is not None:  # nobody is waited for but our own engine
+        return _beat(state)
+    return _beat(state) + _watch(state) + _ask(state)
 
 
 def _beat(state: StageState) -> list[Effect]:
@@ -190,11 +219,34 @@ def _beat(state: StageState) -> list[Effect]:
 
 
 def _watch(state: StageState) -> list[Effect]:
-    overdue_s = state.now_s - state.unacked[0][1] if state.unacked else 0.0
-    if state.suspected or overdue_s <= state.settings.overdue_s:
+    """Notice that the pipeline does not work any more, or works again; then end what is served, here and for good."""
+    before, state.trouble = state.trouble, _trouble(state)
+    if before or not state.trouble:
         return []
-    state.suspected = True
-    return [Suspect(overdue_s=overdue_s)]
+    ended = state.first.abandon(ShardLostError.code, state.trouble) if state.first else []
+    return [Suspect(trouble=state.trouble), *ended]
+
+
+def _trouble(state: StageState) -> str:
+    settings = state.settings
+    if state.edge.silent_s(state.now_s) > settings.overdue_s:
+        after = (settings.index + 1) % settings.stages
+        return f"stage {after} has shown no sign of life for {settings.overdue_s:g} s"
+    if state.first is not None:
+        state.first.watch()
+        if state.first.stuck:
+            return f"every stage lives, but no answer has come out of the pipeline for {settings.lost_s:g} s"
+    return ""
+
+
+def _ask(state: StageState) -> list[Effect]:
+    """What became of frames that have been out for a while?  (See `edge`; alone, there is nobody to ask.)"""
+    settings, edge = state.settings, state.edge
+    if state.first is not None and settings.stages > 1 and not edge.outbox:
+        probe = state.first.probe({step for step, _ in edge.unacked})
+        edge.outbox.extend([(probe, {})] if probe else [])
+    newest = edge.reminder(state.now_s, settings.remind_s)
+    return [] if newest is None else [SendSent(frame=SentFrame(plan_epoch=settings.plan_epoch, step=newest))]
 
 
 def _step_done(state: StageState, outputs: Tensors) -> list[Effect]:
@@ -202,6 +254,8 @@ def _step_done(state: StageState, outputs: Tensors) -> list[Effect]:
         state.discarded += 1
         return []
     (frame, inputs), state.running = state.running, None
+    if state.first is not None:
+        state.first.ran(frame.step, state.now_s)
     return _complete(state, frame, inputs, outputs)
 
 
@@ -222,7 +276,7 @@ def _complete(state: StageState, frame: BatchFrame, inputs: Tensors, outputs: Te
     if state.last is not None:
         effects += _answer(state, state.last, frame, outputs)
     else:
-        state.outbox.append((frame, _outgoing(state.settings, frame, inputs, outputs)))
+        state.edge.outbox.append((frame, _outgoing(state.settings, frame, inputs, outputs)))
         effects += _flush(state)
     # Between two stages the answer says as much as a credit would, and nothing is to be read beside it.
     answered = state.settings.stages == 2 and frame.wants_answer()
@@ -241,7 +295,10 @@ def _answer(state: StageState, last: LastStage, frame: BatchFrame, outputs: Tens
     answer = TokensFrame(plan_epoch=frame.plan_epoch, step=frame.step, tokens=tokens, failed=frame.failed + failed)
     if not frame.wants_answer():
         return effects
-    return effects + (state.first.take_tokens(answer) if state.first else [SendTokens(frame=answer)])
+    if state.first is not None:
+        return effects + state.first.take_tokens(answer)
+    state.edge.tell(state.now_s)
+    return [*effects, SendTokens(frame=answer)]
 
 
 def _outgoing(settings: StageSettings, frame: BatchFrame, inputs: Tensors, outputs: Tensors) -> Tensors:
@@ -256,7 +313,7 @@ def _proceed(state: StageState) -> list[Effect]:
     while state.running is None:
         effects += _close(state)
         effects += _flush(state)
-        if state.outbox:
+        if state.edge.outbox:
             break
         work = _next_work(state)
         if work is None:
@@ -271,17 +328,12 @@ def _close(state: StageState) -> list[Effect]:
     if frame is None:
         return []
     if state.last is None:
-        state.outbox.append((frame, {}))
+        state.edge.outbox.append((frame, {}))
     return _release(state, frame)
 
 
 def _flush(state: StageState) -> list[Effect]:
-    effects: list[Effect] = []
-    while state.outbox and len(state.unacked) < state.settings.credits:
-        frame, tensors = state.outbox.popleft()
-        state.unacked.append((frame.step, state.now_s))
-        effects.append(SendFrame(frame=frame, tensors=tensors))
-    return effects
+    return [SendFrame(frame=frame, tensors=tensors) for frame, tensors in state.edge.flush(state.now_s)]
 
 
 def _next_work(state: StageState) -> Work | None:

@@ -89,6 +89,7 @@ def stages_of(
             if count > 1:
                 outbound = data.attach(f"out{index}")
                 stack.callback(outbound.close)
+                loop.hear_next(outbound)
                 loop.inbox.put(Wired(outbound))
             threads.append(threading.Thread(target=loop.run))
         outside = data.attach("outside")

@@ -37,7 +37,11 @@ class ShardReport(msgspec.Struct, frozen=True, kw_only=True):
     stop: int
     locators: tuple[str, ...] = ()
     wired_to: tuple[str, ...] = ()
-    """Locators that its frames go to, once it is wired."""
+    """Locators that its frames go to, once it is wired; in `ready` with an error, those that it cannot reach."""
+    next_node: NodeId | None = None
+    """The node that listens there."""
+    rtt_s: float | None = None
+    """There and back, when it was wired."""
     error_code: str = ""
     error: str = ""
     """Why it has failed; in another state, what it sees go wrong around it: that may pass by itself, or another plan is made."""

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 from typing import assert_never
 
+import msgspec
 from structlog.typing import FilteringBoundLogger
 
 from shoal.clock import Clock
@@ -62,10 +63,11 @@ _PULSE_S = 1.0
 
 
 class Wired:
-    """Told to the loop when its way out is there."""
+    """Told to the loop when its way out is there; *switched* is called when it goes that way and no other."""
 
-    def __init__(self, outbound: Bus) -> None:
+    def __init__(self, outbound: Bus, switched: Callable[[], None] = lambda: None) -> None:
         self.outbound = outbound
+        self.switched = switched
 
 
 class Stopped:
@@ -84,17 +86,22 @@ class _Keys:
     tokens: str
     credits_in: str
     credits_out: str
+    forward: str
+    """To the next stage: from the last one, that is the first."""
 
 
 def _keys(fleet: str, shard: ShardId, stages: int) -> _Keys:
     name, epoch, index = shard.deployment, shard.plan_epoch, shard.stage
     before = (index - 1) % stages
+    tokens = key_of(TokensTopic(fleet=fleet, deployment=name, plan_epoch=epoch))
+    onward = key_of(FrameTopic(fleet=fleet, deployment=name, plan_epoch=epoch, stage=index + 1))
     return _Keys(
         frames_in=key_of(FrameTopic(fleet=fleet, deployment=name, plan_epoch=epoch, stage=index)),
-        frames_out=key_of(FrameTopic(fleet=fleet, deployment=name, plan_epoch=epoch, stage=index + 1)),
-        tokens=key_of(TokensTopic(fleet=fleet, deployment=name, plan_epoch=epoch)),
+        frames_out=onward,
+        tokens=tokens,
         credits_in=key_of(CreditTopic(fleet=fleet, deployment=name, plan_epoch=epoch, stage=index)),
         credits_out=key_of(CreditTopic(fleet=fleet, deployment=name, plan_epoch=epoch, stage=before)),
+        forward=tokens if index == stages - 1 else onward,
     )
 
 
@@ -113,6 +120,7 @@ class StageLoop:
     """Called about four times a second and after each step: a place to send reports from."""
     log: FilteringBoundLogger
     inbox: SimpleQueue[Item] = field(default_factory=SimpleQueue)
+    greeted: SimpleQueue[int] = field(default_factory=SimpleQueue)
     steps: int = 0
     busy_s: float = 0.0
     live_requests: int = 0
@@ -129,6 +137,7 @@ class StageLoop:
     _outbound: Bus | None = None
     _open: list[Closable] = field(default_factory=list)
     _messages: int = 0
+    _hellos: int = 0
     _joiner: Joiner = field(default_factory=Joiner)
     _keys: _Keys = field(init=False)
 
@@ -142,6 +151,17 @@ class StageLoop:
             self._open.append(self.inbound.subscribe(self._keys.tokens, self._from_stage))
         else:
             self._open.append(self.inbound.subscribe(self._keys.frames_in, self._from_stage))
+
+    def hear_next(self, way: Bus) -> Closable:
+        """Listen to what the next stage says on the way to it: ends with the way."""
+        return way.subscribe(self._keys.credits_in, self._from_stage)
+
+    def greet(self, way: Bus) -> int:
+        """Say hello to the next stage; the number comes back in `greeted` when it answers.  For one thread."""
+        self._hellos += 1
+        hello = frames.HelloFrame(plan_epoch=self.shard.plan_epoch, number=self._hellos)
+        way.put(self._keys.forward, pack(frames.encode(hello), {}), lane=Lane.DECODE)
+        return self._hellos
 
     def run(self) -> None:
         """Work until told to stop; closes nothing that it was given."""
@@ -159,8 +179,9 @@ class StageLoop:
                 match item:
                     case Stopped():
                         return
-                    case Wired(outbound=outbound):
-                        self._connect(outbound)
+                    case Wired(outbound=outbound, switched=switched):
+                        self._outbound = outbound
+                        switched()
                     case _:
                         state = self._advance(state, item)
                         if now_s - ticked_s >= _TICK_S:
@@ -270,10 +291,6 @@ class StageLoop:
         for piece in split(payload, message_id=self._messages):
             self._outbound.put(key, piece, lane=Lane.DECODE)
 
-    def _connect(self, outbound: Bus) -> None:
-        self._outbound = outbound
-        self._open.append(outbound.subscribe(self._keys.credits_in, self._from_stage))
-
     def _from_stage(self, sample: Sample) -> None:
         try:
             whole = self._joiner.add(sample.payload)
@@ -292,6 +309,11 @@ class StageLoop:
             case frames.CreditFrame():
                 self._heard_s = self.clock.now_s()
                 self.inbox.put(CreditArrived(frame=frame))
+            case frames.HelloFrame(number=number, back=True):
+                self.greeted.put(number)
+            case frames.HelloFrame():
+                answer = msgspec.structs.replace(frame, back=True)
+                self.inbound.put(self._keys.credits_out, pack(frames.encode(answer), {}))
             case frames.SentFrame():
                 self.inbox.put(SentArrived(frame=frame))
             case _:

@@ -9,6 +9,7 @@ import os
 import sys
 import threading
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -20,7 +21,8 @@ from shoal.fleet.report import ShardReport, ShardState
 from shoal.ids import NodeId
 from shoal.node.artifacts import Artifact, load_shard, open_artifact
 from shoal.node.messages import REPORT, WIRE
-from shoal.node.stage_loop import StageLoop, Stopped, Wired, submit_topic
+from shoal.node.stage_loop import StageLoop, Stopped, submit_topic
+from shoal.node.wiring import Outcome, Wirer
 from shoal.node.worker_spec import Wiring, WorkerSpec
 from shoal.observe.log import set_up_logs
 from shoal.runtime.backend.onnx import OnnxBackend
@@ -29,13 +31,12 @@ from shoal.runtime.ports import Backend, Session
 from shoal.runtime.scheduler import SchedulerSettings
 from shoal.runtime.settings import StageSettings
 from shoal.store.home import Store, open_store
-from shoal.transport.bus import Bus, Sample
-from shoal.transport.keys import ROOT, FrameTopic, TokensTopic, WorkerTopic, key_of
+from shoal.transport.bus import Bus
+from shoal.transport.keys import ROOT, WorkerTopic, key_of
 from shoal.transport.shaped import Link, ShapedBus, Way
-from shoal.transport.zenoh import ZenohBus, open_control, open_data
+from shoal.transport.zenoh import open_control, open_data
 
 _REPORT_EVERY_S = 0.5
-_MATCH_TIMEOUT_S = 2.0
 
 
 @dataclass(slots=True)
@@ -53,6 +54,7 @@ class Reporter:
     wired_to: tuple[str, ...] = ()
     error: ShoalError | None = None
     next_node: NodeId | None = None
+    rtt_s: float | None = None
     loop: StageLoop | None = None
     _sent_s: float = float("-inf")
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -67,6 +69,13 @@ class Reporter:
         with self._lock:
             self.state, self.error = state, error
             self._send()
+
+    def wired(self, outcome: Outcome) -> None:
+        """Report what became of a wiring; a stage alone sends to nobody, old or new."""
+        wiring, alone = outcome.wiring, self.spec.stages == 1
+        self.next_node, self.rtt_s = wiring.next_node, outcome.rtt_s
+        self.wired_to = () if alone else wiring.next_locators
+        self.tell(ShardState.READY if outcome.error else ShardState.WIRED, outcome.error)
 
     def remind(self) -> None:
         """Report again when the last report is old."""
@@ -99,6 +108,8 @@ class Reporter:
             stop=self.spec.stop,
             locators=self.locators,
             wired_to=self.wired_to,
+            next_node=self.next_node,
+            rtt_s=self.rtt_s,
             error_code=error.code if error else "",
             error=error.message if error else "",
             steps=loop.steps if loop else 0,
@@ -166,8 +177,15 @@ def serve(spec: WorkerSpec, control: Bus, backend: Backend, store: Store, log: F
     )
     reporter.loop, reporter.locators = loop, inbound.locators
     life.loop = loop
-    wiring = _Wiring(spec=spec, reporter=reporter, loop=loop)
-    listening = control.subscribe(worker_key(spec, WIRE), wiring.on_wire)
+    wirer = Wirer(
+        spec=spec,
+        loop=loop,
+        dial=partial(open_data, ()),
+        shape=lambda bus, wiring: shaped(bus, spec, wiring),
+        told=reporter.wired,
+        log=log,
+    )
+    listening = control.subscribe(worker_key(spec, WIRE), wirer.on_wire)
     loop.listen(key_of(submit_topic(spec.fleet, spec.node, spec.shard)))
     reporter.tell(ShardState.READY)
     try:
@@ -175,7 +193,7 @@ def serve(spec: WorkerSpec, control: Bus, backend: Backend, store: Store, log: F
     finally:
         reporter.close()
         listening.close()
-        wiring.close()
+        wirer.close()
         inbound.close()
         session.close()
 
@@ -190,51 +208,6 @@ def _load(spec: WorkerSpec, store: Store, artifact: Artifact, backend: Backend) 
         threads=spec.threads,
     )
     return backend.load(shard)
-
-
-@dataclass(slots=True)
-class _Wiring:
-    """Opens the data session to the next stage, on a thread of its own: it may take seconds, the bus must not wait."""
-
-    spec: WorkerSpec
-    reporter: Reporter
-    loop: StageLoop
-    _wired: Wiring | None = None
-    _outbound: ZenohBus | None = None
-
-    def on_wire(self, sample: Sample) -> None:
-        """Follow the wiring unless it is followed already."""
-        wiring = msgspec.msgpack.decode(sample.payload, type=Wiring)
-        if wiring != self._wired:
-            self._wired = wiring
-            threading.Thread(target=self._connect, args=(wiring,), name="wire", daemon=True).start()
-
-    def close(self) -> None:
-        """Close the way out; harmless when there is none."""
-        if self._outbound is not None:
-            self._outbound.close()
-
-    def _connect(self, wiring: Wiring) -> None:
-        try:
-            if self.spec.stages > 1:
-                self._outbound = open_data(listen=(), next=wiring.next_locators)
-                self._outbound.wait_matched(self._next_key(), _MATCH_TIMEOUT_S)
-                self.loop.inbox.put(Wired(outbound=shaped(self._outbound, self.spec, wiring)))
-                self.reporter.next_node = wiring.next_node
-                self.reporter.wired_to = wiring.next_locators  # a stage alone sends to nobody, old or new
-            self.reporter.tell(ShardState.WIRED)
-        except ShoalError as error:
-            self.loop.log.warning("stage.not_wired", shard=str(self.spec.shard), error=error.message)
-            self._wired = None  # the coordinator sends the wiring again until we report it
-
-    def _next_key(self) -> str:
-        shard, spec = self.spec.shard, self.spec
-        if shard.stage == spec.stages - 1:
-            return key_of(TokensTopic(fleet=spec.fleet, deployment=shard.deployment, plan_epoch=shard.plan_epoch))
-        topic = FrameTopic(
-            fleet=spec.fleet, deployment=shard.deployment, plan_epoch=shard.plan_epoch, stage=shard.stage + 1
-        )
-        return key_of(topic)
 
 
 def shaped(bus: Bus, spec: WorkerSpec, wiring: Wiring) -> Bus:

@@ -102,7 +102,15 @@ class SentFrame(msgspec.Struct, frozen=True, kw_only=True, tag="sent"):
     step: int
 
 
-StageFrame = BatchFrame | TokensFrame | CreditFrame | SentFrame
+class HelloFrame(msgspec.Struct, frozen=True, kw_only=True, tag="hello"):
+    """Over a new way to the next stage, and back: proves that it works in both directions."""
+
+    plan_epoch: int
+    number: int
+    back: bool = False
+
+
+StageFrame = BatchFrame | TokensFrame | CreditFrame | SentFrame | HelloFrame
 
 
 class Submit(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="submit"):

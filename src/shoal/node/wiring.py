@@ -1,0 +1,168 @@
+"""The way out of a stage: dialled, tried with a hello, and only then used.
+
+One thread does it, because dialling and closing take seconds and neither the bus nor the loop may wait; one at a time, because
+two dials of one worker would race for its way out.  The newest order counts.  A way is opened aside, and handed to the loop when
+the next stage has answered over it: a session without its link, or with half of one, looks healthy in every other way.  The old
+way is closed when the loop has switched.
+
+It never gives up: where no coordinator is there to plan anew, the next stage may come back.  But after `UNREACHED_S` the fleet is
+told who cannot reach whom, and where.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from queue import Empty, SimpleQueue
+
+import msgspec
+from structlog.typing import FilteringBoundLogger
+
+from shoal.errors import NodeUnreachableError, ShoalError
+from shoal.node.stage_loop import StageLoop, Wired
+from shoal.node.worker_spec import Wiring, WorkerSpec
+from shoal.transport.bus import Bus, Closable, Sample
+
+UNREACHED_S = 10.0
+RETRY_S = 0.5
+HELLO_TIMEOUT_S = 3.0
+
+
+class Outcome(msgspec.Struct, frozen=True, kw_only=True):
+    """Where a wiring stands: made, with its round trip (None: a stage alone needs none), or why it is not."""
+
+    wiring: Wiring
+    rtt_s: float | None = None
+    error: ShoalError | None = None
+
+
+class _Closing:
+    """Told to the thread when it is to end."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Replaced:
+    """Told to the thread when the loop has left a way."""
+
+    way: Closable
+
+
+Dial = Callable[[Sequence[str]], Bus]
+"""Open a session whose only neighbour is the stage at these locators."""
+
+
+@dataclass(slots=True)
+class Wirer:
+    """Owns the worker's way out.  `on_wire` may be called from any thread."""
+
+    spec: WorkerSpec
+    loop: StageLoop
+    dial: Dial
+    shape: Callable[[Bus, Wiring], Bus]
+    told: Callable[[Outcome], None]
+    log: FilteringBoundLogger
+    unreached_s: float = UNREACHED_S
+    _inbox: "SimpleQueue[Wiring | _Replaced | _Closing]" = field(default_factory=SimpleQueue)
+    _wanted: Wiring | None = None
+    _made: Wiring | None = None
+    _way: Bus | None = None
+    _failing_since_s: float | None = None
+    _retry_at_s: float = 0.0
+    _complaint: str = ""
+    _thread: threading.Thread = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._thread = threading.Thread(target=self._run, name="wire", daemon=True)
+        self._thread.start()
+
+    def on_wire(self, sample: Sample) -> None:
+        """Follow a wiring unless it is followed already."""
+        try:
+            self._inbox.put(msgspec.msgpack.decode(sample.payload, type=Wiring))
+        except msgspec.MsgspecError as error:
+            self.log.warning("wiring.dropped", shard=str(self.spec.shard), error=str(error))
+
+    def close(self) -> None:
+        """Close the way out; harmless when there is none."""
+        self._inbox.put(_Closing())
+        self._thread.join(HELLO_TIMEOUT_S)
+        if self._way is not None:
+            self._way.close()
+
+    def _run(self) -> None:
+        while True:
+            try:
+                item = self._inbox.get(timeout=None if self._wanted == self._made else RETRY_S)
+            except Empty:
+                item = None
+            match item:
+                case Wiring():
+                    if item != self._wanted:
+                        self._failing_since_s, self._complaint, self._retry_at_s = None, "", 0.0
+                    self._wanted = item
+                case _Replaced(way=way):
+                    way.close()
+                case _Closing():
+                    return
+                case None:
+                    pass
+            self._attempt()
+
+    def _attempt(self) -> None:
+        wiring = self._wanted
+        if wiring is None or wiring == self._made or time.monotonic() < self._retry_at_s:
+            return
+        try:
+            rtt_s = self._make(wiring) if self.spec.stages > 1 else None
+        except Exception as error:  # noqa: BLE001 whatever it is, it is tried again and said
+            self._failed(wiring, error)
+            return
+        self._made, self._failing_since_s, self._complaint = wiring, None, ""
+        self.told(Outcome(wiring=wiring, rtt_s=rtt_s))
+
+    def _make(self, wiring: Wiring) -> float:
+        way = self.dial(wiring.next_locators)
+        try:
+            way = self.shape(way, wiring)
+            self.loop.hear_next(way)
+            rtt_s = self._greet(way)
+        except BaseException:
+            way.close()
+            raise
+        old, self._way = self._way, way
+        self.loop.inbox.put(Wired(way, switched=lambda: self._inbox.put(_Replaced(old)) if old else None))
+        return rtt_s
+
+    def _greet(self, way: Bus) -> float:
+        """Say hello over a new way until it is answered; the round trip of the hello that was."""
+        sent_s: dict[int, float] = {}
+        until_s = time.monotonic() + HELLO_TIMEOUT_S
+        while (now_s := time.monotonic()) < until_s:
+            sent_s[self.loop.greet(way)] = now_s
+            try:
+                number = self.loop.greeted.get(timeout=RETRY_S)
+            except Empty:
+                continue
+            if number in sent_s:
+                return time.monotonic() - sent_s[number]
+        raise NodeUnreachableError(f"no answer to a hello within {HELLO_TIMEOUT_S:g} s")
+
+    def _failed(self, wiring: Wiring, error: Exception) -> None:
+        now_s = time.monotonic()
+        self._retry_at_s = now_s + RETRY_S
+        self._failing_since_s = now_s if self._failing_since_s is None else self._failing_since_s
+        said = error.message if isinstance(error, ShoalError) else f"{type(error).__name__}: {error}"
+        if said != self._complaint:
+            self.log.warning("stage.not_wired", shard=str(self.spec.shard), error=said)
+            self._complaint = said
+        if now_s - self._failing_since_s >= self.unreached_s:
+            shard = self.spec.shard
+            after = (shard.stage + 1) % self.spec.stages
+            text = (
+                f"stage {shard.stage} on {self.spec.node} cannot reach stage {after} on {wiring.next_node} "
+                f"at {', '.join(wiring.next_locators)}: {said}"
+            )
+            hint = (
+                "does that node listen where others can dial it (--listen ADDRESS --expose), and no firewall between?"
+            )
+            self.told(Outcome(wiring=wiring, error=NodeUnreachableError(text, hint=hint)))

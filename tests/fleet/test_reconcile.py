@@ -6,7 +6,7 @@ import msgspec
 import pytest
 
 from shoal.fleet.order import Hold, Order, Retire, Wire
-from shoal.fleet.reconcile import Phase, broken, heard, missing_orders, phase, promised_bytes, sources
+from shoal.fleet.reconcile import Phase, broken, cut_pairs, heard, missing_orders, phase, promised_bytes, sources
 from shoal.fleet.report import NodeFacts, NodeReport, ShardId, ShardReport, ShardState
 from shoal.fleet.spec import DeploymentSpec
 from shoal.fleet.state import DeploymentDropped, DeploymentWanted, FleetState, NodeHeard, PlanMade, apply
@@ -240,6 +240,8 @@ def test_a_source_that_is_not_heard_is_asked_last() -> None:
     found = sources(SPEC.manifest, reports_of(complete=(), heard=(b, c)), asker=b, source=a)
 
     assert found == (c, a)
+
+
 def test_a_stage_that_sees_its_neighbour_fall_silent_breaks_the_plan_for_as_long_as_it_says_so() -> None:
     nodes = SimulatedNodes()
     state = settle(wanted(plan(*NODES[:2])), nodes)
@@ -253,6 +255,30 @@ def test_a_stage_that_sees_its_neighbour_fall_silent_breaks_the_plan_for_as_long
     nodes.shards[NODES[0]][shard] = held
     state = nodes.tell(state, 0.0)
     assert broken(state.deployments[CHAT], heard(state, 0.0)) == ""
+
+
+def test_a_stage_that_cannot_dial_the_next_one_breaks_the_plan_once_that_one_listens_there() -> None:
+    nodes = SimulatedNodes()
+    state = settle(wanted(plan(*NODES[:2])), nodes)
+    shard, held = next(iter(nodes.shards[NODES[0]].items()))
+    there, elsewhere = held.wired_to or _locators(nodes, NODES[1]), ("tcp/elsewhere:1",)
+    cannot = {"state": ShardState.READY, "error_code": "node_unreachable", "error": "a cannot reach b"}
+
+    said = {}
+    for target in (there, elsewhere):
+        report = msgspec.structs.replace(held, **cannot, wired_to=target, next_node=NODES[1])
+        nodes.shards[NODES[0]][shard] = report
+        state = nodes.tell(state, 0.0)
+        reports = heard(state, 0.0)
+        said[target] = broken(state.deployments[CHAT], reports)
+
+    assert "a cannot reach b" in said[there]
+    assert said[elsewhere] == "", "the next stage may just be starting again"
+    assert cut_pairs(reports.values()) == {(NODES[0], NODES[1])}
+
+
+def _locators(nodes: SimulatedNodes, node: NodeId) -> tuple[str, ...]:
+    return next(iter(nodes.shards[node].values())).locators
 
 
 def test_memory_is_promised_to_others_from_the_moment_of_the_order() -> None:

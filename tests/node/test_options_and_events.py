@@ -12,7 +12,7 @@ from structlog.typing import FilteringBoundLogger
 from shoal.errors import SettingsError
 from shoal.ids import NodeId
 from shoal.node.events import KEPT_EVENTS, PER_LEASE, EventRing
-from shoal.node.options import check_exposed, locator, parse_link
+from shoal.node.options import check_exposed, check_reachable, locator, parse_link
 
 
 @pytest.mark.parametrize(
@@ -58,6 +58,24 @@ def test_beyond_loopback_a_node_listens_only_when_told_and_prints_what_that_expo
     warning = check_exposed(listen, expose=True)
     assert listen in warning
     assert "prompts" in warning
+
+
+@pytest.mark.parametrize(
+    ("connect", "listen", "warned"),
+    [
+        (["tcp/192.168.1.10:7400"], "tcp/127.0.0.1:0", True),
+        (["tcp/127.0.0.1:7400", "tcp/attic:7400"], "tcp/localhost:0", True),
+        (["tcp/192.168.1.10:7400"], "tcp/192.168.1.11:7400", False),
+        (["tcp/127.0.0.1:7400", "tcp/[::1]:7400"], "tcp/127.0.0.1:0", False),
+        ([], "tcp/127.0.0.1:0", False),
+    ],
+)
+def test_a_node_that_joins_other_machines_and_listens_on_loopback_is_told_the_flag(
+    connect: list[str], listen: str, warned: bool
+) -> None:
+    warning = check_reachable(connect, listen)
+
+    assert ("--listen" in warning and "--expose" in warning) is warned
 
 
 def test_an_emulated_link_is_read_in_its_units() -> None:

@@ -16,7 +16,7 @@ from anyio.abc import TaskStatus
 
 from shoal.errors import SettingsError, ShoalError
 from shoal.node.assemble import Running, run_node
-from shoal.node.options import NodeOptions, check_exposed, locator, parse_link
+from shoal.node.options import NodeOptions, check_exposed, check_reachable, locator, parse_link
 from shoal.node.settings import read_settings
 from shoal.observe.log import LogStyle, set_up_logs
 
@@ -50,8 +50,11 @@ def run(flags: Mapping[str, Any], *, expose: bool, then: Callable[[Running, Stop
     """
     signalled = anyio.Event()
     options = options_from(flags)
-    warning = check_exposed(options.listen, expose=expose)
-    if warning:
+    warnings = (
+        check_exposed(options.listen, expose=expose),
+        check_reachable(options.connect, options.listen),
+    )
+    for warning in filter(None, warnings):
         typer.secho(f"warning: {warning}", fg="yellow", err=True)
     log = set_up_logs(sys.stderr, LogStyle.CONSOLE, "info" if sys.stderr.isatty() else "warning")
 

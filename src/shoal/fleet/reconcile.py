@@ -7,6 +7,7 @@ from enum import StrEnum
 
 import msgspec
 
+from shoal.errors import NodeUnreachableError
 from shoal.fleet.order import Hold, Order, Retire, Wire
 from shoal.fleet.report import NodeReport, ShardId, ShardReport, ShardState
 from shoal.fleet.state import Deployment, FleetState, Standing, standing
@@ -61,8 +62,6 @@ def broken(deployment: Deployment, reports: Mapping[NodeId, NodeReport]) -> str:
         shard = _shard_of(deployment, plan, index, reports)
         if shard is not None and shard.state is ShardState.FAILED:
             return f"stage {index} on {stage.node} failed: {shard.error}"
-        if shard is not None and shard.state is ShardState.WIRED and shard.error_code:
-            return f"stage {index} on {stage.node} says: {shard.error}"
     shards = [_shard_of(deployment, plan, i, reports) for i in range(len(plan.stages))]
     if shards[0] is None or not shards[0].live_requests + shards[0].waiting_requests:
         for stage in plan.stages:
@@ -70,6 +69,8 @@ def broken(deployment: Deployment, reports: Mapping[NodeId, NodeReport]) -> str:
                 return f"node {stage.node} is leaving"
     for index, shard in enumerate(shards):
         follower = (index + 1) % len(shards)
+        if shard is not None and _suffers(shard, shards[follower]):
+            return f"stage {index} on {plan.stages[index].node} says: {shard.error}"
         if shard is not None and shard.state is ShardState.WIRED and not _leads_to(shard, shards[follower]):
             # It sends to a worker that is no more: the node of its follower was restarted.
             return f"stage {follower} lost its worker"
@@ -109,6 +110,13 @@ def sources(
     complete = [node for node, report in reports.items() if manifest in report.manifests]
     partly = [source, *reports] if source in reports else [*reports, source]
     return tuple(node for node in dict.fromkeys(complete + partly) if node != asker)
+
+
+def cut_pairs(reports: Iterable[NodeReport]) -> frozenset[tuple[NodeId, NodeId]]:
+    """Who cannot dial whom, by the word of workers that have tried: no plan should count on such a link."""
+    code = NodeUnreachableError.code
+    said = [(report.node, shard) for report in reports for shard in report.shards if shard.error_code == code]
+    return frozenset((node, shard.next_node) for node, shard in said if shard.next_node is not None)
 
 
 def promised_bytes(
@@ -184,6 +192,14 @@ def _shard_of(
 def _leads_to(shard: ShardReport, follower: ShardReport | None) -> bool:
     """Whether a wired shard sends to the worker that *follower* reports (a node that does not say where is believed)."""
     return follower is not None and (not shard.wired_to or shard.wired_to == follower.locators)
+
+
+def _suffers(shard: ShardReport, follower: ShardReport | None) -> bool:
+    """Whether a shard sees the pipeline not work; one that dials where nobody listens yet only waits."""
+    if not shard.error_code:
+        return False
+    listens = follower is not None and follower.locators == shard.wired_to
+    return shard.state is ShardState.WIRED or (shard.state is ShardState.READY and listens)
 
 
 def _stale(shards: Iterable[ShardReport], wanted: Mapping[DeploymentId, int]) -> list[ShardReport]:

@@ -2,6 +2,7 @@
 
 import ipaddress
 import re
+from collections.abc import Iterable
 
 import msgspec
 
@@ -54,12 +55,8 @@ def check_exposed(listen: str, *, expose: bool) -> str:
 
     Raises SettingsError unless the owner said *expose*: until nodes have certificates, whoever reaches the port is trusted.
     """
-    host = listen.removeprefix("tcp/").rpartition(":")[0].strip("[]")
-    try:
-        local = host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        local = False
-    if local:
+    host = _host(listen)
+    if _is_loopback(host):
         return ""
     if not expose:
         raise SettingsError(
@@ -71,6 +68,28 @@ def check_exposed(listen: str, *, expose: bool) -> str:
         f"exposed: {listen} takes orders, models, prompts and activations from anybody who reaches it, unencrypted; "
         "use it on a network that is yours alone"
     )
+
+
+def check_reachable(connect: Iterable[str], listen: str) -> str:
+    """A warning to print when a node joins others on other machines and none of them could ever dial it; else empty."""
+    far = [address.removeprefix("tcp/") for address in connect if not _is_loopback(_host(address))]
+    if not far or not _is_loopback(_host(listen)):
+        return ""
+    return (
+        f"this node joins {', '.join(far)} but listens on loopback only: no node of another machine can dial it, so it may "
+        "hold whole models but no stage of a pipeline; add --listen ADDRESS_OF_THIS_MACHINE:7400 --expose"
+    )
+
+
+def _host(address: str) -> str:
+    return address.removeprefix("tcp/").rpartition(":")[0].strip("[]")
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def parse_link(text: str) -> LinkShape:

@@ -11,7 +11,7 @@ from structlog.typing import FilteringBoundLogger
 
 from shoal.clock import Clock
 from shoal.errors import ShoalError, UnavailableError
-from shoal.fleet.reconcile import sources
+from shoal.fleet.reconcile import cut_pairs, sources
 from shoal.fleet.report import NodeFacts, NodeReport
 from shoal.fleet.spec import DeploymentSpec
 from shoal.ids import Digest, NodeId
@@ -76,7 +76,7 @@ class FleetPlanner:
         self, spec: DeploymentSpec, reports: Mapping[NodeId, NodeReport], promised: Mapping[NodeId, int]
     ) -> Problem | Infeasible:
         """The problem that *spec* poses to this fleet."""
-        fleet = await self.profile(spec.manifest, spec.source, reports)
+        fleet = without(await self.profile(spec.manifest, spec.source, reports), cut_pairs(reports.values()))
         if spec.source in reports and all(device.node != spec.source for device in fleet.devices):
             raise UnavailableError(
                 f"source node {reports[spec.source].facts.name} could not be measured", hint="its log says why"
@@ -184,3 +184,9 @@ def with_facts(device: DeviceProfile, facts: NodeFacts) -> DeviceProfile:
 def probe_target(report: NodeReport) -> ProbeTarget:
     """Where the node of *report* is dialled."""
     return ProbeTarget(node=report.node, locators=report.facts.locators, zid=report.facts.zid)
+
+
+def without(fleet: FleetProfile, cut: frozenset[tuple[NodeId, NodeId]]) -> FleetProfile:
+    """*fleet* without the links of these pairs, whatever a probe made of them: agents may relay what stages cannot dial."""
+    links = tuple(link for link in fleet.links if (link.source, link.target) not in cut)
+    return msgspec.structs.replace(fleet, links=links)

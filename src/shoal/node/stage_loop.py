@@ -279,6 +279,9 @@ class StageLoop:
             outputs = self.session.step(effect.sequences, effect.tensors)
         except ShoalError as error:
             return StepFailed(code=error.code, text=str(error))
+        except Exception as error:  # noqa: BLE001 whatever an engine makes of a step, it ends that step and not the worker
+            self.log.warning("step.failed", shard=str(self.shard), error=f"{type(error).__name__}: {error}")
+            return StepFailed(code=ShoalError.code, text=f"the engine failed: {type(error).__name__}: {error}")
         finally:
             self.busy_s += time.perf_counter() - began_s
             self.steps += 1

@@ -26,10 +26,11 @@ from shoal.node.wiring import Outcome, Wirer
 from shoal.node.worker_spec import Wiring, WorkerSpec
 from shoal.observe.log import set_up_logs
 from shoal.runtime.backend.onnx import OnnxBackend
+from shoal.runtime.backend.roles import forms_of
 from shoal.runtime.backend.throttled import Throttled
 from shoal.runtime.ports import Backend, Session
 from shoal.runtime.scheduler import SchedulerSettings
-from shoal.runtime.settings import StageSettings
+from shoal.runtime.settings import StageSettings, TensorForm
 from shoal.store.home import Store, open_store
 from shoal.transport.bus import Bus
 from shoal.transport.keys import ROOT, WorkerTopic, key_of
@@ -135,7 +136,7 @@ def worker_key(spec: WorkerSpec, verb: str) -> str:
     return key_of(topic)
 
 
-def stage_settings(spec: WorkerSpec, artifact: Artifact) -> StageSettings:
+def stage_settings(spec: WorkerSpec, artifact: Artifact, takes: tuple[TensorForm, ...]) -> StageSettings:
     """The machine's settings for this place in the pipeline."""
     model = artifact.manifest.spec
     return StageSettings(
@@ -146,6 +147,7 @@ def stage_settings(spec: WorkerSpec, artifact: Artifact) -> StageSettings:
         context_tokens=spec.context_tokens,
         vocabulary=model.vocabulary,
         eos_token_ids=model.eos_token_ids,
+        takes=takes,
         scheduler=SchedulerSettings(in_flight=spec.in_flight),
     )
 
@@ -159,7 +161,7 @@ def serve(spec: WorkerSpec, control: Bus, backend: Backend, store: Store, log: F
     reporter.start()
     try:
         artifact = open_artifact(store, spec.manifest)
-        session = _load(spec, store, artifact, backend)
+        session, takes = _load(spec, store, artifact, backend)
         inbound = open_data(listen=(spec.data_listen,))
     except ShoalError as error:
         reporter.tell(ShardState.FAILED, error)
@@ -167,7 +169,7 @@ def serve(spec: WorkerSpec, control: Bus, backend: Backend, store: Store, log: F
     loop = StageLoop(
         fleet=spec.fleet,
         shard=spec.shard,
-        settings=stage_settings(spec, artifact),
+        settings=stage_settings(spec, artifact, takes),
         session=session,
         control=control,
         inbound=inbound,
@@ -198,7 +200,10 @@ def serve(spec: WorkerSpec, control: Bus, backend: Backend, store: Store, log: F
         session.close()
 
 
-def _load(spec: WorkerSpec, store: Store, artifact: Artifact, backend: Backend) -> Session:
+def _load(
+    spec: WorkerSpec, store: Store, artifact: Artifact, backend: Backend
+) -> tuple[Session, tuple[TensorForm, ...]]:
+    """The shard in its engine, and what must come with its frames."""
     shard = load_shard(
         store,
         artifact,
@@ -207,7 +212,7 @@ def _load(spec: WorkerSpec, store: Store, artifact: Artifact, backend: Backend) 
         context_tokens=spec.context_tokens,
         threads=spec.threads,
     )
-    return backend.load(shard)
+    return backend.load(shard), forms_of(shard.graph)
 
 
 def shaped(bus: Bus, spec: WorkerSpec, wiring: Wiring) -> Bus:

@@ -51,6 +51,8 @@ class Flight:
     prefill: bool = False
     infer: InferStep | None = None
     probe: bool = False
+    wants: tuple[RequestId, ...] = ()
+    """Those of `requests` that a token must come for."""
 
 
 @dataclass(slots=True)
@@ -187,6 +189,11 @@ class FirstStage:
             effects += self._fail(failure)
         for entry in frame.tokens:
             effects += self._apply(entry)
+        told = {f.request for f in frame.failed} | {e.request for e in frame.tokens if e.tokens}
+        text = "the last stage answered a step without the token that was wanted"
+        for request in flight.wants:
+            if request not in told:
+                effects += self._fail(Failure(request=request, code=MalformedFrameError.code, text=text))
         return effects
 
     def next_frame(self) -> tuple[BatchFrame, Tensors] | None:
@@ -219,7 +226,9 @@ class FirstStage:
     def _rows_frame(self, batch: tuple[SequenceStep, ...]) -> tuple[BatchFrame, Tensors]:
         step = self._take_step()
         self.last_was_prefill = is_prefill(batch, self.live)
-        self.flights[step] = Flight(tuple(s.request for s in batch), self.now_s, prefill=self.last_was_prefill)
+        wants = tuple(s.request for s in batch if s.logits)
+        requests = tuple(s.request for s in batch)
+        self.flights[step] = Flight(requests, self.now_s, prefill=self.last_was_prefill, wants=wants)
         ids: list[int] = []
         opened: list[OpenedSequence] = []
         for rows in batch:
@@ -253,8 +262,12 @@ class FirstStage:
         kept: list[SampledToken] = []
         finish = None
         for token in entry.tokens:
-            if token.position != sequence.known:
-                text = f"the last stage answered position {token.position} where {sequence.known} is next"
+            vocabulary = self.settings.vocabulary
+            if token.position != sequence.known or token.token < 0 or 0 < vocabulary <= token.token:
+                text = (
+                    f"the last stage answered token {token.token} at position {token.position} where {sequence.known} "
+                    f"is next, of a vocabulary of {vocabulary}"
+                )
                 return self._fail(Failure(request=entry.request, code=MalformedFrameError.code, text=text))
             finish = sequence.accept(token.token, self.settings.context_tokens)
             if finish is not FinishReason.STOP:

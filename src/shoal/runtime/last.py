@@ -7,7 +7,7 @@ token ids leaves it (ADR 7).
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from shoal.errors import ShoalError
+from shoal.errors import ShardLostError, ShoalError
 from shoal.ids import RequestId
 from shoal.runtime.frames import Failure, OpenedSequence, RequestTokens
 from shoal.runtime.ports import SequenceStep
@@ -55,14 +55,19 @@ class LastStage:
             row += step.logits
             if not step.logits:
                 continue
+            sampler = self.samplers.get(step.request)
+            if sampler is None:
+                text = "this sequence was closed while it ran"
+                failed.append(Failure(request=step.request, code=ShardLostError.code, text=text))
+                continue
             try:
-                tokens.append(self._sample_rows(step, rows))
+                tokens.append(_sample_rows(sampler, step, rows))
             except ShoalError as error:
                 failed.append(Failure(request=step.request, code=error.code, text=str(error)))
         return tuple(tokens), tuple(failed)
 
-    def _sample_rows(self, step: SequenceStep, rows: Array) -> RequestTokens:
-        sampler = self.samplers[step.request]
-        first = step.start + step.count - step.logits + 1
-        drawn = tuple(sampler.take(row, first + i) for i, row in enumerate(rows))
-        return RequestTokens(request=step.request, tokens=drawn)
+
+def _sample_rows(sampler: Sampler, step: SequenceStep, rows: Array) -> RequestTokens:
+    first = step.start + step.count - step.logits + 1
+    drawn = tuple(sampler.take(row, first + i) for i, row in enumerate(rows))
+    return RequestTokens(request=step.request, tokens=drawn)

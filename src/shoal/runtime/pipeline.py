@@ -185,3 +185,5 @@ class LocalPipeline:
             return StepDone(outputs=self.stages[stage].session.step(step.sequences, step.tensors))
         except ShoalError as error:
             return StepFailed(code=error.code, text=str(error))
+        except Exception as error:  # noqa: BLE001 as in a worker: it ends that step and nothing else
+            return StepFailed(code=ShoalError.code, text=f"the engine failed: {type(error).__name__}: {error}")

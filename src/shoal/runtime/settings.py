@@ -5,11 +5,20 @@ import msgspec
 from shoal.runtime.scheduler import SchedulerSettings
 
 
+class TensorForm(msgspec.Struct, frozen=True, kw_only=True):
+    """What a shard takes under a name; None in `shape` is any size."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | None, ...]
+
+
 class StageSettings(msgspec.Struct, frozen=True, kw_only=True):
     """Stage `index` of `stages` in the pipeline of one plan epoch.
 
     `slots` and `context_tokens` size the cache; both are 0 for a model that only infers.  `sends` names the tensors that the next
     stage needs (empty: exactly the shard's outputs); those that the shard does not make are passed on from its input.
+    `takes` says what must come with a frame (empty: whatever comes).
     Every `heartbeat_s` each request gets a sign of life (an empty delta), so that gateways can tell slow from gone.
     `credits` frames at most are on their way to the next stage.  A frame that has been out for `remind_s` is followed by a
     word on what was sent, and one without an answer for `probe_s` by a probe: both find out what was lost, and neither takes a
@@ -25,6 +34,7 @@ class StageSettings(msgspec.Struct, frozen=True, kw_only=True):
     vocabulary: int = 0
     eos_token_ids: tuple[int, ...] = ()
     sends: tuple[str, ...] = ()
+    takes: tuple[TensorForm, ...] = ()
     credits: int = 4
     remind_s: float = 2.0
     probe_s: float = 5.0

@@ -24,8 +24,9 @@ from typing import assert_never
 import msgspec
 import numpy as np
 
-from shoal.errors import ShardLostError
+from shoal.errors import MalformedFrameError, ShardLostError
 from shoal.model.spec import LOGITS
+from shoal.runtime.door import MAX_GAP, plausible
 from shoal.runtime.edge import Edge, Work
 from shoal.runtime.effects import (
     Abandon,
@@ -152,7 +153,8 @@ def _take_first(
 
 
 def _arrive(state: StageState, frame: BatchFrame, tensors: Tensors) -> list[Effect]:
-    if state.first is not None or frame.step <= state.last_step or not _plausible(frame, state.settings):
+    timely = state.last_step < frame.step <= state.last_step + MAX_GAP or state.last_step < 0
+    if state.first is not None or not timely or not plausible(frame, tensors, state.settings):
         state.discarded += 1
         return []
     state.last_step = frame.step
@@ -160,17 +162,9 @@ def _arrive(state: StageState, frame: BatchFrame, tensors: Tensors) -> list[Effe
     return []
 
 
-def _plausible(frame: BatchFrame, settings: StageSettings) -> bool:
-    rows = all(s.start >= 0 and 0 <= s.logits <= s.count and s.count > 0 for s in frame.sequences)
-    inside = all(s.start + s.count <= settings.context_tokens for s in frame.sequences)
-    named = [s.slot for s in frame.sequences] + [s.slot for s in frame.opened] + [s.slot for s in frame.closed]
-    slots = all(0 <= slot < settings.slots for slot in named)
-    return frame.plan_epoch == settings.plan_epoch and rows and inside and slots
-
-
 def _reminded(state: StageState, frame: SentFrame) -> list[Effect]:
     """All up to that step has been sent: what is not here by now was lost, and what was ahead of it was nobody's frame."""
-    if state.first is not None or frame.plan_epoch != state.settings.plan_epoch:
+    if state.first is not None or frame.plan_epoch != state.settings.plan_epoch or frame.step < 0:
         state.discarded += 1
         return []
     state.last_step = frame.step
@@ -253,7 +247,13 @@ def _step_done(state: StageState, outputs: Tensors) -> list[Effect]:
     if state.running is None:
         state.discarded += 1
         return []
-    (frame, inputs), state.running = state.running, None
+    frame, inputs = state.running
+    missing = _missing(state, frame, inputs, outputs)
+    if missing:
+        return _step_failed(
+            state, MalformedFrameError.code, f"no tensor {missing} came into stage {state.settings.index}"
+        )
+    state.running = None
     if state.first is not None:
         state.first.ran(frame.step, state.now_s)
     return _complete(state, frame, inputs, outputs)
@@ -299,6 +299,14 @@ def _answer(state: StageState, last: LastStage, frame: BatchFrame, outputs: Tens
         return effects + state.first.take_tokens(answer)
     state.edge.tell(state.now_s)
     return [*effects, SendTokens(frame=answer)]
+
+
+def _missing(state: StageState, frame: BatchFrame, inputs: Tensors, outputs: Tensors) -> str:
+    """What the next step needs and neither came nor was made."""
+    if not (frame.sequences or frame.infer):
+        return ""
+    wanted = state.settings.sends if state.last is None else (LOGITS,) if any(s.logits for s in frame.sequences) else ()
+    return ", ".join(name for name in wanted if name not in outputs and name not in inputs)
 
 
 def _outgoing(settings: StageSettings, frame: BatchFrame, inputs: Tensors, outputs: Tensors) -> Tensors:
@@ -358,11 +366,15 @@ def _begin(state: StageState, frame: BatchFrame, tensors: Tensors) -> list[Effec
 
 
 def _release(state: StageState, frame: BatchFrame) -> list[Effect]:
+    released: list[Effect] = []
     for closed in frame.closed:
-        state.slots.close(closed.slot, closed.request)
-        if state.last is not None:
-            state.last.close(closed.request)
-    return [ReleaseSlot(slot=closed.slot) for closed in frame.closed]
+        held = state.slots.close(closed.slot, closed.request)
+        # The first stage has given the slot up already; on the others, whoever does not hold it cannot.
+        if held or state.first is not None:
+            released.append(ReleaseSlot(slot=closed.slot))
+            if state.last is not None:
+                state.last.close(closed.request)
+    return released
 
 
 def _without_gaps(slots: SlotTable, frame: BatchFrame, tensors: Tensors) -> Work:

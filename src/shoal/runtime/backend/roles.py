@@ -1,6 +1,6 @@
 """What a graph wants from an engine session, read off the names of its inputs and outputs (see `shoal.model.spec`)."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +19,7 @@ from shoal.model.spec import (
 )
 from shoal.runtime.ports import SequenceStep
 from shoal.runtime.request import Array
+from shoal.runtime.settings import TensorForm
 
 OURS = "shoal"
 """Producer of lowered graphs, and domain of the canonical functions."""
@@ -76,24 +77,48 @@ class Roles:
 def roles_of(model: onnx.ModelProto) -> Roles:
     """Read the roles; raises UnsupportedModelError when a cache input has no output or no fixed size."""
     graph = model.graph
-    weights = {t.name for t in graph.initializer}
-    inputs = {v.name: v for v in graph.input if v.name not in weights}
+    inputs = _inputs(model)
     outputs = {v.name: v for v in graph.output}
     caches = tuple(_cache(v, outputs) for name, v in inputs.items() if name.startswith(PAST_PREFIX))
     presents = {c.present for c in caches}
     dtypes = {name: _dtype(v) for name, v in inputs.items()}
-    # A graph with these names but no cache and no choice of rows is an encoder: it brings its own mask and positions.
-    stateful = bool(caches) or LOGIT_ROWS in inputs
+    stateful = _stateful(inputs)
     derived = {name: dtypes[name] for name in inputs if name in DERIVED} if stateful else {}
     return Roles(
         caches=caches,
         shared=bool(caches) and any(node.op_type in SHARING for node in graph.node),
-        given=tuple(n for n in inputs if n not in derived and not n.startswith(PAST_PREFIX)),
+        given=_given(inputs),
         derived=derived,
         outputs=tuple(_output(v) for name, v in outputs.items() if name not in presents),
         dtypes=dtypes,
         exact_cuts=stateful or model.producer_name == OURS or any(node.domain == OURS for node in graph.node),
     )
+
+
+def _inputs(model: onnx.ModelProto) -> dict[str, onnx.ValueInfoProto]:
+    weights = {t.name for t in model.graph.initializer}
+    return {v.name: v for v in model.graph.input if v.name not in weights}
+
+
+def _stateful(inputs: Collection[str]) -> bool:
+    """A graph with derived names but no cache and no choice of rows is an encoder: it brings its own mask and positions."""
+    return LOGIT_ROWS in inputs or any(name.startswith(PAST_PREFIX) for name in inputs)
+
+
+def _given(inputs: Collection[str]) -> tuple[str, ...]:
+    derived = DERIVED if _stateful(inputs) else frozenset()
+    return tuple(n for n in inputs if n not in derived and not n.startswith(PAST_PREFIX))
+
+
+def forms_of(model: onnx.ModelProto) -> tuple[TensorForm, ...]:
+    """What the caller of a shard brings, as far as the graph says."""
+    inputs = _inputs(model)
+    return tuple(_form(inputs[name]) for name in _given(inputs))
+
+
+def _form(value: onnx.ValueInfoProto) -> TensorForm:
+    sizes = tuple(d.dim_value or None for d in value.type.tensor_type.shape.dim)
+    return TensorForm(name=value.name, dtype=str(_dtype(value)), shape=sizes)
 
 
 def derived_inputs(roles: Roles, step: SequenceStep) -> dict[str, Array]:

@@ -1,0 +1,83 @@
+"""What a frame must be before a stage acts on it: parsed is not yet plausible.
+
+Whoever reaches a stage's port can send it frames of the right form, and so can a node with a fault.  A frame that names
+impossible slots, carries other tensors than the shard takes, or asks for what no sampler can do is dropped at the door; inside,
+nobody looks again.  Ids of a vocabulary that is not known are only checked for their sign.
+"""
+
+from collections.abc import Iterable, Sequence
+
+from shoal.errors import InvalidRequestError
+from shoal.runtime.effects import Tensors
+from shoal.runtime.frames import BatchFrame, OpenedSequence
+from shoal.runtime.ports import SequenceStep
+from shoal.runtime.request import Array
+from shoal.runtime.sampling import check_sampling
+from shoal.runtime.settings import StageSettings, TensorForm
+
+MAX_GAP = 1 << 20
+"""So many steps in a row are not lost on a link whose windows are a few frames: a frame further ahead is not of this pipeline."""
+
+
+def plausible(frame: BatchFrame, tensors: Tensors, settings: StageSettings) -> bool:
+    """Whether a stage with *settings* can act on *frame* and the tensors beside it."""
+    named = [s.slot for s in frame.sequences] + [s.slot for s in frame.opened] + [s.slot for s in frame.closed]
+    return (
+        frame.plan_epoch == settings.plan_epoch
+        and frame.step >= 0
+        and all(0 <= slot < settings.slots for slot in named)
+        and _rows_fit(frame.sequences, settings)
+        and _distinct(s.slot for s in frame.opened)
+        and all(_can_open(opened, settings) for opened in frame.opened)
+        and _carries(frame, tensors, settings)
+    )
+
+
+def _rows_fit(sequences: Sequence[SequenceStep], settings: StageSettings) -> bool:
+    rows = all(s.start >= 0 and 0 <= s.logits <= s.count and s.count > 0 for s in sequences)
+    inside = all(s.start + s.count <= settings.context_tokens for s in sequences)
+    return rows and inside and _distinct(s.slot for s in sequences) and _distinct(s.request for s in sequences)
+
+
+def _distinct(values: Iterable[object]) -> bool:
+    found = list(values)
+    return len(set(found)) == len(found)
+
+
+def _can_open(opened: OpenedSequence, settings: StageSettings) -> bool:
+    try:
+        check_sampling(opened.sampling, settings.vocabulary)
+    except InvalidRequestError:
+        return False
+    known = range(settings.vocabulary or 1 << 62)
+    return 0 < len(opened.prompt) <= settings.context_tokens and all(
+        min_max in known for min_max in _ends(opened.prompt)
+    )
+
+
+def _ends(prompt: Sequence[int]) -> tuple[int, int]:
+    return min(prompt), max(prompt)
+
+
+def _carries(frame: BatchFrame, tensors: Tensors, settings: StageSettings) -> bool:
+    if frame.infer is not None:
+        return not frame.sequences and all(
+            form.name in tensors and str(tensors[form.name].dtype) == form.dtype for form in settings.takes
+        )
+    if not frame.sequences:
+        return True
+    count = sum(s.count for s in frame.sequences)
+    known = not settings.takes or tensors.keys() == {form.name for form in settings.takes}
+    return (
+        bool(tensors)
+        and known
+        and all(a.ndim >= 2 and a.shape[:2] == (1, count) for a in tensors.values())
+        and all(_fits(tensors[form.name], form) for form in settings.takes)
+    )
+
+
+def _fits(array: Array, form: TensorForm) -> bool:
+    alike = len(array.shape) == len(form.shape)
+    # The first two dimensions are the batch of one and the rows, whatever the graph calls them.
+    sizes = zip(array.shape[2:], form.shape[2:], strict=False)
+    return alike and str(array.dtype) == form.dtype and all(wanted in (None, have) for have, wanted in sizes)

@@ -1,5 +1,6 @@
 import math
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -7,7 +8,7 @@ from hypothesis import strategies as st
 
 from shoal.errors import InvalidRequestError, ShoalError
 from shoal.runtime.request import SamplingParams
-from shoal.runtime.sampling import check_sampling, sample, uniforms
+from shoal.runtime.sampling import MAX_BIAS, check_sampling, sample, uniforms
 
 LOGITS = np.array([0.1, 2.0, -1.0, 1.5, 0.7, -3.0], np.float32)
 
@@ -41,6 +42,26 @@ def test_draws_follow_the_softmax_of_the_scaled_logits(temperature: float) -> No
     expected = softmax(LOGITS / temperature) * count
     chi_square = float(((seen - expected) ** 2 / expected).sum())
     assert chi_square < 20.5  # 5 degrees of freedom: exceeded once in 1,000 seeds
+
+
+@pytest.mark.parametrize("temperature", [1e-320, 1e-60, 1e-46, 1e-40, 1e-9, 1e-6])
+def test_a_temperature_too_small_for_the_numbers_of_the_machine_takes_the_most_likely_token(temperature: float) -> None:
+    logits = np.linspace(-3, 3, 50, dtype=np.float32)[::-1].copy()
+    logits[[0, 20]] = logits[[20, 0]]
+
+    for seed in range(20):
+        assert sample(logits, SamplingParams(temperature=temperature, seed=seed), position=3).token == 20
+
+
+@pytest.mark.parametrize("temperature", [1e-6, 1.0, 100.0])
+def test_the_largest_biases_that_are_taken_still_leave_a_choice(temperature: float) -> None:
+    params = SamplingParams(temperature=temperature, top_p=0.9, logit_bias={7: MAX_BIAS, 8: MAX_BIAS, 9: -MAX_BIAS})
+    check_sampling(params, 50)
+    logits = np.zeros(50, np.float32)
+
+    drawn = {sample(logits, msgspec.structs.replace(params, seed=seed), position=3).token for seed in range(40)}
+
+    assert drawn == {7, 8}
 
 
 def test_uniforms_are_even_and_uncorrelated_between_positions_and_seeds() -> None:
@@ -218,7 +239,8 @@ def test_numbers_that_are_not_finite_are_an_error_that_counts_them(bad: float) -
 @pytest.mark.parametrize(
     ("field", "value"),
     [("temperature", -0.1), ("temperature", math.nan), ("top_p", 1.5), ("min_p", -1), ("top_k", -1), ("repetition_penalty", 0),
-     ("logprobs", 1000), ("logit_bias", {99: 1.0}), ("logit_bias", {1: math.inf})],
+     ("logprobs", 1000), ("logit_bias", {99: 1.0}), ("logit_bias", {1: math.inf}),
+     ("logit_bias", {1: 1e39}), ("logit_bias", {1: math.nan})],
 )  # fmt: skip
 def test_parameters_that_make_no_sense_are_refused_by_name(field: str, value: object) -> None:
     with pytest.raises(InvalidRequestError) as caught:

@@ -15,7 +15,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     """How a token is chosen from its logits; the defaults choose the most likely one.
 
     Order of application: logit bias, repetition penalty (over prompt and output), presence and frequency penalties
-    (over output), temperature, top-k, top-p, min-p, draw.  `temperature` 0 is greedy.  The draw is a function of
+    (over output), temperature, top-k, top-p, min-p, draw.  `temperature` 0 (below 1e-6) is greedy.  The draw is a function of
     (logits, `seed`, position) alone (ADR 8).
     """
 

@@ -35,6 +35,10 @@ BINS = 1024
 TILE = 16384
 """So many tokens at once: their temporaries stay in a core's cache, those of a vocabulary are fresh megabytes at every step."""
 MAX_LOGPROBS = 64
+LEAST_TEMPERATURE = 1e-6
+"""Below, the draw is the best token anyway, and float32 runs out of numbers."""
+MAX_BIAS = 1e30
+"""Far beyond any logit, and still finite when two of them meet and are divided by the least temperature."""
 
 
 def sample(
@@ -48,7 +52,7 @@ def sample(
     scores = np.asarray(logits, dtype=np.float32)
     _check_finite(scores, position)
     adjusted = _adjust(scores, params, prompt, output)
-    token = int(adjusted.argmax()) if params.temperature == 0 else _draw(adjusted, params, position)
+    token = int(adjusted.argmax()) if params.temperature < LEAST_TEMPERATURE else _draw(adjusted, params, position)
     if params.logprobs is None:
         return SampledToken(token=token, position=position)
     logprob, top = _logprobs(scores, token, params.logprobs)
@@ -72,9 +76,9 @@ def check_sampling(params: SamplingParams, vocabulary: int) -> None:
         if value is not None and not low <= value <= high:
             raise InvalidRequestError(f"{name} is {value}, outside [{low}, {high}]", param=name)
     for token, bias in params.logit_bias.items():
-        if token < 0 or (vocabulary and token >= vocabulary) or not math.isfinite(bias):
+        if token < 0 or (vocabulary and token >= vocabulary) or not abs(bias) <= MAX_BIAS:
             raise InvalidRequestError(
-                f"logit_bias {token}: {bias} needs a token id in [0, {vocabulary}) and a finite bias",
+                f"logit_bias {token}: {bias} needs a token id in [0, {vocabulary}) and a bias in [-{MAX_BIAS:g}, {MAX_BIAS:g}]",
                 param="logit_bias",
             )
 

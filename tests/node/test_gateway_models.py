@@ -218,17 +218,51 @@ def test_without_a_coordinator_a_plan_on_this_node_alone_stands_where_its_shards
 ) -> None:
     last = view(7, Digest("d"), Phase.SERVING, answer=plan(ME))
 
-    derived = alone(last, report(state))
+    derived = alone(last, report(state), {})
 
     assert [s.phase for s in derived.deployments] == [phase]
     assert view(1, Digest("d"), Phase.SERVING).newer_than(derived), "whatever the coordinator says is newer"
 
 
-def test_without_a_coordinator_a_plan_on_several_nodes_waits_for_one() -> None:
-    derived = alone(view(7, Digest("d"), Phase.SERVING), report(ShardState.WIRED))
+OTHER = NodeId("o" * 32)
 
-    assert derived.deployments[0].phase is Phase.RECOVERING
-    assert "no coordinator" in derived.deployments[0].reason
+
+def phase_alone(mine: NodeReport, others: dict[NodeId, NodeReport], *nodes: NodeId) -> tuple[Phase, str]:
+    derived = alone(view(7, Digest("d"), Phase.SERVING, answer=plan(*nodes)), mine, others)
+    return derived.deployments[0].phase, derived.deployments[0].reason
+
+
+def test_without_a_coordinator_a_node_that_is_not_heard_is_believed_to_hold_its_stage() -> None:
+    mine = report(ShardState.WIRED)
+
+    assert phase_alone(mine, {}, ME, OTHER) == (Phase.SERVING, "")
+    assert phase_alone(report(ShardState.LOADING), {}, ME, OTHER)[0] is Phase.LOADING
+
+    said = "stage 1 has shown no sign of life for 10 s"
+    ails = msgspec.structs.replace(mine.shards[0], error_code="shard_lost", error=said)
+    phase, reason = phase_alone(msgspec.structs.replace(mine, shards=(ails,)), {}, ME, OTHER)
+    assert phase is Phase.RECOVERING
+    assert said in reason
+
+
+def test_without_a_coordinator_a_node_that_is_heard_is_believed_in_what_it_says() -> None:
+    shard = ShardReport(
+        shard=ShardId(deployment=CHAT, plan_epoch=1, stage=1), state=ShardState.FETCHING, start=1, stop=2
+    )
+    other = msgspec.structs.replace(report(), node=OTHER, shards=(shard,))
+    sends = msgspec.structs.replace(report(ShardState.WIRED).shards[0], wired_to=("tcp/other:1",))
+
+    phase, reason = phase_alone(msgspec.structs.replace(report(), shards=(sends,)), {OTHER: other}, ME, OTHER)
+
+    assert phase is Phase.RECOVERING
+    assert "lost its worker" in reason
+
+
+def test_without_a_coordinator_a_plan_whose_first_stage_cannot_be_asked_waits_for_one() -> None:
+    phase, reason = phase_alone(report(), {}, OTHER, ME)
+
+    assert phase is Phase.RECOVERING
+    assert "no coordinator" in reason
 
 
 def test_the_last_view_is_kept_and_only_plans_make_it_another_one(journal: Journal) -> None:

@@ -11,6 +11,7 @@ from shoal.fleet.order import Accepted, Hold, Refused, Retire, Wire
 from shoal.fleet.report import ShardId, ShardReport, ShardState
 from shoal.ids import DeploymentId, Digest, NodeId
 from shoal.node.journal import Journal
+from shoal.node.last_plan import kept_port
 from shoal.node.shards import ShardKeeper
 from shoal.node.worker_spec import Wiring
 
@@ -197,6 +198,22 @@ def test_a_worker_that_says_nothing_any_more_is_ended_and_its_shard_failed(journ
         assert bench.report(shard(0)).state is ShardState.WIRED, "one that speaks goes on"
 
     run(journal, use, look_every_s=0.01)
+
+
+def test_where_a_worker_listens_is_on_disk_until_its_shard_is_given_up(journal: Journal) -> None:
+    async def use(bench: Bench) -> None:
+        bench.keeper.offer(hold(shard()))
+        await bench.loading(shard())
+        assert kept_port(journal, shard()) == 0
+
+        bench.says(shard(), ShardState.READY, locators=("tcp/192.168.1.2:4711", "tcp/[fe80::1]:4711"))
+        await bench.until(lambda: kept_port(journal, shard()) == 4711)
+
+        bench.keeper.offer(Retire(fencing_epoch=1, shard=shard()))
+        await bench.until(lambda: not bench.keeper.reports())
+        await bench.until(lambda: kept_port(journal, shard()) == 0)
+
+    run(journal, use, look_every_s=0.2)
 
 
 def test_a_worker_that_loads_is_given_more_time(journal: Journal) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -217,6 +218,49 @@ def test_an_engine_that_hangs_in_a_living_worker_ends_every_answer(
 
     assert last_delta(pipeline, "a") == last_delta(pipeline, "bb") == (FinishReason.ERROR, "shard_lost")
     assert pipeline.suspects == [0]
+
+
+@pytest.mark.parametrize("restarted", [0, 1, 2])
+@pytest.mark.parametrize("running", [False, True])
+def test_a_stage_that_was_started_anew_fits_in_again(
+    last_delta: LastDelta, make_pipeline: Pipelines, make_request: Requests, restarted: int, running: bool
+) -> None:
+    """Its machine and its cache are empty; the others have served before and know steps that it has never counted."""
+    pipeline = make_pipeline((2, 4), slots=2, step_s=lambda *_: 0.1)
+    pipeline.submit(make_request("before"))
+    pipeline.wait(5.0)
+    if running:
+        pipeline.submit(make_request("cut", max_tokens=200))
+        pipeline.wait(2.05)
+
+    settings = msgspec.structs.replace(pipeline.stages[restarted].settings, run=7 if restarted == 0 else 0)
+    pipeline.machines[restarted] = start(settings)
+    for slot in range(2):
+        pipeline.stages[restarted].session.release(slot)
+    pipeline.wait(12.0)
+
+    if running and restarted:
+        assert last_delta(pipeline, "cut") == (FinishReason.ERROR, "shard_lost")
+    for name in ("x", "yy"):
+        pipeline.submit(make_request(name))
+    pipeline.wait(10.0)
+    for name in ("x", "yy"):
+        assert pipeline.tokens(RequestId(name)) == make_pipeline().generate(make_request(name))
+    assert [m.slots.held for m in pipeline.machines] == [{}, {}, {}]
+
+
+def test_answers_to_an_older_run_are_nobodys(make_pipeline: Pipelines, make_request: Requests) -> None:
+    pipeline = make_pipeline((3,))
+    request = make_request("a")
+    pipeline.submit(request)
+    while not pipeline.sent:
+        pipeline.turn()
+    token = RequestTokens(request=RequestId("a"), tokens=(SampledToken(token=1, position=len(request.prompt)),))
+
+    pipeline.give(0, TokensArrived(frame=TokensFrame(plan_epoch=3, step=0, run=9, tokens=(token,))), after_s=-1.0)
+    pipeline.run()
+
+    assert pipeline.tokens(RequestId("a")) == make_pipeline().generate(request)
 
 
 def test_a_token_for_another_position_than_the_next_ends_the_answer_as_malformed(

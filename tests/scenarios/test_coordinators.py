@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -125,34 +126,43 @@ def _deployments(fleet: Fleet, at: Machine) -> Any:  # noqa: ANN401
 
 
 @pytest.mark.slow
-def test_a_fleet_without_coordinator_serves_on_and_a_node_that_restarts_serves_its_last_plan(fleet: Fleet) -> None:
+def test_a_fleet_without_coordinator_serves_on_and_nodes_that_restart_serve_their_last_plans(fleet: Fleet) -> None:
     a = fleet.up("a")
     a.wait_up()
     b = fleet.join("b", "--gateway", "127.0.0.1:0", models=("tiny",))
     b.wait_up()
-    fleet.wait_alive("a", "b")
+    c = fleet.join("c")
+    c.wait_up()
+    fleet.wait_alive("a", "b", "c")
     fleet.wait(lambda: fleet.nodes(b), "b's gateway hears the coordinator")
-    epoch = fleet.deploy("solo", b, at=b).plan_epoch
-    before = text_of(fleet, b, "solo")
+    epochs = {"solo": fleet.deploy("solo", b, at=b).plan_epoch, "two": fleet.deploy("two", b, c, at=b).plan_epoch}
+    before = {name: text_of(fleet, b, name) for name in epochs}
     a.kill()
 
-    b.kill()
-    b.start()
-    b.wait_up()
-    fleet.wait(lambda: _text_or_none(fleet, b) == before, "b answers again, without a coordinator", 20)
+    for restarted in (b, c):
+        restarted.kill()
+        restarted.start()
+        restarted.wait_up()
+        for name in epochs:
+            fleet.wait(partial(_answers, fleet, b, name, before[name]), f"{name} answers, without a coordinator", 30)
 
     a.start()
     a.wait_up()
-    fleet.wait_alive("a", "b")
-    view = fleet.wait(lambda: fleet.deployment("solo", a), "the coordinator knows the deployment again")
-    assert view.plan_epoch == epoch, "what works is not planned again"
-    assert text_of(fleet, b, "solo") == before
+    fleet.wait_alive("a", "b", "c")
+    for name, epoch in epochs.items():
+        view = fleet.wait(partial(fleet.deployment, name, a), f"the coordinator knows {name} again")
+        assert view.plan_epoch == epoch, "what works is not planned again"
+        assert text_of(fleet, b, name) == before[name]
 
 
-def _text_or_none(fleet: Fleet, at: Machine) -> str | None:
+def _answers(fleet: Fleet, at: Machine, model: str, expected: str) -> bool:
+    return _text_or_none(fleet, at, model) == expected
+
+
+def _text_or_none(fleet: Fleet, at: Machine, model: str) -> str | None:
     import openai
 
     try:
-        return text_of(fleet, at, "solo")
+        return text_of(fleet, at, model)
     except (openai.APIError, ShoalError):
         return None

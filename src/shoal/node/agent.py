@@ -13,6 +13,7 @@ from structlog.typing import FilteringBoundLogger
 from shoal.errors import MalformedFrameError
 from shoal.fleet.order import Order, Refused, Reply
 from shoal.fleet.report import NodeFacts, NodeReport, ShardReport
+from shoal.fleet.state import LOST_AFTER_S
 from shoal.fleet.view import CoordinatorView
 from shoal.ids import Digest, NodeId
 from shoal.node.calls import CallDesk, Handler
@@ -61,6 +62,7 @@ class Agent:
     _manifests: tuple[Digest, ...] = ()
     _dropped: int = 0
     _kept: CoordinatorView | None = None
+    _others: dict[NodeId, tuple[NodeReport, float]] = field(default_factory=dict)
 
     def report(self) -> NodeReport:
         """What the next heartbeat says."""
@@ -155,6 +157,8 @@ class Agent:
         async for item in heard:
             match item:
                 case NodeReport():
+                    if not self.led:
+                        self._others[item.node] = (item, anyio.current_time())
                     if self.coordinator is not None:
                         self.coordinator.hear_report(item)
                 case CoordinatorView():
@@ -179,11 +183,16 @@ class Agent:
         self._kept = await anyio.to_thread.run_sync(recall, self.journal)
         said: CoordinatorView | None = None
         while self._kept is not None and not self.led:
-            now = alone(self._kept, self.report())
+            now = alone(self._kept, self.report(), self._neighbours())
             if now != said:
                 self.stand_in(now)
                 said = now
             await anyio.sleep(HEARTBEAT_S)
+
+    def _neighbours(self) -> dict[NodeId, NodeReport]:
+        """Newest reports of the other nodes that are heard."""
+        since_s = anyio.current_time() - LOST_AFTER_S
+        return {n: r for n, (r, heard_s) in self._others.items() if heard_s > since_s and n != self.me}
 
     async def _beat(self) -> None:
         key = key_of(HeartbeatTopic(fleet=self.fleet, node=self.me))

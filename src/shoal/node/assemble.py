@@ -34,6 +34,7 @@ from shoal.node.fleet_api import FleetApi
 from shoal.node.fleet_figures import figures
 from shoal.node.gateway import Models
 from shoal.node.journal import Journal
+from shoal.node.last_plan import kept_port
 from shoal.node.launch import launch
 from shoal.node.measuring import Measurer
 from shoal.node.options import NodeOptions
@@ -226,7 +227,7 @@ def _agent(parts: _Parts, voice: Voice, bell: Bell, models: Models) -> Agent:
     keeper = ShardKeeper(
         parts.journal,
         partial(fetch_hold, fetcher, parts.artifacts),
-        partial(launch_hold, options, parts.me, parts.fabric.locators[0]),
+        partial(launch_hold, parts),
         voice.tell_worker,
         bell.ring,
     )
@@ -335,15 +336,17 @@ def node_facts(options: NodeOptions, fabric: ZenohBus, gateway: str) -> NodeFact
     )
 
 
-async def launch_hold(options: NodeOptions, me: NodeId, agent_locator: str, hold: Hold) -> WorkerHandle:
-    """Start the worker of a shard."""
+async def launch_hold(parts: _Parts, hold: Hold) -> WorkerHandle:
+    """Start the worker of a shard, where it listened before if it was here before."""
+    options = parts.options
     host = options.listen.removeprefix("tcp/").rpartition(":")[0]
+    port = await anyio.to_thread.run_sync(kept_port, parts.journal, hold.shard)
     spec = WorkerSpec(
         fleet=options.fleet,
-        node=me,
+        node=parts.me,
         home=options.home,
-        agent_locator=agent_locator,
-        data_listen=f"tcp/{host}:0",
+        agent_locator=parts.fabric.locators[0],
+        data_listen=f"tcp/{host}:{port}",
         shard=hold.shard,
         stages=hold.stages,
         manifest=hold.manifest,

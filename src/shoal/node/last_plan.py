@@ -1,14 +1,22 @@
-"""The last plans that a node heard of, on its own disk: what it serves when it restarts and no coordinator is there (ADR 4, 5)."""
+"""The last plans that a node heard of, on its own disk: what it serves when it restarts and no coordinator is there (ADR 4, 5).
+
+A plan over several nodes outlives the restart of one of them because its workers listen again where they did: their ports are
+kept, the neighbours go on dialling, and nobody has to be told anything.
+"""
+
+from collections.abc import Mapping
 
 import msgspec
 
-from shoal.fleet.reconcile import Phase, phase
-from shoal.fleet.report import NodeReport
+from shoal.fleet.reconcile import Phase, broken, phase
+from shoal.fleet.report import NodeFacts, NodeReport, ShardId, ShardReport, ShardState
+from shoal.fleet.state import Deployment
 from shoal.fleet.view import CoordinatorView, DeploymentStatus
+from shoal.ids import NodeId
 from shoal.node.journal import Journal
 from shoal.plan.problem import Plan
 
-_KIND, _KEY = "view", "last"
+_KIND, _KEY, _PORT = "view", "last", "port"
 
 
 def remember(journal: Journal, view: CoordinatorView) -> None:
@@ -29,20 +37,70 @@ def says_the_same(view: CoordinatorView, other: CoordinatorView | None) -> bool:
     return other is not None and (view.lease, _plans(view)) == (other.lease, _plans(other))
 
 
-def alone(view: CoordinatorView, report: NodeReport) -> CoordinatorView:
-    """*view* as far as one node can tell it by itself: a plan that lies on it entirely stands where its shards stand.
+class _Port(msgspec.Struct, frozen=True, kw_only=True):
+    port: int
 
-    Others wait: only a coordinator can wire a pipeline again whose worker was started anew.  Any broadcast of that lease is newer.
+
+def keep_port(journal: Journal, shard: ShardId, port: int) -> None:
+    """Remember where the worker of *shard* listens for the stage before it, durably.  Blocks."""
+    journal.put(_PORT, str(shard), _Port(port=port))
+
+
+def kept_port(journal: Journal, shard: ShardId) -> int:
+    """Where it listened last; 0 when that is not known."""
+    kept = journal.get(_PORT, str(shard), _Port)
+    return kept.port if kept is not None else 0
+
+
+def forget_port(journal: Journal, shard: ShardId) -> None:
+    """The shard was given up.  Blocks."""
+    journal.remove(_PORT, str(shard))
+
+
+def alone(view: CoordinatorView, report: NodeReport, others: Mapping[NodeId, NodeReport]) -> CoordinatorView:
+    """*view* as far as one node can tell it by itself, from its own *report* and those of *others* that it hears.
+
+    A node of a plan that is not heard is believed to hold its stage: the way between agents may lead through the coordinator
+    that is away, and stages see for themselves whether the next one lives.  A plan whose first stage is on such a node waits,
+    for nobody could ask it.  Any broadcast of that lease is newer.
     """
-    return msgspec.structs.replace(view, sequence=0, deployments=tuple(_alone(s, report) for s in view.deployments))
+    heard = {**others, report.node: report}
+    return msgspec.structs.replace(view, sequence=0, deployments=tuple(_alone(s, heard) for s in view.deployments))
 
 
-def _alone(status: DeploymentStatus, report: NodeReport) -> DeploymentStatus:
-    plan = status.deployment.answer
-    if isinstance(plan, Plan) and {stage.node for stage in plan.stages} == {report.node}:
-        return msgspec.structs.replace(status, phase=phase(status.deployment, {report.node: report}), reason="")
+def _alone(status: DeploymentStatus, heard: Mapping[NodeId, NodeReport]) -> DeploymentStatus:
+    deployment, plan = status.deployment, status.deployment.answer
+    if isinstance(plan, Plan) and plan.stages[0].node in heard:
+        reports = {
+            **{n: _believed(deployment, plan, n, heard) for n in {s.node for s in plan.stages} - heard.keys()},
+            **heard,
+        }
+        return msgspec.structs.replace(status, phase=phase(deployment, reports), reason=broken(deployment, reports))
     reason = "no coordinator has been heard since this node was started"
     return msgspec.structs.replace(status, phase=Phase.RECOVERING, reason=reason)
+
+
+def _believed(deployment: Deployment, plan: Plan, node: NodeId, heard: Mapping[NodeId, NodeReport]) -> NodeReport:
+    """What a node would report whose stages are as the plan wants them, where those before them send to."""
+    shards: list[ShardReport] = []
+    for index, stage in enumerate(plan.stages):
+        if stage.node == node:
+            shard = ShardId(deployment=deployment.spec.deployment, plan_epoch=deployment.plan_epoch, stage=index)
+            before = (index - 1) % len(plan.stages)
+            sender = msgspec.structs.replace(shard, stage=before)
+            report = heard.get(plan.stages[before].node)
+            known = [s.wired_to for s in (report.shards if report else ()) if s.shard == sender]
+            shards.append(
+                ShardReport(
+                    shard=shard,
+                    state=ShardState.WIRED,
+                    start=stage.start,
+                    stop=stage.stop,
+                    locators=known[0] if known else (),
+                )
+            )
+    facts = NodeFacts(name=node, version="", locators=(), cores=0, memory_total_bytes=0, memory_budget_bytes=0)
+    return NodeReport(node=node, incarnation=0, sequence=0, facts=facts, shards=tuple(shards))
 
 
 def _plans(view: CoordinatorView) -> list[tuple[str, int, int]]:

@@ -1,7 +1,8 @@
 """The shards that this node holds: takes orders, keeps one worker process per shard, reports how far each has come."""
 
+import contextlib
 import threading
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, assert_never
 
@@ -14,6 +15,7 @@ from shoal.errors import ShoalError
 from shoal.fleet.order import Accepted, Hold, Order, Refused, Reply, Retire, Wire
 from shoal.fleet.report import ShardId, ShardReport, ShardState
 from shoal.node.journal import Journal
+from shoal.node.last_plan import forget_port, keep_port
 from shoal.node.mailbox import Mailbox
 from shoal.node.worker_spec import Wiring
 
@@ -55,6 +57,8 @@ class _Kept:
     scope: anyio.CancelScope
     wiring: Wiring | None = None
     silent_looks: int = 0
+    port: int = 0
+    """Of the worker's data session, as it is on disk."""
     ended: anyio.Event = field(default_factory=anyio.Event)
 
 
@@ -160,6 +164,7 @@ class ShardKeeper:
     async def _give_up(self, shard: ShardId) -> None:
         for kind in ("hold", "wire"):
             await anyio.to_thread.run_sync(self._journal.remove, kind, str(shard))
+        await anyio.to_thread.run_sync(forget_port, self._journal, shard)
         if shard in self._kept:
             self._kept[shard].scope.cancel()
 
@@ -226,6 +231,7 @@ class ShardKeeper:
             group.start_soon(until_ended, group.cancel_scope)
             while True:
                 await anyio.sleep(self._look_every_s)
+                await self._keep_port(kept)
                 kept.silent_looks += 1
                 loading = kept.report.state is ShardState.LOADING
                 if kept.silent_looks > (_LOADING_LOOKS if loading else _SILENT_LOOKS):
@@ -234,6 +240,14 @@ class ShardKeeper:
                     group.cancel_scope.cancel()
         return said[0]
 
+    async def _keep_port(self, kept: _Kept) -> None:
+        """Have the worker's port on disk; what the disk does not take is tried again at the next look."""
+        port = port_of(kept.report.locators)
+        if port and port != kept.port:
+            with contextlib.suppress(ShoalError):
+                await anyio.to_thread.run_sync(keep_port, self._journal, kept.hold.shard, port)
+                kept.port = port
+
     def _note(self, kept: _Kept, **fields: object) -> None:
         self._become(kept, msgspec.structs.replace(kept.report, **fields))
 
@@ -241,3 +255,9 @@ class ShardKeeper:
         before, kept.report = kept.report, report
         if (before.state, before.locators) != (kept.report.state, kept.report.locators):
             self._changed()
+
+
+def port_of(locators: Sequence[str]) -> int:
+    """The port of a session, which is the same on each of its addresses; 0 when it says none."""
+    port = locators[0].rpartition(":")[2] if locators else ""
+    return int(port) if port.isdecimal() else 0

@@ -130,7 +130,8 @@ class StageLoop:
     """Why the pipeline does not work as seen from here; empty while it does."""
     _behind: str = ""
     _heard_s: float | None = None
-    _credit: int = -1
+    _credit: tuple[int, int] = (0, -1)
+    """Run and step of the last one."""
     _step_began_s: float | None = None
     _audience: tuple[tuple[str, RequestId], ...] = ()
     _ended: threading.Event = field(default_factory=threading.Event)
@@ -215,15 +216,15 @@ class StageLoop:
                 self.trouble = f"a step of stage {self.shard.stage} has not ended for {self.settings.lost_s:g} s"
             with contextlib.suppress(ShoalError):  # a session that is being closed
                 if self.settings.stages > 1:
-                    self._say_credit(self._credit)
+                    self._say_credit(*self._credit)
                 if self.settings.heartbeat_s < busy_s <= self.settings.lost_s:
                     for reply_to, request in self._audience:
                         self._emit(reply_to, OutputDelta(request=request))
 
-    def _say_credit(self, step: int) -> None:
+    def _say_credit(self, run: int, step: int) -> None:
         # Trouble travels up the pipeline and ends at the first stage: round the ring it would never end.
         trouble = "" if self.settings.is_first else self.trouble or self._behind
-        frame = frames.CreditFrame(plan_epoch=self.shard.plan_epoch, step=step, trouble=trouble)
+        frame = frames.CreditFrame(plan_epoch=self.shard.plan_epoch, step=step, run=run, trouble=trouble)
         self.inbound.put(self._keys.credits_out, pack(frames.encode(frame), {}))
 
     def _emit(self, reply_to: str, delta: OutputDelta) -> None:
@@ -257,8 +258,8 @@ class StageLoop:
             case SendTokens(frame=tokens):
                 self._send(self._keys.tokens, pack(frames.encode(tokens), {}))
             case SendCredit(frame=credit):
-                self._credit = credit.step
-                self._say_credit(credit.step)
+                self._credit = (credit.run, credit.step)
+                self._say_credit(*self._credit)
             case SendSent(frame=sent):
                 self._send(self._keys.frames_out, pack(frames.encode(sent), {}))
             case Emit(reply_to=reply_to, delta=delta):

@@ -6,8 +6,10 @@ happens when its agent says so and also when the agent dies.  Reports go to the 
 
 import contextlib
 import os
+import secrets
 import sys
 import threading
+import time
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -16,7 +18,7 @@ import msgspec
 from structlog.typing import FilteringBoundLogger
 
 from shoal.clock import Clock, SystemClock
-from shoal.errors import ShardLostError, ShoalError
+from shoal.errors import PortInUseError, ShardLostError, ShoalError
 from shoal.fleet.report import ShardReport, ShardState
 from shoal.ids import NodeId
 from shoal.node.artifacts import Artifact, load_shard, open_artifact
@@ -35,9 +37,10 @@ from shoal.store.home import Store, open_store
 from shoal.transport.bus import Bus
 from shoal.transport.keys import ROOT, WorkerTopic, key_of
 from shoal.transport.shaped import Link, ShapedBus, Way
-from shoal.transport.zenoh import open_control, open_data
+from shoal.transport.zenoh import ZenohBus, open_control, open_data
 
 _REPORT_EVERY_S = 0.5
+_PORT_PATIENCE_S = 5.0
 
 
 @dataclass(slots=True)
@@ -148,6 +151,7 @@ def stage_settings(spec: WorkerSpec, artifact: Artifact, takes: tuple[TensorForm
         vocabulary=model.vocabulary,
         eos_token_ids=model.eos_token_ids,
         takes=takes,
+        run=secrets.randbits(32),
         scheduler=SchedulerSettings(in_flight=spec.in_flight),
     )
 
@@ -162,7 +166,7 @@ def serve(spec: WorkerSpec, control: Bus, backend: Backend, store: Store, log: F
     try:
         artifact = open_artifact(store, spec.manifest)
         session, takes = _load(spec, store, artifact, backend)
-        inbound = open_data(listen=(spec.data_listen,))
+        inbound = _listen(spec.data_listen)
     except ShoalError as error:
         reporter.tell(ShardState.FAILED, error)
         raise
@@ -198,6 +202,22 @@ def serve(spec: WorkerSpec, control: Bus, backend: Backend, store: Store, log: F
         wirer.close()
         inbound.close()
         session.close()
+
+
+def _listen(wanted: str) -> ZenohBus:
+    """Listen where the others know this shard from before; elsewhere only if somebody else has taken that port.
+
+    The worker of the node's last start may still be on its way out.
+    """
+    host, _, port = wanted.rpartition(":")
+    until_s = time.monotonic() + (_PORT_PATIENCE_S if int(port) else 0.0)
+    while True:
+        try:
+            return open_data(listen=(wanted,))
+        except PortInUseError:
+            if time.monotonic() >= until_s:
+                return open_data(listen=(f"{host}:0",))
+            time.sleep(0.2)
 
 
 def _load(

@@ -54,6 +54,11 @@ class Edge:
         while self.unacked and self.unacked[0][0] <= step:
             self.unacked.popleft()
 
+    def renew(self) -> None:
+        """Another run: nobody waits for what was on its way."""
+        self.outbox.clear()
+        self.unacked.clear()
+
     def silent_s(self, now_s: float) -> float:
         """For how long something has been owed without a sign of life."""
         owed_since_s = self.unacked[0][1] if self.unacked else self.told_s

@@ -169,7 +169,7 @@ class FirstStage:
             return None
         step = self._take_step()
         self.flights[step] = Flight((), self.now_s, probe=True)
-        return BatchFrame(plan_epoch=self.settings.plan_epoch, step=step, probe=True)
+        return BatchFrame(plan_epoch=self.settings.plan_epoch, run=self.settings.run, step=step, probe=True)
 
     def _oldest_s(self) -> float:
         return min((f.sent_s for f in self.flights.values()), default=self.now_s)
@@ -214,14 +214,16 @@ class FirstStage:
         if not self.closing:
             return None
         closed, self.closing = tuple(self.closing), []
-        return BatchFrame(plan_epoch=self.settings.plan_epoch, step=self._take_step(), closed=closed)
+        return BatchFrame(
+            plan_epoch=self.settings.plan_epoch, run=self.settings.run, step=self._take_step(), closed=closed
+        )
 
     def _infer_frame(self) -> tuple[BatchFrame, Tensors]:
         submit, tensors = self.infers.popleft()
         infer = InferStep(request=submit.request, reply_to=submit.reply_to)
         step = self._take_step()
         self.flights[step] = Flight((), self.now_s, infer=infer)
-        return BatchFrame(plan_epoch=self.settings.plan_epoch, step=step, infer=infer), tensors
+        return BatchFrame(plan_epoch=self.settings.plan_epoch, run=self.settings.run, step=step, infer=infer), tensors
 
     def _rows_frame(self, batch: tuple[SequenceStep, ...]) -> tuple[BatchFrame, Tensors]:
         step = self._take_step()
@@ -237,7 +239,9 @@ class FirstStage:
             if not sequence.opened:
                 opened.append(_opened(sequence))
             sequence.opened, sequence.scheduled, sequence.last_step = True, rows.start + rows.count, step
-        frame = BatchFrame(plan_epoch=self.settings.plan_epoch, step=step, sequences=batch, opened=tuple(opened))
+        frame = BatchFrame(
+            plan_epoch=self.settings.plan_epoch, run=self.settings.run, step=step, sequences=batch, opened=tuple(opened)
+        )
         return frame, {INPUT_IDS: np.array([ids], np.int64)}
 
     def _take_step(self) -> int:

@@ -5,6 +5,9 @@ stage sends token ids, never logits; defaults are left out; structs that repeat 
 that carries rows, an inference or failures is answered by exactly one tokens frame, so that the first stage can count what is in
 the pipeline.  Credits are cumulative (`all steps up to`), so that a lost one heals itself, and said again every second: as a
 sign of life.
+
+Steps are counted by the first stage, from 0 in each *run* of it: a first stage that was started anew begins another run, and
+whatever belongs to an older one is over.
 """
 
 from typing import TypeVar
@@ -62,6 +65,7 @@ class BatchFrame(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, 
     closed: tuple[ClosedSequence, ...] = ()
     failed: tuple[Failure, ...] = ()
     infer: InferStep | None = None
+    run: int = 0
     probe: bool = False
     """Asks for an answer and nothing else: what was sent before it and is not answered by then is lost."""
 
@@ -84,6 +88,7 @@ class TokensFrame(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True,
     step: int
     tokens: tuple[RequestTokens, ...] = ()
     failed: tuple[Failure, ...] = ()
+    run: int = 0
 
 
 class CreditFrame(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="credit"):
@@ -91,6 +96,7 @@ class CreditFrame(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True,
 
     plan_epoch: int
     step: int
+    run: int = 0
     trouble: str = ""
     """Why the pipeline behind the sender does not work."""
 
@@ -100,6 +106,7 @@ class SentFrame(msgspec.Struct, frozen=True, kw_only=True, tag="sent"):
 
     plan_epoch: int
     step: int
+    run: int = 0
 
 
 class HelloFrame(msgspec.Struct, frozen=True, kw_only=True, tag="hello"):

@@ -18,6 +18,7 @@ class StageSettings(msgspec.Struct, frozen=True, kw_only=True):
 
     `slots` and `context_tokens` size the cache; both are 0 for a model that only infers.  `sends` names the tensors that the next
     stage needs (empty: exactly the shard's outputs); those that the shard does not make are passed on from its input.
+    `run` tells this start of a first stage from others, for the stages that outlive it.
     `takes` says what must come with a frame (empty: whatever comes).
     Every `heartbeat_s` each request gets a sign of life (an empty delta), so that gateways can tell slow from gone.
     `credits` frames at most are on their way to the next stage.  A frame that has been out for `remind_s` is followed by a
@@ -33,6 +34,7 @@ class StageSettings(msgspec.Struct, frozen=True, kw_only=True):
     context_tokens: int = 0
     vocabulary: int = 0
     eos_token_ids: tuple[int, ...] = ()
+    run: int = 0
     sends: tuple[str, ...] = ()
     takes: tuple[TensorForm, ...] = ()
     credits: int = 4

@@ -13,6 +13,8 @@ step.
 What can go wrong.  A frame of another plan epoch, of an old step, or naming impossible slots is dropped and counted in
 `discarded`.  A sequence whose earlier rows never arrived here (a lost frame) fails as `shard_lost` in the frame itself, its
 neighbours go on.  A failed engine step fails the requests of that frame; the failure travels down the pipeline like a result.
+A stage that was started anew knows nothing: its neighbours' sequences fail as if their frames had been lost.  If it is the first,
+it begins another run, and the stages that outlived it forget the old one.
 A next stage that falls silent is `trouble`: every stage hears of it from the one behind it, the first ends what it serves and
 refuses what comes until there are signs of life again.  What is made of it is the shell's to say: the fleet plans anew.
 """
@@ -74,6 +76,8 @@ class StageState:
     last: LastStage | None
     inbox: deque[Work] = field(default_factory=deque)
     running: Work | None = None
+    run: int | None = None
+    """Whose steps are counted; None before the first frame."""
     last_step: int = -1
     began_s: float | None = None
     now_s: float = 0.0
@@ -85,6 +89,7 @@ class StageState:
 
     def __post_init__(self) -> None:
         self.edge = Edge(self.settings.credits)
+        self.run = self.settings.run if self.settings.is_first else None
 
 
 def start(settings: StageSettings) -> StageState:
@@ -134,10 +139,9 @@ def _take_first(
         return []
     match given:
         case TokensArrived(frame=frame):
-            _acknowledge(state, frame.plan_epoch, frame.step)
-            known = frame.plan_epoch == state.settings.plan_epoch and frame.step in first.flights
-            state.discarded += not known
-            return first.take_tokens(frame) if known else []
+            ours = _acknowledge(state, frame) and frame.run == state.run
+            state.discarded += not ours or frame.step not in first.flights
+            return first.take_tokens(frame) if ours else []
         case SubmitArrived(submit=submit):
             broken = state.trouble or state.behind
             return first.refuse(submit, ShardLostError.code, broken) if broken else first.submit(submit)
@@ -153,13 +157,31 @@ def _take_first(
 
 
 def _arrive(state: StageState, frame: BatchFrame, tensors: Tensors) -> list[Effect]:
-    timely = state.last_step < frame.step <= state.last_step + MAX_GAP or state.last_step < 0
-    if state.first is not None or not timely or not plausible(frame, tensors, state.settings):
+    if state.first is not None or not plausible(frame, tensors, state.settings):
         state.discarded += 1
         return []
+    effects = _follow(state, frame.run)
+    timely = state.last_step < frame.step <= state.last_step + MAX_GAP or state.last_step < 0
+    if not timely:
+        state.discarded += 1
+        return effects
     state.last_step = frame.step
     state.inbox.append((frame, tensors))
-    return []
+    return effects
+
+
+def _follow(state: StageState, run: int) -> list[Effect]:
+    """Forget all of the run before, if this is another one."""
+    if run == state.run:
+        return []
+    state.run, state.last_step = run, -1
+    state.inbox.clear()
+    state.edge.renew()
+    slots, state.slots.held = list(state.slots.held), {}
+    if state.last is not None:
+        state.last.samplers.clear()
+    # What runs now keeps its cache; its slot is opened again before anybody else uses it.
+    return [] if state.running is not None else [ReleaseSlot(slot=slot) for slot in slots]
 
 
 def _reminded(state: StageState, frame: SentFrame) -> list[Effect]:
@@ -167,25 +189,27 @@ def _reminded(state: StageState, frame: SentFrame) -> list[Effect]:
     if state.first is not None or frame.plan_epoch != state.settings.plan_epoch or frame.step < 0:
         state.discarded += 1
         return []
+    effects = _follow(state, frame.run)
     state.last_step = frame.step
     if state.running is not None or state.inbox or state.edge.outbox:
-        return []
-    return [SendCredit(frame=CreditFrame(plan_epoch=frame.plan_epoch, step=frame.step))]
+        return effects
+    return [*effects, SendCredit(frame=CreditFrame(plan_epoch=frame.plan_epoch, step=frame.step, run=frame.run))]
 
 
 def _credit(state: StageState, frame: CreditFrame) -> list[Effect]:
-    if not _acknowledge(state, frame.plan_epoch, frame.step):
+    if not _acknowledge(state, frame):
         state.discarded += 1
         return []
     news, state.behind = frame.trouble != state.behind, frame.trouble
     return state.first.abandon(ShardLostError.code, state.behind) if state.first and news and state.behind else []
 
 
-def _acknowledge(state: StageState, plan_epoch: int, step: int) -> bool:
-    """Forget what the next stage is done with: all up to *step*; False when it speaks of another plan."""
-    if plan_epoch != state.settings.plan_epoch:
+def _acknowledge(state: StageState, frame: CreditFrame | TokensFrame) -> bool:
+    """Forget what the next stage is done with: all up to its step; False when it speaks of another plan."""
+    if frame.plan_epoch != state.settings.plan_epoch:
         return False
-    state.edge.acknowledge(step)
+    if frame.run == state.run:
+        state.edge.acknowledge(frame.step)
     state.edge.hear(state.now_s)
     return True
 
@@ -240,7 +264,11 @@ def _ask(state: StageState) -> list[Effect]:
         probe = state.first.probe({step for step, _ in edge.unacked})
         edge.outbox.extend([(probe, {})] if probe else [])
     newest = edge.reminder(state.now_s, settings.remind_s)
-    return [] if newest is None else [SendSent(frame=SentFrame(plan_epoch=settings.plan_epoch, step=newest))]
+    return (
+        []
+        if newest is None
+        else [SendSent(frame=SentFrame(plan_epoch=settings.plan_epoch, step=newest, run=state.run or 0))]
+    )
 
 
 def _step_done(state: StageState, outputs: Tensors) -> list[Effect]:
@@ -273,6 +301,8 @@ def _step_failed(state: StageState, code: str, text: str) -> list[Effect]:
 def _complete(state: StageState, frame: BatchFrame, inputs: Tensors, outputs: Tensors) -> list[Effect]:
     """Pass a frame's results on: to the next stage, or back to the first as tokens."""
     effects: list[Effect] = []
+    if frame.run != state.run:
+        return effects
     if state.last is not None:
         effects += _answer(state, state.last, frame, outputs)
     else:
@@ -281,7 +311,7 @@ def _complete(state: StageState, frame: BatchFrame, inputs: Tensors, outputs: Te
     # Between two stages the answer says as much as a credit would, and nothing is to be read beside it.
     answered = state.settings.stages == 2 and frame.wants_answer()
     if state.first is None and not answered:
-        effects.append(SendCredit(frame=CreditFrame(plan_epoch=frame.plan_epoch, step=frame.step)))
+        effects.append(SendCredit(frame=CreditFrame(plan_epoch=frame.plan_epoch, step=frame.step, run=frame.run)))
     return effects
 
 
@@ -292,7 +322,9 @@ def _answer(state: StageState, last: LastStage, frame: BatchFrame, outputs: Tens
         effects.append(EmitResult(reply_to=frame.infer.reply_to, done=done, tensors=outputs))
     wanted = any(s.logits for s in frame.sequences)
     tokens, failed = last.sample_step(frame.sequences, outputs[LOGITS]) if wanted else ((), ())
-    answer = TokensFrame(plan_epoch=frame.plan_epoch, step=frame.step, tokens=tokens, failed=frame.failed + failed)
+    answer = TokensFrame(
+        plan_epoch=frame.plan_epoch, step=frame.step, run=frame.run, tokens=tokens, failed=frame.failed + failed
+    )
     if not frame.wants_answer():
         return effects
     if state.first is not None:

@@ -12,7 +12,7 @@ import pytest
 from structlog.typing import FilteringBoundLogger
 
 from shoal.clock import SystemClock
-from shoal.errors import ContextLengthError, ShardLostError
+from shoal.errors import ContextLengthError, ShardLostError, ShoalError
 from shoal.fleet.report import ShardId
 from shoal.ids import DeploymentId, NodeId, RequestId
 from shoal.node.pipeline import AnswerDesk, Pipeline
@@ -266,6 +266,26 @@ def test_a_stage_shows_signs_of_life_to_both_sides_while_its_engine_is_busy(
             assert {seen.get(timeout=10) for _ in range(4)} == {"credit", "delta"}
         finally:
             free.set()
+
+
+def test_an_engine_that_fails_in_a_way_of_its_own_ends_that_answer_and_serves_the_next(
+    bus_of: Attach, log: FilteringBoundLogger, logged: io.StringIO
+) -> None:
+    ailing = [KeyError("embedding"), IndexError("tuple index out of range")]
+
+    def step(_seconds: float) -> None:
+        if ailing:
+            raise ailing.pop()
+
+    async def then(executor: StagedExecutor, _: Pipeline) -> None:
+        for error in ("IndexError", "KeyError"):
+            with pytest.raises(ShoalError, match=error):
+                await tokens(executor, asked(f"unlucky {error}"))
+        assert len(await tokens(executor, asked("next"))) == 12
+
+    with stages_of(2, bus_of, log, step_s=0.001, wait=step) as stages:
+        use(bus_of, log, stages, then)
+    assert logged.getvalue().count("step.failed") == 2
 
 
 def test_a_pipeline_that_is_no_more_breaks_its_answers_off_and_no_others(

@@ -5,9 +5,10 @@ impossible slots, carries other tensors than the shard takes, or asks for what n
 nobody looks again.  Ids of a vocabulary that is not known are only checked for their sign.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from shoal.errors import InvalidRequestError
+from shoal.ids import RequestId
 from shoal.runtime.effects import Tensors
 from shoal.runtime.frames import BatchFrame, OpenedSequence
 from shoal.runtime.ports import SequenceStep
@@ -21,27 +22,29 @@ MAX_GAP = 1 << 20
 
 def plausible(frame: BatchFrame, tensors: Tensors, settings: StageSettings) -> bool:
     """Whether a stage with *settings* can act on *frame* and the tensors beside it."""
-    named = [s.slot for s in frame.sequences] + [s.slot for s in frame.opened] + [s.slot for s in frame.closed]
+    named = [s.slot for s in frame.opened] + [s.slot for s in frame.closed]
     return (
         frame.plan_epoch == settings.plan_epoch
         and frame.step >= 0
         and all(0 <= slot < settings.slots for slot in named)
         and _rows_fit(frame.sequences, settings)
-        and _distinct(s.slot for s in frame.opened)
+        and len({s.slot for s in frame.opened}) == len(frame.opened)
         and all(_can_open(opened, settings) for opened in frame.opened)
         and _carries(frame, tensors, settings)
     )
 
 
 def _rows_fit(sequences: Sequence[SequenceStep], settings: StageSettings) -> bool:
-    rows = all(s.start >= 0 and 0 <= s.logits <= s.count and s.count > 0 for s in sequences)
-    inside = all(s.start + s.count <= settings.context_tokens for s in sequences)
-    return rows and inside and _distinct(s.slot for s in sequences) and _distinct(s.request for s in sequences)
-
-
-def _distinct(values: Iterable[object]) -> bool:
-    found = list(values)
-    return len(set(found)) == len(found)
+    """Asked of every frame: one pass, no generators."""
+    slots: set[int] = set()
+    requests: set[RequestId] = set()
+    for s in sequences:
+        rows = s.start >= 0 and 0 <= s.logits <= s.count and s.count > 0
+        if not rows or s.start + s.count > settings.context_tokens or not 0 <= s.slot < settings.slots:
+            return False
+        slots.add(s.slot)
+        requests.add(s.request)
+    return len(slots) == len(requests) == len(sequences)
 
 
 def _can_open(opened: OpenedSequence, settings: StageSettings) -> bool:
@@ -49,14 +52,9 @@ def _can_open(opened: OpenedSequence, settings: StageSettings) -> bool:
         check_sampling(opened.sampling, settings.vocabulary)
     except InvalidRequestError:
         return False
-    known = range(settings.vocabulary or 1 << 62)
-    return 0 < len(opened.prompt) <= settings.context_tokens and all(
-        min_max in known for min_max in _ends(opened.prompt)
-    )
-
-
-def _ends(prompt: Sequence[int]) -> tuple[int, int]:
-    return min(prompt), max(prompt)
+    if not 0 < len(opened.prompt) <= settings.context_tokens:
+        return False
+    return min(opened.prompt) >= 0 and max(opened.prompt) < (settings.vocabulary or 1 << 31)
 
 
 def _carries(frame: BatchFrame, tensors: Tensors, settings: StageSettings) -> bool:

@@ -208,7 +208,10 @@ def test_garbage_is_dropped_and_counted_and_said_once(
     assert logged.getvalue().count("answer.dropped") == 4
 
 
-def test_a_request_that_nobody_listens_to_any_more_gives_its_slot_up(bus_of: Attach, log: FilteringBoundLogger) -> None:
+@pytest.mark.parametrize("count", [1, 2], ids=["alone", "two stages"])
+def test_a_request_that_nobody_listens_to_any_more_gives_its_slot_up(
+    count: int, bus_of: Attach, log: FilteringBoundLogger
+) -> None:
     async def then(executor: StagedExecutor, _: Pipeline) -> None:
         running = [executor.generate(asked(f"left{n}", max_tokens=240)) for n in range(SLOTS)]
         for one in running:
@@ -217,9 +220,38 @@ def test_a_request_that_nobody_listens_to_any_more_gives_its_slot_up(bus_of: Att
 
         assert len(await tokens(executor, asked("next", max_tokens=3))) == 3
 
-    with stages_of(2, bus_of, log, step_s=0.02) as stages:  # 240 tokens would take five seconds
+    with stages_of(count, bus_of, log, step_s=0.02) as stages:  # 240 tokens would take five seconds
         use(bus_of, log, stages, then)
         assert stages.loops[0].steps < 120
+
+
+@pytest.mark.parametrize("count", [1, 2], ids=["alone", "two stages"])
+def test_a_short_request_beside_a_long_one_is_answered_first(
+    count: int, bus_of: Attach, log: FilteringBoundLogger
+) -> None:
+    async def then(executor: StagedExecutor, _: Pipeline) -> None:
+        long = executor.generate(asked("long", max_tokens=240))
+        await anext(long)
+
+        assert len(await tokens(executor, asked("short", max_tokens=3))) == 3
+        assert stages.loops[0].steps < 120
+        await long.aclose()
+
+    with stages_of(count, bus_of, log, step_s=0.02) as stages:
+        use(bus_of, log, stages, then)
+
+
+def test_a_stage_alone_is_stopped_between_two_tokens(bus_of: Attach, log: FilteringBoundLogger) -> None:
+    async def then(executor: StagedExecutor, _: Pipeline) -> None:
+        running = executor.generate(asked("cut", max_tokens=240))
+        await anext(running)
+        stages.loops[0].inbox.put(Stopped())
+        with pytest.raises(ShardLostError, match="stopping"):
+            async for _delta in running:
+                pass
+
+    with stages_of(1, bus_of, log, step_s=0.02) as stages:
+        use(bus_of, log, stages, then)
 
 
 def test_a_prompt_that_cannot_fit_comes_back_as_that_error(bus_of: Attach, log: FilteringBoundLogger) -> None:

@@ -231,15 +231,17 @@ class StageLoop:
         self.control.put(reply_to, pack(frames.encode(frames.Delta(delta=delta)), {}), lane=Lane.DECODE)
 
     def _advance(self, state: stage.StageState, given: StageInput) -> stage.StageState:
-        pending: list[StageInput] = [given]
-        while pending:
-            state, effects = stage.advance(state, pending.pop(0))
-            for effect in effects:
-                pending += self._carry_out(state, effect)
+        state, effects = stage.advance(state, given)
+        for effect in effects:
+            self._carry_out(state, effect)
         return state
 
-    def _run_step(self, state: stage.StageState, effect: RunStep) -> list[StageInput]:
-        """Call the engine; after a long call the machine must know how late it is before it goes on."""
+    def _run_step(self, state: stage.StageState, effect: RunStep) -> None:
+        """Call the engine; its result waits behind what came meanwhile.
+
+        A stage alone would never come to it otherwise: each of its steps asks for the next, and cancelled or new requests
+        wait for the last token of those that run.  After a long call the machine must know how late it is before it goes on.
+        """
         if state.first is not None:
             self._audience = tuple(state.first.audience())
         began_s = self._step_began_s = self.clock.now_s()
@@ -247,12 +249,14 @@ class StageLoop:
             done = self._step(effect)
         finally:
             self._step_began_s = None
-        return [self._tick(), done] if self.clock.now_s() - began_s > _TICK_S else [done]
+        if self.clock.now_s() - began_s > _TICK_S:
+            self.inbox.put(self._tick())
+        self.inbox.put(done)
 
-    def _carry_out(self, state: stage.StageState, effect: Effect) -> list[StageInput]:
+    def _carry_out(self, state: stage.StageState, effect: Effect) -> None:
         match effect:
             case RunStep():
-                return self._run_step(state, effect)
+                self._run_step(state, effect)
             case SendFrame(frame=frame, tensors=tensors):
                 self._send(self._keys.frames_out, pack(frames.encode(frame), tensors))
             case SendTokens(frame=tokens):
@@ -272,7 +276,6 @@ class StageLoop:
                 self.log.warning("stage.trouble", shard=str(self.shard), trouble=trouble)
             case _:
                 assert_never(effect)
-        return []
 
     def _step(self, effect: RunStep) -> StageInput:
         began_s = time.perf_counter()

@@ -21,11 +21,24 @@ from shoal.fleet.state import (
     standing,
 )
 from shoal.ids import DeploymentId, Digest, NodeId
-from shoal.plan.problem import Infeasible
+from shoal.plan.problem import Estimate, Infeasible, Objective, Plan, RequestShape, Stage
 
 A, B = NodeId("a"), NodeId("b")
 CHAT = DeploymentId("chat")
 NO_ROOM = Infeasible(reason="too big", needed_bytes=2, available_bytes=1)
+
+
+ON_BOTH = Plan(
+    stages=tuple(
+        Stage(
+            node=node, start=i, stop=i + 1, weights_bytes=1, kv_bytes=1, memory_bytes=2, prefill_s=1, decode_s=1,
+            send_prefill_s=0, send_decode_s=0,
+        )
+        for i, node in enumerate((A, B))
+    ),
+    objective=Objective.LATENCY, shape=RequestShape(), lower_bound=1, gap=0, solver="test",
+    estimate=Estimate(time_to_first_token_s=1, time_per_output_token_s=1, tokens_per_s=1, latency_s=1),
+)  # fmt: skip
 
 
 def facts(name: str = "box") -> NodeFacts:
@@ -43,11 +56,21 @@ def spec(generation: int = 1) -> DeploymentSpec:
 nodes = st.sampled_from([A, B])
 small = st.integers(1, 4)
 events: st.SearchStrategy[Event] = st.one_of(
-    st.builds(lambda n, i, s, t: NodeHeard(report=report(n, i, s), at_s=float(t)), nodes, small, small, small),
+    st.builds(
+        lambda n, i, s, leaving: NodeHeard(report=report(n, i, s, leaving=leaving), at_s=float(10 * i + s)),
+        nodes,
+        small,
+        small,
+        st.booleans(),
+    ),
     st.builds(NodeForgotten, node=nodes, incarnation=small),
     st.builds(lambda g: DeploymentWanted(spec=spec(g)), small),
     st.builds(lambda g: DeploymentDropped(deployment=CHAT, generation=g), small),
-    st.builds(lambda e: PlanMade(deployment=CHAT, plan_epoch=e, answer=NO_ROOM, at_s=float(e)), small),
+    st.builds(
+        lambda e, answer: PlanMade(deployment=CHAT, plan_epoch=e, answer=answer, at_s=float(e)),
+        small,
+        st.sampled_from([NO_ROOM, ON_BOTH]),
+    ),
 )
 
 

@@ -9,7 +9,16 @@ from shoal.fleet.order import Hold, Order, Retire, Wire
 from shoal.fleet.reconcile import Phase, broken, cut_pairs, heard, missing_orders, phase, promised_bytes, sources
 from shoal.fleet.report import NodeFacts, NodeReport, ShardId, ShardReport, ShardState
 from shoal.fleet.spec import DeploymentSpec
-from shoal.fleet.state import DeploymentDropped, DeploymentWanted, FleetState, NodeHeard, PlanMade, apply
+from shoal.fleet.state import (
+    DRAINED_AFTER_S,
+    DeploymentDropped,
+    DeploymentWanted,
+    FleetState,
+    NodeHeard,
+    PlanMade,
+    apply,
+    drained,
+)
 from shoal.ids import DeploymentId, Digest, NodeId
 from shoal.plan.problem import Estimate, Objective, Plan, RequestShape, Stage
 
@@ -310,24 +319,77 @@ def test_memory_is_promised_to_others_from_the_moment_of_the_plan_and_counted_on
     assert promised_bytes(heard(state, 0.0).values(), deployments, another) == expected
 
 
-def leaving(state: FleetState, node: NodeId, live_requests: int) -> FleetState:
+def leaving(state: FleetState, node: NodeId, live_requests: int, at_s: float) -> FleetState:
+    """*state* after everybody was heard at *at_s*, *node* with the word that it leaves."""
     for name, member in state.members.items():
         shards = tuple(
             msgspec.structs.replace(s, live_requests=live_requests if s.shard.stage == 0 else 0)
             for s in member.report.shards
         )
-        said = msgspec.structs.replace(member.report, sequence=10_000, shards=shards, leaving=name == node)
-        state = apply(state, NodeHeard(report=said, at_s=0.0))
+        said = msgspec.structs.replace(
+            member.report, sequence=member.report.sequence + 1, shards=shards, leaving=name == node
+        )
+        state = apply(state, NodeHeard(report=said, at_s=at_s))
     return state
 
 
-def test_a_plan_drains_while_a_leaving_node_still_serves_a_request() -> None:
-    state = leaving(settle(wanted(plan(*NODES[:2])), SimulatedNodes()), NODES[1], live_requests=1)
+def standing_of(state: FleetState, at_s: float) -> tuple[Phase, str]:
+    """Phase of the deployment, and why its plan is broken."""
+    deployment, reports, gone = state.deployments[CHAT], heard(state, at_s), drained(state, CHAT)
+    return phase(deployment, reports, drained=gone), broken(deployment, reports, drained=gone)
 
-    assert phase(state.deployments[CHAT], heard(state, 0.0)) is Phase.DRAINING
+
+@pytest.fixture
+def serving() -> FleetState:
+    """Two stages at work, heard at second 0."""
+    nodes = SimulatedNodes()
+    return nodes.tell(settle(wanted(plan(*NODES[:2])), nodes), 0.0)
 
 
-def test_a_drained_plan_is_made_anew_without_the_leaving_node() -> None:
-    state = leaving(settle(wanted(plan(*NODES[:2])), SimulatedNodes()), NODES[1], live_requests=0)
+@pytest.mark.parametrize("leaver", NODES[:2])
+def test_a_plan_drains_for_as_long_as_a_request_is_served_and_is_then_made_anew(
+    serving: FleetState, leaver: NodeId
+) -> None:
+    state = serving
+    for at_s in (1.0, 2.0, 9.0):
+        state = leaving(state, leaver, live_requests=1, at_s=at_s)
+        assert standing_of(state, at_s) == (Phase.DRAINING, "")
 
-    assert broken(state.deployments[CHAT], heard(state, 0.0)) == "node b is leaving"
+    state = leaving(state, leaver, live_requests=0, at_s=10.0)
+    assert standing_of(state, 10.0) == (Phase.DRAINING, "")
+
+    state = leaving(state, leaver, live_requests=0, at_s=10.0 + DRAINED_AFTER_S)
+    assert standing_of(state, 10.0 + DRAINED_AFTER_S) == (Phase.RECOVERING, f"node {leaver} is leaving")
+
+
+def test_a_request_that_shows_only_after_the_leaving_is_waited_for(serving: FleetState) -> None:
+    state = leaving(serving, NODES[1], live_requests=0, at_s=1.0)  # a report older than the request
+    state = leaving(state, NODES[1], live_requests=1, at_s=1.2)
+    state = leaving(state, NODES[1], live_requests=1, at_s=3.0)
+    assert standing_of(state, 3.0) == (Phase.DRAINING, "")
+
+    state = leaving(state, NODES[1], live_requests=0, at_s=3.2)
+    state = leaving(state, NODES[1], live_requests=0, at_s=3.3)
+    assert standing_of(state, 3.3) == (Phase.DRAINING, ""), "the quiet before the request does not count"
+
+
+def test_a_first_stage_that_is_not_heard_does_not_count_as_drained(serving: FleetState) -> None:
+    state = serving
+    for at_s in (0.9, 1.0):
+        state = leaving(state, NODES[1], live_requests=0, at_s=at_s)
+    assert CHAT in state.quiet_since_s
+
+    assert standing_of(state, 1.0 + 1.4 * DRAINED_AFTER_S) == (Phase.DRAINING, "")
+
+
+def test_the_next_plan_begins_its_own_quiet_and_a_node_that_stays_ends_it(serving: FleetState) -> None:
+    state = serving
+    for at_s in (1.0, 2.0, 5.0):
+        state = leaving(state, NODES[1], live_requests=0, at_s=at_s)
+    assert drained(state, CHAT)
+
+    made = PlanMade(deployment=CHAT, plan_epoch=2, answer=plan(*NODES[:2]), at_s=5.0)
+    assert not drained(apply(state, made), CHAT)
+    for at_s in (5.1, 5.2):  # it was started anew, and does not leave any more
+        state = leaving(state, NODES[2], live_requests=0, at_s=at_s)
+    assert not drained(state, CHAT)

@@ -10,7 +10,7 @@ import msgspec
 from shoal.errors import NodeUnreachableError
 from shoal.fleet.order import Hold, Order, Retire, Wire
 from shoal.fleet.report import NodeReport, ShardId, ShardReport, ShardState
-from shoal.fleet.state import Deployment, FleetState, Standing, standing
+from shoal.fleet.state import Deployment, FleetState, Standing, drained, standing
 from shoal.ids import DeploymentId, Digest, NodeId
 from shoal.plan.problem import Infeasible, Plan
 
@@ -22,7 +22,7 @@ class Phase(StrEnum):
     LOADING = "loading"
     SERVING = "serving"
     DRAINING = "draining"
-    """A node of the plan is leaving: running requests end, new ones wait."""
+    """A node of the plan is leaving: running requests end, new ones are asked to come again (503 with Retry-After)."""
     RECOVERING = "recovering"
     REFUSED = "refused"
 
@@ -34,15 +34,15 @@ class Addressed(msgspec.Struct, frozen=True, kw_only=True):
     order: Order
 
 
-def phase(deployment: Deployment, reports: Mapping[NodeId, NodeReport]) -> Phase:
-    """The deployment's phase, given the newest reports of the nodes that are heard."""
+def phase(deployment: Deployment, reports: Mapping[NodeId, NodeReport], *, drained: bool = False) -> Phase:
+    """The deployment's phase, given the newest reports of the nodes that are heard; *drained*: see `state.drained`."""
     match deployment.answer:
         case None:
             return Phase.PLANNING
         case Infeasible():
             return Phase.REFUSED
         case Plan() as plan:
-            if broken(deployment, reports):
+            if broken(deployment, reports, drained=drained):
                 return Phase.RECOVERING
             shards = [_shard_of(deployment, plan, i, reports) for i in range(len(plan.stages))]
             if any(reports[s.node].leaving for s in plan.stages):
@@ -51,7 +51,7 @@ def phase(deployment: Deployment, reports: Mapping[NodeId, NodeReport]) -> Phase
             return Phase.SERVING if wired else Phase.LOADING
 
 
-def broken(deployment: Deployment, reports: Mapping[NodeId, NodeReport]) -> str:
+def broken(deployment: Deployment, reports: Mapping[NodeId, NodeReport], *, drained: bool = False) -> str:
     """Why the current plan cannot go on and another is needed; empty when it can."""
     plan = deployment.answer
     if not isinstance(plan, Plan):
@@ -63,10 +63,9 @@ def broken(deployment: Deployment, reports: Mapping[NodeId, NodeReport]) -> str:
         if shard is not None and shard.state is ShardState.FAILED:
             return f"stage {index} on {stage.node} failed: {shard.error}"
     shards = [_shard_of(deployment, plan, i, reports) for i in range(len(plan.stages))]
-    if shards[0] is None or not shards[0].live_requests + shards[0].waiting_requests:
-        for stage in plan.stages:
-            if reports[stage.node].leaving:
-                return f"node {stage.node} is leaving"
+    leaving = [stage.node for stage in plan.stages if reports[stage.node].leaving]
+    if leaving and (drained or shards[0] is None):
+        return f"node {leaving[0]} is leaving"
     for index, shard in enumerate(shards):
         follower = (index + 1) % len(shards)
         if shard is not None and _suffers(shard, shards[follower]):
@@ -81,8 +80,9 @@ def missing_orders(state: FleetState, fencing_epoch: int, now_s: float) -> tuple
     """Every order that would bring the reported state nearer to the wanted one, in no particular order."""
     reports = heard(state, now_s)
     orders: list[Addressed] = []
-    for deployment in state.deployments.values():
-        if isinstance(deployment.answer, Plan) and not broken(deployment, reports):
+    for name, deployment in state.deployments.items():
+        sound = not broken(deployment, reports, drained=drained(state, name))
+        if isinstance(deployment.answer, Plan) and sound:
             orders += _towards(deployment, deployment.answer, reports, fencing_epoch)
     wanted = {n: d.plan_epoch for n, d in state.deployments.items()}
     for node, report in reports.items():

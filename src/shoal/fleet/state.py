@@ -9,13 +9,18 @@ from typing import assert_never
 
 import msgspec
 
-from shoal.fleet.report import NodeReport
+from shoal.fleet.report import NodeReport, ShardId
 from shoal.fleet.spec import DeploymentSpec
 from shoal.ids import DeploymentId, NodeId
-from shoal.plan.problem import Answer
+from shoal.plan.problem import Answer, Plan
 
 SUSPECT_AFTER_S = 0.8
 LOST_AFTER_S = 2.5
+DRAINED_AFTER_S = 1.0
+"""A plan that is left counts as drained when its first stage has said for that long that it answers nobody.
+
+One report proves nothing: it may be as old as a heartbeat, and a gateway may have sent a request before it heard of the leaving.
+"""
 
 
 class Standing(StrEnum):
@@ -48,6 +53,8 @@ class FleetState(msgspec.Struct, frozen=True, kw_only=True):
 
     members: dict[NodeId, Member] = {}
     deployments: dict[DeploymentId, Deployment] = {}
+    quiet_since_s: dict[DeploymentId, float] = {}
+    """Of deployments with a leaving node: when their first stage began to say that it answers nobody."""
 
 
 class NodeHeard(msgspec.Struct, frozen=True, kw_only=True, tag="node_heard"):
@@ -110,7 +117,7 @@ def apply(state: FleetState, event: Event) -> FleetState:
             if old is None or old.spec.generation > generation:
                 return state
             rest = {n: d for n, d in state.deployments.items() if n != name}
-            return msgspec.structs.replace(state, deployments=rest)
+            return _without_quiet(msgspec.structs.replace(state, deployments=rest), name)
         case PlanMade():
             old = state.deployments.get(event.deployment)
             if old is None or old.plan_epoch >= event.plan_epoch:
@@ -131,14 +138,47 @@ def standing(member: Member, now_s: float) -> Standing:
     return Standing.SUSPECT if silent_s < LOST_AFTER_S else Standing.LOST
 
 
+def drained(state: FleetState, name: DeploymentId) -> bool:
+    """Whether the plan of *name*, which a node is leaving, has answered nobody for `DRAINED_AFTER_S`.
+
+    From report to report of its first stage's node: silence is no proof that nobody is answered.
+    """
+    since_s, deployment = state.quiet_since_s.get(name), state.deployments.get(name)
+    if since_s is None or deployment is None or not isinstance(deployment.answer, Plan):
+        return False
+    first = state.members.get(deployment.answer.stages[0].node)
+    return first is not None and first.heard_s - since_s >= DRAINED_AFTER_S
+
+
 def _heard(state: FleetState, event: NodeHeard) -> FleetState:
     known = state.members.get(event.report.node)
     if known is not None and not event.report.newer_than(known.report):
         return state
     member = Member(report=event.report, heard_s=event.at_s)
-    return msgspec.structs.replace(state, members={**state.members, event.report.node: member})
+    state = msgspec.structs.replace(state, members={**state.members, event.report.node: member})
+    for deployment in state.deployments.values():
+        if isinstance(deployment.answer, Plan) and deployment.answer.stages[0].node == event.report.node:
+            state = _with_quiet(state, deployment, deployment.answer)
+    return state
+
+
+def _with_quiet(state: FleetState, deployment: Deployment, plan: Plan) -> FleetState:
+    """*state* after the node of the first stage was heard."""
+    name, first = deployment.spec.deployment, state.members[plan.stages[0].node]
+    leaving = any(state.members[s.node].report.leaving for s in plan.stages if s.node in state.members)
+    shard = ShardId(deployment=name, plan_epoch=deployment.plan_epoch, stage=0)
+    busy = any(s.live_requests + s.waiting_requests for s in first.report.shards if s.shard == shard)
+    if not leaving or busy:
+        return _without_quiet(state, name)
+    return msgspec.structs.replace(state, quiet_since_s={name: first.heard_s, **state.quiet_since_s})
+
+
+def _without_quiet(state: FleetState, name: DeploymentId) -> FleetState:
+    if name not in state.quiet_since_s:
+        return state
+    return msgspec.structs.replace(state, quiet_since_s={n: s for n, s in state.quiet_since_s.items() if n != name})
 
 
 def _with_deployment(state: FleetState, deployment: Deployment) -> FleetState:
     changed = {**state.deployments, deployment.spec.deployment: deployment}
-    return msgspec.structs.replace(state, deployments=changed)
+    return _without_quiet(msgspec.structs.replace(state, deployments=changed), deployment.spec.deployment)

@@ -32,6 +32,7 @@ from shoal.fleet.state import (
     PlanMade,
     Standing,
     apply,
+    drained,
     standing,
 )
 from shoal.fleet.view import CoordinatorView, DeploymentStatus, Lease
@@ -213,7 +214,8 @@ class Coordinator:
                         self._planning.add(deployment.spec.deployment)
                         group.start_soon(self._replan, deployment)
                     self._order(now_s, group)
-                    if now_s - shown_s >= VIEW_EVERY_S:
+                    if now_s - shown_s >= VIEW_EVERY_S or self._another_phase(now_s):
+                        # At once when something changed: no gateway should send a request to a plan that drains.
                         self.show()
                         shown_s = now_s
                 await anyio.sleep(self.tick_s)
@@ -263,7 +265,8 @@ class Coordinator:
         return unheard and self.clock.now_s() - self._leads_since_s < LEASE_S
 
     def _status(self, deployment: Deployment, reports: Mapping[NodeId, NodeReport]) -> DeploymentStatus:
-        reason = self._named(broken(deployment, reports))
+        gone = drained(self.state, deployment.spec.deployment)
+        reason = self._named(broken(deployment, reports, drained=gone))
         match deployment.answer:
             case Infeasible() as infeasible:
                 reason = f"{infeasible.reason}; {infeasible.hint}" if infeasible.hint else infeasible.reason
@@ -272,7 +275,7 @@ class Coordinator:
         source = reports.get(deployment.spec.source)
         return DeploymentStatus(
             deployment=deployment,
-            phase=phase(deployment, reports),
+            phase=phase(deployment, reports, drained=gone),
             reason=reason,
             gateway=source.facts.gateway if source is not None else "",
         )
@@ -291,6 +294,11 @@ class Coordinator:
                 forgotten = NodeForgotten(node=node, incarnation=member.report.incarnation)
                 self.state = apply(self.state, forgotten)
 
+    def _another_phase(self, now_s: float) -> bool:
+        reports, state = heard(self.state, now_s), self.state
+        now = {n: phase(d, reports, drained=drained(state, n)) for n, d in state.deployments.items()}
+        return any(self._phases.get(name) is not found for name, found in now.items())
+
     def _usable(self) -> dict[NodeId, NodeReport]:
         now_s = self.clock.now_s()
         return {n: m.report for n, m in self.state.members.items() if standing(m, now_s) is Standing.ALIVE}
@@ -303,7 +311,7 @@ class Coordinator:
         for name, deployment in self.state.deployments.items():
             if name in self._planning or now_s < self._refused_until_s.get(name, 0.0):
                 continue
-            match phase(deployment, reports):
+            match phase(deployment, reports, drained=drained(self.state, name)):
                 case Phase.PLANNING | Phase.RECOVERING | Phase.REFUSED:
                     found.append(deployment)
                 case Phase.LOADING | Phase.SERVING | Phase.DRAINING:
@@ -331,7 +339,7 @@ class Coordinator:
             return
         if isinstance(answer, Infeasible) and current.answer == answer:
             return
-        if isinstance(current.answer, Plan) and not broken(current, heard(self.state, self.clock.now_s())):
+        if isinstance(current.answer, Plan) and self._sound(current):
             return  # what it lacked has come back in the meantime
         epoch = await self._number("plan", above=self._highest_plan_epoch())
         if self.state.deployments.get(name) is not current:
@@ -366,8 +374,11 @@ class Coordinator:
         plan = old.answer
         if not same or previewed is None or not isinstance(plan, Plan):
             return False
-        sound = not broken(old, heard(self.state, self.clock.now_s()))
-        return sound and _places(plan) == _places(previewed)
+        return self._sound(old) and _places(plan) == _places(previewed)
+
+    def _sound(self, deployment: Deployment) -> bool:
+        reports = heard(self.state, self.clock.now_s())
+        return not broken(deployment, reports, drained=drained(self.state, deployment.spec.deployment))
 
     async def _remember(self, deployment: Deployment) -> None:
         name = deployment.spec.deployment

@@ -50,6 +50,7 @@ from shoal.runtime.effects import (
     Tick,
     TokensArrived,
 )
+from shoal.runtime.first import FirstStage
 from shoal.runtime.ports import Session
 from shoal.runtime.request import OutputDelta
 from shoal.runtime.settings import StageSettings
@@ -205,7 +206,7 @@ class StageLoop:
         """Leave what others may read of the machine."""
         self.trouble, self._behind = state.trouble, state.behind
         if state.first is not None:
-            self.live_requests, self.waiting_requests = len(state.first.live), len(state.first.waiting)
+            self.live_requests, self.waiting_requests = _requests(state.first)
 
     def _pulse(self) -> None:
         """Signs of life, on a thread of their own until the loop ends."""
@@ -351,6 +352,12 @@ class StageLoop:
             self.log.warning(
                 "frame.dropped", key=sample.key, bytes=len(sample.payload), error=error.message, dropped=self.malformed
             )
+
+
+def _requests(first: FirstStage) -> tuple[int, int]:
+    """How many are being answered, and how many wait; inferences are requests too."""
+    flying = sum(flight.infer is not None for flight in first.flights.values())
+    return len(first.live) + flying, len(first.waiting) + len(first.infers)
 
 
 def submit_topic(fleet: str, node: NodeId, shard: ShardId) -> WorkerTopic:

@@ -45,9 +45,10 @@ _PORT_PATIENCE_S = 5.0
 
 @dataclass(slots=True)
 class Reporter:
-    """Tells the agent where the shard stands: on each change, and twice a second, if need be from a thread beside the loop.
+    """Tells the agent where the shard stands: on each change, when it begins or ceases to answer, and twice a second.
 
-    The agent takes a worker that says nothing for dead: loading and steps may take longer than that.
+    If need be from a thread beside the loop: the agent takes a worker that says nothing for dead, and loading and steps may take longer
+    than that.
     """
 
     spec: WorkerSpec
@@ -61,6 +62,7 @@ class Reporter:
     rtt_s: float | None = None
     loop: StageLoop | None = None
     _sent_s: float = float("-inf")
+    _said_busy: bool = False
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _ended: threading.Event = field(default_factory=threading.Event)
 
@@ -82,8 +84,10 @@ class Reporter:
         self.tell(ShardState.READY if outcome.error else ShardState.WIRED, outcome.error)
 
     def remind(self) -> None:
-        """Report again when the last report is old."""
-        if self.clock.now_s() - self._sent_s >= _REPORT_EVERY_S:
+        """Report again when the last report is old, or says busy of a shard that is idle or the reverse."""
+        loop = self.loop
+        busy = loop is not None and loop.live_requests + loop.waiting_requests > 0
+        if busy is not self._said_busy or self.clock.now_s() - self._sent_s >= _REPORT_EVERY_S:
             with self._lock:
                 self._send()
 
@@ -122,6 +126,7 @@ class Reporter:
             waiting_requests=loop.waiting_requests if loop else 0,
         )
         self.control.put(worker_key(self.spec, REPORT), msgspec.msgpack.encode(report))
+        self._said_busy = report.live_requests + report.waiting_requests > 0
         self._sent_s = self.clock.now_s()
 
 

@@ -1,5 +1,6 @@
 """What a node does with its shards: orders in, workers and reports out."""
 
+import io
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from shoal.ids import DeploymentId, Digest
 from shoal.node.assemble import complete_manifests
 from shoal.node.journal import Journal
 from shoal.node.shards import ShardKeeper, WorkerHandle
+from shoal.observe.log import set_up_logs
 from shoal.store.home import open_store
 
 
@@ -69,7 +71,8 @@ def journal(tmp_path: Path) -> Iterator[Journal]:
 
 @asynccontextmanager
 async def keeping(journal: Journal, machine: Machine) -> AsyncIterator[ShardKeeper]:
-    keeper = ShardKeeper(journal, machine.fetch, machine.launch, lambda _: None, lambda: None)
+    log = set_up_logs(io.StringIO())
+    keeper = ShardKeeper(journal, machine.fetch, machine.launch, lambda _: None, lambda: None, log)
     async with anyio.create_task_group() as group:
         group.start_soon(keeper.run)
         yield keeper

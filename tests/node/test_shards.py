@@ -1,5 +1,6 @@
 """A node's shards: orders in, reports out, one worker each."""
 
+import io
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,7 @@ from shoal.node.journal import Journal
 from shoal.node.last_plan import kept_port
 from shoal.node.shards import ShardKeeper
 from shoal.node.worker_spec import Wiring
+from shoal.observe.log import set_up_logs
 
 A = NodeId("a" * 32)
 
@@ -102,7 +104,8 @@ def run(
             workers[order.shard] = Worker(log)
             return workers[order.shard]
 
-        keeper = ShardKeeper(journal, fetch, launch, told.append, lambda: None, look_every_s=look_every_s)
+        log_to = set_up_logs(io.StringIO())
+        keeper = ShardKeeper(journal, fetch, launch, told.append, lambda: None, log_to, look_every_s=look_every_s)
         async with anyio.create_task_group() as group:
             group.start_soon(keeper.run)
             await use(Bench(keeper, workers, told, log))

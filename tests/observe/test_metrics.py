@@ -52,6 +52,7 @@ def test_the_fleet_and_its_stages_are_read_at_each_scrape() -> None:
         stages=(stage, later),
         bytes_sent=10,
         bytes_received=20,
+        failed_writes=3,
     )
 
     seen = samples(metrics)
@@ -63,6 +64,7 @@ def test_the_fleet_and_its_stages_are_read_at_each_scrape() -> None:
     )
     assert (seen["shoal_requests_running", MODEL], seen["shoal_queue_depth", MODEL]) == (2, 3)
     assert (seen["shoal_fabric_bytes_total", "sent"], seen["shoal_fabric_bytes_total", "received"]) == (10, 20)
+    assert seen["shoal_journal_failed_writes_total",] == 3
 
 
 def test_two_nodes_in_one_process_do_not_share_counters(metrics: Metrics) -> None:

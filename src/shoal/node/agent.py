@@ -10,7 +10,7 @@ import msgspec
 import psutil
 from structlog.typing import FilteringBoundLogger
 
-from shoal.errors import MalformedFrameError
+from shoal.errors import MalformedFrameError, ShoalError
 from shoal.fleet.order import Order, Refused, Reply
 from shoal.fleet.report import NodeFacts, NodeReport, ShardReport
 from shoal.fleet.state import LOST_AFTER_S
@@ -31,7 +31,6 @@ from shoal.transport.keys import ControlTopic, EventTopic, HeartbeatTopic, Worke
 HEARTBEAT_S = 0.2
 LEAVE_S = 30.0
 """A leaving node goes after that, drained or not."""
-_ORDER_TIMEOUT_S = 1.0
 
 Heard = NodeReport | CoordinatorView | ShardReport
 
@@ -61,6 +60,7 @@ class Agent:
     _sequence: int = 0
     _manifests: tuple[Digest, ...] = ()
     _dropped: int = 0
+    _unwritten: int = 0
     _kept: CoordinatorView | None = None
     _others: dict[NodeId, tuple[NodeReport, float]] = field(default_factory=dict)
 
@@ -170,13 +170,21 @@ class Agent:
                     self.keeper.worker_said(item)
 
     async def _follow(self, view: CoordinatorView) -> None:
-        """Obey the newest lease, and keep what it says for the day when nobody is there to say it."""
+        """Obey the newest lease, and keep what it says for the day when nobody is there to say it.
+
+        What the disk does not take is tried again at the next broadcast; what serves goes on meanwhile.
+        """
         self.led = True
-        if view.lease.fencing_epoch > self.keeper.fencing_epoch:
-            await anyio.to_thread.run_sync(self.keeper.obey, view.lease.fencing_epoch)
-        if view.newer_than(self._kept) and not says_the_same(view, self._kept):
-            self._kept = view
-            await anyio.to_thread.run_sync(remember, self.journal, view)
+        try:
+            if view.lease.fencing_epoch > self.keeper.fencing_epoch:
+                await anyio.to_thread.run_sync(self.keeper.obey, view.lease.fencing_epoch)
+            if view.newer_than(self._kept) and not says_the_same(view, self._kept):
+                await anyio.to_thread.run_sync(remember, self.journal, view)
+                self._kept = view
+        except ShoalError as error:
+            self._unwritten += 1
+            if self._unwritten % 100 == 1:
+                self.log.warning("view.not_kept", error=str(error), not_kept=self._unwritten)
 
     async def _stand_in(self) -> None:
         """Serve by the last plans until a coordinator is heard."""

@@ -230,6 +230,7 @@ def _agent(parts: _Parts, voice: Voice, bell: Bell, models: Models) -> Agent:
         partial(launch_hold, parts),
         voice.tell_worker,
         bell.ring,
+        parts.log,
     )
     measurer = Measurer(
         me=parts.me,
@@ -292,7 +293,12 @@ def _served(parts: _Parts, models: Models, agent: Agent) -> Node:
         answers=models.answers,
     )
     registry = CollectorRegistry()
-    register(registry, lambda: figures(agent.coordinator, agent.report(), models.view, parts.fabric.stats()))
+    register(
+        registry,
+        lambda: figures(
+            agent.coordinator, agent.report(), models.view, parts.fabric.stats(), parts.journal.failed_writes
+        ),
+    )
     return Node(
         deployments=models,
         health=models,

@@ -47,6 +47,8 @@ VIEW_EVERY_S = 0.5
 FORGET_AFTER_S = 600.0
 RETRY_PLAN_S = 2.0
 RETRY_PLAN_AT_MOST_S = 120.0
+RETRY_DISK_S = 2.0
+"""Until the journal is asked again that did not take a record."""
 
 
 class _Peer(msgspec.Struct, frozen=True, kw_only=True):
@@ -99,6 +101,8 @@ class Coordinator:
     _heard_holder: bool = False
     _peer: NodeId | None = None
     """Another node that may coordinate: it may have taken over while we were away."""
+    _peer_kept: bool = True
+    _disk_rests_until_s: float = float("-inf")
     _sequence: int = 0
     _planning: set[DeploymentId] = field(default_factory=set)
     _refused_until_s: dict[DeploymentId, float] = field(default_factory=dict)
@@ -119,8 +123,7 @@ class Coordinator:
         """A heartbeat of any node, this one included."""
         self.state = apply(self.state, NodeHeard(report=report, at_s=self.clock.now_s()))
         if report.facts.coordinates and report.node != self.me and self._peer is None:
-            self._peer = report.node
-            self.journal.put("peer", report.node, _Peer(node=report.node))
+            self._peer, self._peer_kept = report.node, False
 
     def hear_view(self, view: CoordinatorView) -> None:
         """A broadcast of whoever holds the lease; a higher epoch than ours ends ours."""
@@ -206,8 +209,7 @@ class Coordinator:
         async with anyio.create_task_group() as group:
             while True:
                 now_s = self.clock.now_s()
-                if self.lease is None:
-                    await self._maybe_lead(now_s)
+                await self._write(now_s)
                 if self.lease is not None:
                     self._watch_members(now_s)
                     for deployment in self._to_plan(now_s):
@@ -231,6 +233,24 @@ class Coordinator:
         self._view_heard_s = self.clock.now_s()
         self._note_phases(self._view)
         self.broadcast(self._view)
+
+    async def _write(self, now_s: float) -> None:
+        """What is due and must be on disk before it counts: another coordinator that was heard of, and a lease of our own.
+
+        A disk that is full delays both, and ends nothing.
+        """
+        if now_s < self._disk_rests_until_s:
+            return
+        try:
+            if self._peer is not None and not self._peer_kept:
+                peer = _Peer(node=self._peer)
+                await anyio.to_thread.run_sync(lambda: self.journal.put("peer", peer.node, peer))
+                self._peer_kept = True
+            if self.lease is None:
+                await self._maybe_lead(now_s)
+        except ShoalError as error:
+            self._disk_rests_until_s = now_s + RETRY_DISK_S
+            self.note("coordinator.not_written", error.message, node=self.me)
 
     async def _maybe_lead(self, now_s: float) -> None:
         silent_s = now_s - self._view_heard_s

@@ -12,7 +12,11 @@ from shoal.transport.stats import BusStats
 
 
 def figures(
-    coordinator: Coordinator | None, own: NodeReport, view: CoordinatorView | None, traffic: BusStats
+    coordinator: Coordinator | None,
+    own: NodeReport,
+    view: CoordinatorView | None,
+    traffic: BusStats,
+    failed_writes: int,
 ) -> Figures:
     """One moment of the fleet as seen from here."""
     members = coordinator.nodes() if coordinator is not None else {}
@@ -24,6 +28,7 @@ def figures(
         stages=tuple(_stages(reports or [own])),
         bytes_sent=traffic.bytes_sent,
         bytes_received=traffic.bytes_received,
+        failed_writes=failed_writes,
     )
 
 

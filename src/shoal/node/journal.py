@@ -5,6 +5,7 @@ nothing, so replays and late messages are harmless.  WAL with `synchronous=FULL`
 that arrive while a commit is under way share the next one (grouped commits), because an fsync costs more than a record.
 """
 
+import contextlib
 import sqlite3
 import threading
 from collections.abc import Sequence
@@ -47,6 +48,8 @@ class Journal:
         self._waiting: list[_Write] = []
         self._wake = threading.Condition()
         self._closed = False
+        self.failed_writes = 0
+        """Records that the disk did not take, since the start."""
         try:
             self._connection = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
             self._connection.execute("PRAGMA journal_mode=WAL")
@@ -108,6 +111,7 @@ class Journal:
             self._wake.notify_all()
         write.done.wait()
         if write.error is not None:
+            self.failed_writes += 1
             raise StorageFullError(
                 f"journal {self._path} did not take a record: {write.error}", hint="free disk space on this node"
             ) from write.error
@@ -132,7 +136,8 @@ class Journal:
             self._connection.execute("COMMIT")
         except sqlite3.Error as error:
             if self._connection.in_transaction:
-                self._connection.execute("ROLLBACK")
+                with contextlib.suppress(sqlite3.Error):  # this thread must live: others wait for what it writes
+                    self._connection.execute("ROLLBACK")
             return error
         return None
 

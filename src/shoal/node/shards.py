@@ -10,6 +10,7 @@ import anyio
 import anyio.abc
 import anyio.to_thread
 import msgspec
+from structlog.typing import FilteringBoundLogger
 
 from shoal.errors import ShoalError
 from shoal.fleet.order import Accepted, Hold, Order, Refused, Reply, Retire, Wire
@@ -63,7 +64,10 @@ class _Kept:
 
 
 class ShardKeeper:
-    """Owns the node's shards.  `offer` may be called from any thread, the rest belongs to the event loop."""
+    """Owns the node's shards.  `offer` may be called from any thread, the rest belongs to the event loop.
+
+    What the journal does not take is not done: a full disk delays orders (they come again), and ends nothing that serves.
+    """
 
     def __init__(
         self,
@@ -72,9 +76,13 @@ class ShardKeeper:
         launch: Launch,
         tell: Callable[[Wiring], None],
         changed: Callable[[], None],
+        log: FilteringBoundLogger,
         *,
         look_every_s: float = LOOK_EVERY_S,
     ) -> None:
+        self.undone = 0
+        """Orders that were taken and could not be followed."""
+        self._log = log
         self._journal = journal
         self._fetch = fetch
         self._launch = launch
@@ -142,7 +150,14 @@ class ShardKeeper:
         for wire in self._journal.all("wire", Wire):
             self._wire(wire)
         async for order in self._orders:
-            await self._follow(order, group)
+            try:
+                await self._follow(order, group)
+            except ShoalError as error:
+                self.undone += 1
+                if self.undone % 100 == 1:
+                    self._log.warning(
+                        "order.not_followed", shard=str(order.shard), error=str(error), undone=self.undone
+                    )
 
     async def _follow(self, order: Order, group: anyio.abc.TaskGroup) -> None:
         match order:
@@ -162,11 +177,13 @@ class ShardKeeper:
                 assert_never(order)
 
     async def _give_up(self, shard: ShardId) -> None:
+        # Its memory first, which others wait for.  A record that stays takes the shard up again at the next start, and the
+        # coordinator, which sees it then, has it given up again.
+        if shard in self._kept:
+            self._kept[shard].scope.cancel()
         for kind in ("hold", "wire"):
             await anyio.to_thread.run_sync(self._journal.remove, kind, str(shard))
         await anyio.to_thread.run_sync(forget_port, self._journal, shard)
-        if shard in self._kept:
-            self._kept[shard].scope.cancel()
 
     def _elders(self, shard: ShardId) -> list[ShardId]:
         """Shards of earlier plans of the same deployment: the memory for *shard* is theirs."""

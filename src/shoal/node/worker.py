@@ -47,8 +47,8 @@ _PORT_PATIENCE_S = 5.0
 class Reporter:
     """Tells the agent where the shard stands: on each change, when it begins or ceases to answer, and twice a second.
 
-    If need be from a thread beside the loop: the agent takes a worker that says nothing for dead, and loading and steps may take longer
-    than that.
+    If need be from a thread beside the loop: the agent takes a worker that says nothing for dead, and loading and steps may
+    take longer than that.
     """
 
     spec: WorkerSpec

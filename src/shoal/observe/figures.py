@@ -30,6 +30,7 @@ class Figures(msgspec.Struct, frozen=True, kw_only=True):
     stages: tuple[StageFigures, ...] = ()
     bytes_sent: int = 0
     bytes_received: int = 0
+    failed_writes: int = 0
 
 
 class FiguresCollector(Collector):
@@ -54,7 +55,9 @@ class FiguresCollector(Collector):
         )
         traffic.add_metric(["sent"], now.bytes_sent)
         traffic.add_metric(["received"], now.bytes_received)
-        yield from (up, predicted, traffic, *_stages(now.stages))
+        failed = CounterMetricFamily("shoal_journal_failed_writes", "Records that this node's disk did not take")
+        failed.add_metric([], now.failed_writes)
+        yield from (up, predicted, traffic, failed, *_stages(now.stages))
 
 
 def _stages(stages: tuple[StageFigures, ...]) -> Iterator[Metric]:

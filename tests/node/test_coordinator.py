@@ -20,6 +20,7 @@ from shoal.node.coordinator import LEASE_S, RETRY_PLAN_S, Coordinator
 from shoal.node.journal import Journal
 from shoal.node.last_plan import remember
 from shoal.plan.problem import Answer, Estimate, Infeasible, Objective, Plan, RequestShape, Stage
+from shoal.profile.fleet import FleetProfile
 
 TICK_S = 0.01
 A, B, C = (NodeId(letter * 32) for letter in "abc")
@@ -57,10 +58,11 @@ class Nodes:
     sequence: int = 0
     coordinating: frozenset[NodeId] = frozenset()
 
-    async def plan(
-        self, spec: DeploymentSpec, reports: Mapping[NodeId, NodeReport], promised: Mapping[NodeId, int]
-    ) -> Answer:
-        return self.answer(list(reports))
+    async def survey(self, spec: DeploymentSpec, reports: Mapping[NodeId, NodeReport]) -> FleetProfile:
+        return FleetProfile(profile_epoch=1, devices=(), links=())
+
+    async def plan(self, spec: DeploymentSpec, surveyed: FleetProfile, promised: Mapping[NodeId, int]) -> Answer:
+        return self.answer(list(promised))
 
     async def obey(self, addressed: Addressed) -> Reply:
         self.orders.append(addressed)

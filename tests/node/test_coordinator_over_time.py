@@ -25,6 +25,7 @@ from shoal.node.events import EventRing
 from shoal.node.journal import Journal
 from shoal.observe.log import set_up_logs
 from shoal.plan.problem import Answer, Estimate, Infeasible, Objective, Plan, RequestShape, Stage
+from shoal.profile.fleet import FleetProfile
 
 DESK = NodeId("d" * 32)
 CHAT = DeploymentId("chat")
@@ -55,9 +56,14 @@ class Script:
     asked: list[tuple[DeploymentId, dict[NodeId, int]]] = field(default_factory=list)
     views: list[CoordinatorView] = field(default_factory=list)
 
-    async def plan(
-        self, spec: DeploymentSpec, reports: Mapping[NodeId, NodeReport], promised: Mapping[NodeId, int]
-    ) -> Answer:
+    slow_to_measure: DeploymentId | None = None
+
+    async def survey(self, spec: DeploymentSpec, reports: Mapping[NodeId, NodeReport]) -> FleetProfile:
+        if spec.deployment == self.slow_to_measure:
+            await anyio.sleep_forever()
+        return FleetProfile(profile_epoch=1, devices=(), links=())
+
+    async def plan(self, spec: DeploymentSpec, surveyed: FleetProfile, promised: Mapping[NodeId, int]) -> Answer:
         self.asked.append((spec.deployment, dict(promised)))
         await anyio.sleep(0.01)  # a plan takes time, in which others may be asked for
         if isinstance(self.answer, Exception):
@@ -236,6 +242,17 @@ async def test_two_plans_at_once_do_not_count_on_the_same_memory(journal: Journa
         await until(lambda: serving(script) and serving(script, other))
 
         assert [promised[DESK] for _, promised in script.asked[:2]] == [0, 10]
+
+
+async def test_a_plan_does_not_wait_for_what_is_measured_for_another(journal: Journal) -> None:
+    other = DeploymentId("other")
+    script = Script(slow_to_measure=other)
+    async with leading(journal, script) as coordinator:
+        await coordinator.want(msgspec.structs.replace(SPEC, deployment=other))
+        await until(lambda: in_phase(script, Phase.PLANNING, other))
+
+        await coordinator.want(SPEC)
+        await until(lambda: serving(script))
 
 
 async def test_a_fault_of_the_planner_ends_neither_the_coordinator_nor_the_other_deployments(journal: Journal) -> None:

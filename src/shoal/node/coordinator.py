@@ -40,6 +40,7 @@ from shoal.ids import DeploymentId, NodeId
 from shoal.node.journal import Journal
 from shoal.node.last_plan import recall
 from shoal.plan.problem import Answer, Infeasible, Plan
+from shoal.profile.fleet import FleetProfile
 
 LEASE_S = 3.0
 TICK_S = 0.1
@@ -58,10 +59,12 @@ class _Peer(msgspec.Struct, frozen=True, kw_only=True):
 class Planner(Protocol):
     """Makes a plan for a deployment on the nodes that are heard; measures what it does not know yet."""
 
-    async def plan(
-        self, spec: DeploymentSpec, reports: Mapping[NodeId, NodeReport], promised: Mapping[NodeId, int]
-    ) -> Answer:
-        """Raises ShoalError when something could not be measured."""
+    async def survey(self, spec: DeploymentSpec, reports: Mapping[NodeId, NodeReport]) -> FleetProfile:
+        """What a plan must know of these nodes; may take minutes.  Raises ShoalError when something could not be measured."""
+        ...
+
+    async def plan(self, spec: DeploymentSpec, surveyed: FleetProfile, promised: Mapping[NodeId, int]) -> Answer:
+        """A plan on the surveyed nodes that *promised* names with the bytes that are not to be had there; takes seconds."""
         ...
 
 
@@ -112,7 +115,7 @@ class Coordinator:
     _vain_plans: dict[DeploymentId, int] = field(default_factory=dict)
     """Plans in a row that never came to serve."""
     _one_plan: anyio.Lock = field(default_factory=anyio.Lock)
-    """Two plans at once would both count on the same free memory."""
+    """Two plans at once would both count on the same free memory.  Nobody measures under it: that would hold up a recovery."""
 
     @property
     def leading(self) -> bool:
@@ -168,23 +171,28 @@ class Coordinator:
         self.show()
 
     async def preview(self, spec: DeploymentSpec) -> Answer:
-        """The plan that *spec* would get now; nothing is loaded.
+        """The plan that *spec* would get now; nothing is loaded."""
+        return await self._place(spec, await self._survey(spec))
 
-        A suspect node is given the time to speak again or be lost: a plan without it would be made anew a moment later.
-        """
+    async def _survey(self, spec: DeploymentSpec) -> FleetProfile:
+        """A suspect node is given the time to speak again or be lost: a plan without it would be made anew a moment later."""
         for _ in range(int(LOST_AFTER_S / TICK_S) + 1):
             if all(standing(m, self.clock.now_s()) is not Standing.SUSPECT for m in self.state.members.values()):
                 break
             await anyio.sleep(self.tick_s)
-        reports = self._usable()
         source = self.state.members.get(spec.source)
         if source is not None and standing(source, self.clock.now_s()) is Standing.SUSPECT:
             # Not "there is no plan": that would refuse requests for good, and unload what still answers.
             raise NodeUnreachableError(
                 f"source node {source.report.facts.name} has not been heard for a moment", hint="try again"
             )
-        promised = promised_bytes(reports.values(), self.state.deployments.values(), spec.deployment)
-        answer = await self.planner.plan(spec, reports, promised)
+        return await self.planner.survey(spec, self._usable())
+
+    async def _place(self, spec: DeploymentSpec, surveyed: FleetProfile) -> Answer:
+        # Surveyed nodes that are silent for a moment count; only those that are lost by now, or leave, do not.
+        staying = [r for r in heard(self.state, self.clock.now_s()).values() if not r.leaving]
+        promised = promised_bytes(staying, self.state.deployments.values(), spec.deployment)
+        answer = await self.planner.plan(spec, surveyed, promised)
         if isinstance(answer, Infeasible):
             return msgspec.structs.replace(answer, reason=self._named(answer.reason), hint=self._named(answer.hint))
         return answer
@@ -341,8 +349,9 @@ class Coordinator:
     async def _replan(self, deployment: Deployment) -> None:
         name = deployment.spec.deployment
         try:
+            surveyed = await self._survey(deployment.spec)
             async with self._one_plan:
-                await self._plan_anew(deployment.spec)
+                await self._plan_anew(deployment.spec, surveyed)
         except ShoalError as error:
             self._failed(name, error.message)
         except Exception as error:  # noqa: BLE001 a fault in planning one model must not end the service of the others
@@ -351,9 +360,9 @@ class Coordinator:
             self._refused_until_s[name] = self.clock.now_s() + self._patience_s(name)
             self._planning.discard(name)
 
-    async def _plan_anew(self, spec: DeploymentSpec) -> None:
+    async def _plan_anew(self, spec: DeploymentSpec, surveyed: FleetProfile) -> None:
         name = spec.deployment
-        answer = await self.preview(spec)
+        answer = await self._place(spec, surveyed)
         current = self.state.deployments.get(name)
         if self.lease is None or current is None or current.spec.generation != spec.generation:
             return

@@ -1,6 +1,7 @@
 """Plans for the coordinator: gather what is known of model, devices and links, measure the rest, and ask the planner."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -62,26 +63,30 @@ class FleetPlanner:
     _blocks: dict[Digest, BlocksOf] = field(default_factory=dict)
     _measuring: anyio.Lock = field(default_factory=anyio.Lock)
 
-    async def plan(
-        self, spec: DeploymentSpec, reports: Mapping[NodeId, NodeReport], promised: Mapping[NodeId, int]
-    ) -> Answer:
-        """Place *spec* on the nodes of *reports*; a node that cannot be measured is left out with a warning."""
-        stated = await self.state(spec, reports, promised)
+    async def survey(self, spec: DeploymentSpec, reports: Mapping[NodeId, NodeReport]) -> FleetProfile:
+        """What a plan for *spec* must know; a node that cannot be measured is left out with a warning."""
+        fleet = without(await self.profile(spec.manifest, spec.source, reports), cut_pairs(reports.values()))
+        if spec.source in reports and all(device.node != spec.source for device in fleet.devices):
+            raise UnavailableError(
+                f"source node {reports[spec.source].facts.name} could not be measured", hint="its log says why"
+            )
+        if spec.source in reports:
+            await self._blocks_of(spec.manifest, spec.source)
+        return fleet
+
+    async def plan(self, spec: DeploymentSpec, surveyed: FleetProfile, promised: Mapping[NodeId, int]) -> Answer:
+        """Place *spec* on the surveyed nodes that *promised* names; measures nothing, and so waits for no node."""
+        stated = await self.state(spec, _only(surveyed, promised), promised)
         if isinstance(stated, Infeasible):
             return stated
         budget = DeadlineBudget(self.clock.now_s, self.budget_s)
         return await anyio.to_thread.run_sync(partial(place, stated, budget))
 
     async def state(
-        self, spec: DeploymentSpec, reports: Mapping[NodeId, NodeReport], promised: Mapping[NodeId, int]
+        self, spec: DeploymentSpec, fleet: FleetProfile, promised: Mapping[NodeId, int]
     ) -> Problem | Infeasible:
         """The problem that *spec* poses to this fleet."""
-        fleet = without(await self.profile(spec.manifest, spec.source, reports), cut_pairs(reports.values()))
-        if spec.source in reports and all(device.node != spec.source for device in fleet.devices):
-            raise UnavailableError(
-                f"source node {reports[spec.source].facts.name} could not be measured", hint="its log says why"
-            )
-        if spec.source not in reports:
+        if all(device.node != spec.source for device in fleet.devices):
             return Infeasible(
                 reason=f"source node {spec.source} is not there",
                 needed_bytes=0,
@@ -97,7 +102,8 @@ class FleetPlanner:
         self, manifest: Digest, source: NodeId, reports: Mapping[NodeId, NodeReport], *, again: bool = False
     ) -> FleetProfile:
         """What these nodes and the links between them can do for this model; measured once, then remembered."""
-        async with self._measuring:  # trials of two models at once would disturb each other
+        # Trials of two models at once would disturb each other; whoever has nothing to measure waits for nobody.
+        async with nullcontext() if not again and self._knows(manifest, source, reports) else self._measuring:
             found: dict[NodeId, DeviceProfile] = {}
 
             async def one(report: NodeReport) -> None:
@@ -116,6 +122,13 @@ class FleetPlanner:
         return FleetProfile(
             profile_epoch=self.profile_epoch, devices=tuple(found[n] for n in sorted(found)), links=tuple(links)
         )
+
+    def _knows(self, manifest: Digest, source: NodeId, reports: Mapping[NodeId, NodeReport]) -> bool:
+        """Whether nothing is missing, and no link stale."""
+        pairs = probe_pairs(list(reports), source, NEIGHBOURS) if len(reports) > 1 else ()
+        devices = all((n, r.facts.fingerprint, manifest) in self._devices for n, r in reports.items())
+        known = [pair for pair in pairs if pair[0] in reports and pair[1] in reports]
+        return devices and all(self._fresh(pair, probe_target(reports[pair[1]])) for pair in known)
 
     async def _device(self, report: NodeReport, wanted: ProfileModel) -> DeviceProfile | None:
         key = (report.node, report.facts.fingerprint, wanted.manifest)
@@ -190,3 +203,12 @@ def without(fleet: FleetProfile, cut: frozenset[tuple[NodeId, NodeId]]) -> Fleet
     """*fleet* without the links of these pairs, whatever a probe made of them: agents may relay what stages cannot dial."""
     links = tuple(link for link in fleet.links if (link.source, link.target) not in cut)
     return msgspec.structs.replace(fleet, links=links)
+
+
+def _only(fleet: FleetProfile, nodes: Collection[NodeId]) -> FleetProfile:
+    """*fleet* without what was lost since it was surveyed."""
+    return msgspec.structs.replace(
+        fleet,
+        devices=tuple(d for d in fleet.devices if d.node in nodes),
+        links=tuple(link for link in fleet.links if link.source in nodes and link.target in nodes),
+    )

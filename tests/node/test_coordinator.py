@@ -14,9 +14,9 @@ from shoal.fleet.order import Accepted, Hold, Refused, Reply, Retire, Wire
 from shoal.fleet.reconcile import Addressed, Phase
 from shoal.fleet.report import NodeFacts, NodeReport, ShardId, ShardReport, ShardState
 from shoal.fleet.spec import DeploymentSpec
-from shoal.fleet.view import CoordinatorView, Lease
+from shoal.fleet.view import LEASE_S, CoordinatorView, Lease
 from shoal.ids import DeploymentId, Digest, NodeId
-from shoal.node.coordinator import LEASE_S, RETRY_PLAN_S, Coordinator
+from shoal.node.coordinator import RETRY_PLAN_S, Coordinator
 from shoal.node.journal import Journal
 from shoal.node.last_plan import remember
 from shoal.plan.problem import Answer, Estimate, Infeasible, Objective, Plan, RequestShape, Stage

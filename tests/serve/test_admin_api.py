@@ -10,8 +10,8 @@ from litestar.testing import TestClient
 
 from shoal.client import AsyncShoal, Shoal
 from shoal.errors import InfeasibleError, InvalidRequestError, NodeUnreachableError, UnknownModelError
-from shoal.fleet.views import ComponentHealth, DeploymentState, EventView, HealthView
-from shoal.ids import NodeId
+from shoal.fleet.views import ComponentHealth, DeploymentHealth, DeploymentState, EventView, HealthView
+from shoal.ids import DeploymentId, NodeId
 from shoal.observe.metrics import CONTENT_TYPE
 from shoal.plan.problem import Infeasible, Pin, RequestShape
 
@@ -122,6 +122,35 @@ def test_readiness_names_what_is_not_ready(gateway: "Gateway") -> None:
     assert answer.status_code == 503
     assert answer.json() == {"ready": False, "not_ready": {"coordinator": "no lease"}}
     assert gateway.client().get("/livez").status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("answering", "status"), [((), 200), ((False,), 503), ((False, False), 503), ((False, True), 200)]
+)
+def test_a_gateway_is_ready_when_one_of_its_deployments_answers(
+    gateway: "Gateway", answering: tuple[bool, ...], status: int
+) -> None:
+    gateway.fleet.health = HealthView(
+        components=(ComponentHealth(name="coordinator", ready=True),),
+        deployments=tuple(DeploymentHealth(name=DeploymentId(f"m{i}"), ready=r) for i, r in enumerate(answering)),
+    )
+
+    answer = gateway.client().get("/readyz")
+
+    assert answer.status_code == gateway.client().get("/healthz").status_code == status
+    expected = {} if status == 200 else {"deployments": f"none of {len(answering)} answers"}
+    assert answer.json()["not_ready"] == expected
+
+
+def test_a_gateway_that_answers_by_its_last_plan_is_ready_and_says_what_it_misses(gateway: "Gateway") -> None:
+    gateway.fleet.health = HealthView(
+        components=(ComponentHealth(name="coordinator", ready=False, reason="not heard for 9.0 s"),),
+        deployments=(DeploymentHealth(name=DeploymentId("m"), ready=True),),
+    )
+
+    assert gateway.client().get("/readyz").json() == {
+        "ready": True, "not_ready": {"coordinator": "not heard for 9.0 s"}
+    }  # fmt: skip
 
 
 def test_metrics_are_passed_on_as_they_are(client: TestClient[Litestar]) -> None:

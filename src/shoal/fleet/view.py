@@ -9,6 +9,9 @@ from shoal.fleet.reconcile import Phase
 from shoal.fleet.state import Deployment
 from shoal.ids import DeploymentId, NodeId
 
+LEASE_S = 3.0
+"""A holder that has not been heard for that long does not hold the lease any more."""
+
 
 class Lease(msgspec.Struct, frozen=True, kw_only=True):
     """Who coordinates.  A higher `fencing_epoch` ends every lower one (ADR 5)."""

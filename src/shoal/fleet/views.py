@@ -81,7 +81,7 @@ class EventView(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ComponentHealth(msgspec.Struct, frozen=True, kw_only=True):
-    """A part that must be ready before requests are; `reason` when it is not."""
+    """A part of the gateway's surroundings; `reason` when it is not well."""
 
     name: str
     ready: bool
@@ -97,15 +97,19 @@ class DeploymentHealth(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class HealthView(msgspec.Struct, frozen=True, kw_only=True):
-    """Readiness of a gateway, part by part."""
+    """Readiness of a gateway, part by part, and of the deployments that it answers for."""
 
     components: tuple[ComponentHealth, ...] = ()
     deployments: tuple[DeploymentHealth, ...] = ()
 
     @property
     def ready(self) -> bool:
-        """Whether every component is; a deployment that still loads does not hold up the others."""
-        return all(c.ready for c in self.components)
+        """Whether requests would be answered.
+
+        A deployment that answers is proof, whatever else ails: it goes on by its last plan when no coordinator is heard, and one
+        that still loads does not hold it up.  Where none is declared, every component must be well.
+        """
+        return any(d.ready for d in self.deployments) if self.deployments else all(c.ready for c in self.components)
 
 
 class JoinView(msgspec.Struct, frozen=True, kw_only=True):

@@ -35,14 +35,13 @@ from shoal.fleet.state import (
     drained,
     standing,
 )
-from shoal.fleet.view import CoordinatorView, DeploymentStatus, Lease
+from shoal.fleet.view import LEASE_S, CoordinatorView, DeploymentStatus, Lease
 from shoal.ids import DeploymentId, NodeId
 from shoal.node.journal import Journal
 from shoal.node.last_plan import recall
 from shoal.plan.problem import Answer, Infeasible, Plan
 from shoal.profile.fleet import FleetProfile
 
-LEASE_S = 3.0
 TICK_S = 0.1
 VIEW_EVERY_S = 0.5
 FORGET_AFTER_S = 600.0

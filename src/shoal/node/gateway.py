@@ -13,7 +13,7 @@ from shoal.clock import Clock
 from shoal.errors import InfeasibleError, ShoalError, UnavailableError, UnknownModelError
 from shoal.fleet.reconcile import Phase
 from shoal.fleet.report import ShardId
-from shoal.fleet.view import CoordinatorView, DeploymentStatus
+from shoal.fleet.view import LEASE_S, CoordinatorView, DeploymentStatus
 from shoal.fleet.views import ComponentHealth, DeploymentHealth, HealthView
 from shoal.ids import DeploymentId, Digest, NodeId, RequestId
 from shoal.model.codec import ModelCodec
@@ -51,6 +51,8 @@ class Models:
     new_id: Callable[[], str]
     log: FilteringBoundLogger
     view: CoordinatorView | None = None
+    _heard_s: float | None = None
+    """When a coordinator was heard last; None: not since the start."""
     _open: dict[DeploymentId, _Open] = field(default_factory=dict)
     _closed: dict[DeploymentId, str] = field(default_factory=dict)
     """Why those that serve cannot be opened here."""
@@ -60,6 +62,7 @@ class Models:
     def hear(self, view: CoordinatorView) -> None:
         """A broadcast; what is older than the newest is ignored."""
         if view.newer_than(self.view):
+            self._heard_s = self.clock.now_s()
             self.follow(view)
 
     def follow(self, view: CoordinatorView) -> None:
@@ -151,26 +154,33 @@ class Models:
                 if opened.served.spec.kind is ModelKind.CAUSAL_LM:
                     group.start_soon(self._probe_if_idle, opened)
         statuses = self.view.deployments if self.view is not None else ()
-        coordinator = ComponentHealth(
-            name="coordinator", ready=self.view is not None, reason="" if self.view is not None else "not heard yet"
-        )
         specs = [status.deployment.spec for status in statuses]
         names = [spec.deployment for spec in specs if spec.source == self.me]
         deployments = tuple(
             DeploymentHealth(name=name, ready=self._flows(name), last_token_age_s=self.last_token_age_s(name))
             for name in names
         )
-        return HealthView(components=(coordinator,), deployments=deployments)
+        return HealthView(components=(self._coordinator(),), deployments=deployments)
+
+    def _coordinator(self) -> ComponentHealth:
+        if self._heard_s is None:
+            reason = "not heard yet"
+        elif (silent_s := self.clock.now_s() - self._heard_s) > LEASE_S:
+            reason = f"not heard for {silent_s:.1f} s"
+        else:
+            return ComponentHealth(name="coordinator", ready=True)
+        reason += ": the last plans are served, nothing is planned anew" if self.view is not None else ""
+        return ComponentHealth(name="coordinator", ready=False, reason=reason)
 
     def _flows(self, name: DeploymentId) -> bool:
-        """Whether tokens come out: one was seen lately, or the model is no language model."""
+        """Whether tokens come out: one was seen lately, or a sign of life from a long prompt; or it is no language model."""
         opened = self._open.get(name)
-        if opened is None:
+        if opened is None or opened.status.phase is not Phase.SERVING:
             return False
-        age_s = self.last_token_age_s(name)
-        return opened.served.spec.kind is not ModelKind.CAUSAL_LM or (
-            age_s is not None and age_s <= IDLE_S + PROBE_TIMEOUT_S
-        )
+        pipeline = opened.pipeline
+        seen_s = pipeline.last_sign_s if pipeline.running else pipeline.last_token_s
+        fresh = seen_s is not None and self.clock.now_s() - seen_s <= IDLE_S + PROBE_TIMEOUT_S
+        return fresh or opened.served.spec.kind is not ModelKind.CAUSAL_LM
 
     async def _probe_if_idle(self, opened: _Open) -> None:
         async with opened.probing:  # whoever asks meanwhile waits for that answer, rather than calling it idle

@@ -109,21 +109,23 @@ class Ear:
 
 @dataclass(slots=True)
 class Pipeline:
-    """One deployment at one plan epoch, from this gateway: its requests, and how long ago a token came out."""
+    """One deployment at one plan epoch, from this gateway: its requests, and how long ago a token or a sign of life came out."""
 
     desk: AnswerDesk
     deployment: DeploymentId
     first: NodeId
     shard: ShardId
     last_token_s: float | None = None
+    last_sign_s: float | None = None
     running: set[RequestId] = field(default_factory=set)
 
     def listen(self, request: RequestId, deliver: Callable[[Answer], None]) -> Ear:
         """See `PipelineClient.listen`; notes the age of the last token on the way."""
 
         def note(answer: Answer) -> None:
+            self.last_sign_s = self.desk.clock.now_s()
             if isinstance(answer, InferAnswer) or answer.tokens:
-                self.last_token_s = self.desk.clock.now_s()
+                self.last_token_s = self.last_sign_s
             deliver(answer)
 
         self.running.add(request)

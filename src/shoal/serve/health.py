@@ -23,6 +23,8 @@ def health_routes(node: Node) -> list[HTTPRouteHandler]:
     async def readyz() -> Response[dict[str, object]]:
         report = await node.health.report()
         waiting = {c.name: c.reason for c in report.components if not c.ready}
+        if report.deployments and not report.ready:  # how many, not which: no key is asked for here
+            waiting["deployments"] = f"none of {len(report.deployments)} answers"
         status = 200 if report.ready else 503
         return Response({"ready": report.ready, "not_ready": waiting}, status_code=status)
 

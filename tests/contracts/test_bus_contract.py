@@ -334,6 +334,41 @@ def test_a_closed_answer_answers_no_more(pair: Pair) -> None:
         pair.a.query("k/x", b"", timeout_s=0.05)
 
 
+def test_whoever_watches_is_told_of_each_that_is_gone_and_of_no_other(pair: Pair) -> None:
+    gone: SimpleQueue[str] = SimpleQueue()
+    before = pair.b.alive("k/before/1")
+    pair.b.alive("k/stays/1")
+    pair.b.alive("other/1")
+    pair.settle()
+    pair.a.watch("k/*/1", gone.put)
+    after = pair.b.alive("k/after/1")
+    pair.settle()
+
+    for token in (before, after, before):
+        token.close()
+
+    assert [gone.get(timeout=PATIENCE_S) for _ in range(2)] == ["k/before/1", "k/after/1"]
+    pair.b.close()
+    assert gone.get(timeout=PATIENCE_S) == "k/stays/1"
+    assert gone.empty()
+
+
+def test_a_watch_that_was_closed_is_told_nothing(pair: Pair) -> None:
+    closed: SimpleQueue[str] = SimpleQueue()
+    other: SimpleQueue[str] = SimpleQueue()
+    watch = pair.a.watch("k/*", closed.put)
+    pair.a.watch("k/**", other.put)
+    token = pair.b.alive("k/1")
+    pair.settle()
+
+    watch.close()
+    watch.close()
+    token.close()
+
+    assert other.get(timeout=PATIENCE_S) == "k/1"
+    assert closed.empty()
+
+
 def test_a_closed_bus_delivers_nothing_says_so_and_closes_twice(pair: Pair) -> None:
     inbox = Inbox()
     pair.b.subscribe("k/x", inbox.deliver)
@@ -348,6 +383,8 @@ def test_a_closed_bus_delivers_nothing_says_so_and_closes_twice(pair: Pair) -> N
         lambda: pair.b.subscribe("k/x", inbox.deliver),
         lambda: pair.b.answer("k/x", lambda sample: b""),
         lambda: pair.b.query("k/x", b"", timeout_s=0.05),
+        lambda: pair.b.alive("k/x"),
+        lambda: pair.b.watch("k/x", lambda key: None),
     ):
         with pytest.raises(NodeUnreachableError, match="closed"):
             act()

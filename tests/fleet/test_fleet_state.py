@@ -8,13 +8,16 @@ from hypothesis import strategies as st
 from shoal.fleet.report import NodeFacts, NodeReport
 from shoal.fleet.spec import DeploymentSpec
 from shoal.fleet.state import (
+    HINT_RACE_S,
     LOST_AFTER_S,
+    VANISHED_LOST_AFTER_S,
     DeploymentDropped,
     DeploymentWanted,
     Event,
     FleetState,
     NodeForgotten,
     NodeHeard,
+    NodeVanished,
     PlanMade,
     Standing,
     apply,
@@ -63,6 +66,7 @@ events: st.SearchStrategy[Event] = st.one_of(
         small,
         st.booleans(),
     ),
+    st.builds(lambda n, i, s: NodeVanished(node=n, incarnation=i, at_s=10 * i + s + 0.05), nodes, small, small),
     st.builds(NodeForgotten, node=nodes, incarnation=small),
     st.builds(lambda g: DeploymentWanted(spec=spec(g)), small),
     st.builds(lambda g: DeploymentDropped(deployment=CHAT, generation=g), small),
@@ -133,6 +137,48 @@ def test_silence_makes_a_node_suspect_within_a_second_and_lost_within_three(
     member = apply(FleetState(), NodeHeard(report=report(A), at_s=10.0)).members[A]
 
     assert standing(member, 10.0 + silent_s) is expected
+
+
+def vanished(at_s: float = 10.1, incarnation: int = 1) -> FleetState:
+    """A node that was heard at second 10, and whose process was seen to end."""
+    state = apply(FleetState(), NodeHeard(report=report(A, sequence=5), at_s=10.0))
+    return apply(state, NodeVanished(node=A, incarnation=incarnation, at_s=at_s))
+
+
+@pytest.mark.parametrize(
+    ("silent_s", "expected"),
+    [
+        (0.1, Standing.SUSPECT),
+        (VANISHED_LOST_AFTER_S - 0.01, Standing.SUSPECT),
+        (VANISHED_LOST_AFTER_S, Standing.LOST),
+    ],
+)
+def test_a_node_whose_process_was_seen_to_end_is_suspect_at_once_and_lost_within_half_a_second(
+    silent_s: float, expected: Standing
+) -> None:
+    assert standing(vanished().members[A], 10.0 + silent_s) is expected
+
+
+def test_a_node_that_is_heard_again_was_only_cut_off_for_a_moment() -> None:
+    state = apply(vanished(at_s=10.1), NodeHeard(report=report(A, sequence=6), at_s=10.3))
+
+    assert standing(state.members[A], 10.4) is Standing.ALIVE
+    assert standing(state.members[A], 10.3 + VANISHED_LOST_AFTER_S) is Standing.ALIVE
+
+
+def test_a_last_heartbeat_that_was_under_way_does_not_bring_a_dead_node_back() -> None:
+    heard_s = 10.1 + HINT_RACE_S / 2
+    state = apply(vanished(at_s=10.1), NodeHeard(report=report(A, sequence=6), at_s=heard_s))
+
+    assert standing(state.members[A], heard_s) is Standing.SUSPECT
+    assert standing(state.members[A], heard_s + VANISHED_LOST_AFTER_S) is Standing.LOST
+
+
+def test_the_end_of_an_earlier_life_says_nothing_about_the_node_that_was_started_again() -> None:
+    assert vanished(incarnation=0).members[A].vanished_s is None
+    again = apply(vanished(at_s=10.1), NodeHeard(report=report(A, incarnation=2), at_s=10.11))
+
+    assert standing(again.members[A], 10.2) is Standing.ALIVE
 
 
 def test_a_leaving_node_is_leaving_however_fresh() -> None:

@@ -19,9 +19,12 @@ from shoal.transport.zenoh import open_control
 
 Fleet = Any  # of conftest
 Machine = Any
-SEEN_S = 2 * 1.0
-"""A killed node is seen within 1 s; twice that on a machine that is busy with other tests."""
-LOST_S = 2 * 3.0
+KILLED_S = 1.0
+FROZEN_S = 3.0
+"""The claim: a killed node is given up within the first, a frozen one within the second.
+
+Measured on two cores that others kept busy (load 2 to 4): 0.38 to 0.53 s and 1.94 to 1.96 s, so the slack is half a second and one.
+"""
 ASKED = {"model": "two", "messages": [{"role": "user", "content": "hi"}], "temperature": 0}
 
 
@@ -127,8 +130,7 @@ def test_a_killed_node_is_seen_in_time_and_its_stage_moves(site: Fleet) -> None:
     assert isinstance(end, openai.APIError)
     seen_s = site.wait(lambda: event_after(site, "node.suspect", lost.id, killed_s), "the node is suspect")
     lost_s = site.wait(lambda: event_after(site, "node.lost", lost.id, killed_s), "the node is lost")
-    assert seen_s <= SEEN_S
-    assert lost_s <= LOST_S
+    assert seen_s <= lost_s <= KILLED_S
     view = site.wait_ready("two", after_epoch=epoch)
     assert lost.id not in {s.node for s in view.plan.stages}
     assert text_of(site) == before
@@ -171,8 +173,7 @@ def test_a_frozen_node_is_seen_in_time_and_is_itself_again_afterwards(site: Flee
         for process in (frozen.process.pid, *(w.pid for w in workers)):
             psutil.Process(process).resume()
 
-    assert seen_s <= SEEN_S
-    assert lost_s <= LOST_S
+    assert seen_s <= lost_s <= FROZEN_S
     assert frozen.id not in {s.node for s in view.plan.stages}
     site.wait_alive(frozen.name)
     assert site.nodes()[frozen.name].id == frozen.id

@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from queue import Empty, SimpleQueue
@@ -16,7 +17,7 @@ from shoal.errors import NodeUnreachableError, PortInUseError, SettingsError
 from shoal.transport.bus import Lane, Sample
 from shoal.transport.session import keep_trying, session_config
 from shoal.transport.stats import BusStats
-from shoal.transport.zenoh import CLOSE_TIMEOUT_S, open_agent, open_control, open_data
+from shoal.transport.zenoh import CLOSE_TIMEOUT_S, ZenohBus, open_agent, open_control, open_data
 
 ANY_PORT = ("tcp/127.0.0.1:0",)
 PATIENCE_S = 10.0
@@ -229,6 +230,38 @@ def test_close_returns_although_the_peer_is_frozen_behind_a_full_queue(stack: Ex
     peer.kill()
     flooding.join(PATIENCE_S)
     assert not flooding.is_alive()
+
+
+LIVING = """
+import sys
+from shoal.transport.zenoh import open_agent
+bus = open_agent(("tcp/127.0.0.1:0",), (sys.argv[1],))
+token = bus.alive("k/alive")
+print("up", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_process_that_is_killed_is_told_of_through_its_fleet(stack: ExitStack) -> None:
+    hub = stack.enter_context(closing(open_agent(ANY_PORT)))
+    watching = stack.enter_context(closing(open_agent(ANY_PORT, hub.locators)))
+    gone: SimpleQueue[str] = SimpleQueue()
+    watching.watch("k/*", gone.put)
+    living = [sys.executable, "-c", LIVING, hub.locators[0]]
+    process = subprocess.Popen(living, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    stack.callback(lambda: (process.kill(), process.communicate()))
+    assert process.stdout is not None
+    assert process.stdout.readline() == "up\n"
+    while not _is_known(watching, "k/alive"):
+        time.sleep(0.01)
+
+    process.kill()
+
+    assert gone.get(timeout=PATIENCE_S) == "k/alive"
+
+
+def _is_known(bus: ZenohBus, key: str) -> bool:
+    return any(reply.ok is not None for reply in bus._session.liveliness().get(key, timeout=1.0))
 
 
 def test_nothing_scouts_unless_asked_to() -> None:

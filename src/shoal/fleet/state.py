@@ -16,6 +16,10 @@ from shoal.plan.problem import Answer, Plan
 
 SUSPECT_AFTER_S = 0.8
 LOST_AFTER_S = 2.5
+VANISHED_LOST_AFTER_S = 0.5
+"""As `LOST_AFTER_S`, for a node whose process, or link, was seen to end: it was killed, or has two heartbeats to show itself."""
+HINT_RACE_S = 0.1
+"""A heartbeat that comes so soon after that sight may have been under way before it."""
 DRAINED_AFTER_S = 1.0
 """A plan that is left counts as drained when its first stage has said for that long that it answers nobody.
 
@@ -37,6 +41,8 @@ class Member(msgspec.Struct, frozen=True, kw_only=True):
 
     report: NodeReport
     heard_s: float
+    vanished_s: float | None = None
+    """When its process or link was seen to end, unless it was heard since."""
 
 
 class Deployment(msgspec.Struct, frozen=True, kw_only=True):
@@ -61,6 +67,14 @@ class NodeHeard(msgspec.Struct, frozen=True, kw_only=True, tag="node_heard"):
     """A heartbeat arrived."""
 
     report: NodeReport
+    at_s: float
+
+
+class NodeVanished(msgspec.Struct, frozen=True, kw_only=True, tag="node_vanished"):
+    """The fabric has seen a node's process end, or its link: a hint, which the next heartbeat takes back."""
+
+    node: NodeId
+    incarnation: int
     at_s: float
 
 
@@ -93,7 +107,7 @@ class PlanMade(msgspec.Struct, frozen=True, kw_only=True, tag="plan_made"):
     at_s: float
 
 
-Event = NodeHeard | NodeForgotten | DeploymentWanted | DeploymentDropped | PlanMade
+Event = NodeHeard | NodeVanished | NodeForgotten | DeploymentWanted | DeploymentDropped | PlanMade
 
 
 def apply(state: FleetState, event: Event) -> FleetState:
@@ -101,6 +115,12 @@ def apply(state: FleetState, event: Event) -> FleetState:
     match event:
         case NodeHeard():
             return _heard(state, event)
+        case NodeVanished(node=node, incarnation=incarnation, at_s=at_s):
+            known = state.members.get(node)
+            if known is None or known.report.incarnation != incarnation or at_s < known.heard_s:
+                return state
+            gone = msgspec.structs.replace(known, vanished_s=at_s)
+            return msgspec.structs.replace(state, members={**state.members, node: gone})
         case NodeForgotten(node=node, incarnation=incarnation):
             known = state.members.get(node)
             if known is None or known.report.incarnation > incarnation:
@@ -130,12 +150,12 @@ def apply(state: FleetState, event: Event) -> FleetState:
 
 def standing(member: Member, now_s: float) -> Standing:
     """What silence up to *now_s* means; a leaving node that has fallen silent is gone."""
-    silent_s = now_s - member.heard_s
-    if member.report.leaving and silent_s < LOST_AFTER_S:
+    silent_s, vanished = now_s - member.heard_s, member.vanished_s is not None
+    if silent_s >= (VANISHED_LOST_AFTER_S if vanished else LOST_AFTER_S):
+        return Standing.LOST
+    if member.report.leaving:
         return Standing.LEAVING
-    if silent_s < SUSPECT_AFTER_S:
-        return Standing.ALIVE
-    return Standing.SUSPECT if silent_s < LOST_AFTER_S else Standing.LOST
+    return Standing.SUSPECT if vanished or silent_s >= SUSPECT_AFTER_S else Standing.ALIVE
 
 
 def drained(state: FleetState, name: DeploymentId) -> bool:
@@ -154,12 +174,18 @@ def _heard(state: FleetState, event: NodeHeard) -> FleetState:
     known = state.members.get(event.report.node)
     if known is not None and not event.report.newer_than(known.report):
         return state
-    member = Member(report=event.report, heard_s=event.at_s)
+    member = Member(report=event.report, heard_s=event.at_s, vanished_s=_still_vanished(known, event))
     state = msgspec.structs.replace(state, members={**state.members, event.report.node: member})
     for deployment in state.deployments.values():
         if isinstance(deployment.answer, Plan) and deployment.answer.stages[0].node == event.report.node:
             state = _with_quiet(state, deployment, deployment.answer)
     return state
+
+
+def _still_vanished(known: Member | None, event: NodeHeard) -> float | None:
+    if known is None or known.vanished_s is None or event.report.incarnation != known.report.incarnation:
+        return None
+    return known.vanished_s if event.at_s - known.vanished_s < HINT_RACE_S else None
 
 
 def _with_quiet(state: FleetState, deployment: Deployment, plan: Plan) -> FleetState:

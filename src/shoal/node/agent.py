@@ -26,13 +26,24 @@ from shoal.node.messages import REPORT, VIEW, Leave, Nothing
 from shoal.node.shards import ShardKeeper
 from shoal.node.voice import Bell
 from shoal.transport.bus import Bus, Closable, Lane, Sample
-from shoal.transport.keys import ControlTopic, EventTopic, HeartbeatTopic, WorkerTopic, key_of, pattern_of
+from shoal.transport.keys import (
+    AliveTopic,
+    ControlTopic,
+    EventTopic,
+    HeartbeatTopic,
+    WorkerTopic,
+    key_of,
+    pattern_of,
+    topic_of,
+)
 
 HEARTBEAT_S = 0.2
 LEAVE_S = 30.0
 """A leaving node goes after that, drained or not."""
 
 Heard = NodeReport | CoordinatorView | ShardReport
+Item = Heard | AliveTopic
+"""What is heard, or whose process was seen to end."""
 
 
 @dataclass(slots=True)
@@ -81,7 +92,7 @@ class Agent:
 
     async def run(self) -> None:
         """Work until cancelled, or until this node has left the fleet."""
-        heard: Mailbox[Heard] = Mailbox()
+        heard: Mailbox[Item] = Mailbox()
         listening = self._listen(heard)
         handlers = {**self.handlers, "leave": handler(Leave, self._leave)}
         desk = CallDesk(self.bus, self.fleet, self.me, handlers)
@@ -114,7 +125,7 @@ class Agent:
                 await anyio.sleep(0.1)
         scope.cancel()
 
-    def _listen(self, heard: Mailbox[Heard]) -> list[Closable]:
+    def _listen(self, heard: Mailbox[Item]) -> list[Closable]:
         def into(kind: type[Heard]) -> Callable[[Sample], None]:
             def deliver(sample: Sample) -> None:
                 try:
@@ -124,6 +135,11 @@ class Agent:
 
             return deliver
 
+        def vanished(key: str) -> None:
+            topic = topic_of(key)
+            if isinstance(topic, AliveTopic):
+                heard.post(topic)
+
         reports = pattern_of(WorkerTopic, fleet=self.fleet, node=self.me, verb=REPORT)
         orders = pattern_of(ControlTopic, fleet=self.fleet, node=self.me, verb="order")
         return [
@@ -131,6 +147,8 @@ class Agent:
             self.bus.subscribe(pattern_of(EventTopic, fleet=self.fleet, kind=VIEW), into(CoordinatorView)),
             self.bus.subscribe(reports, into(ShardReport)),
             self.bus.answer(orders, self._take_order),
+            self.bus.watch(pattern_of(AliveTopic, fleet=self.fleet), vanished),
+            self.bus.alive(key_of(AliveTopic(fleet=self.fleet, node=self.me, incarnation=self.incarnation))),
         ]
 
     def _take_order(self, sample: Sample) -> bytes:
@@ -153,7 +171,7 @@ class Agent:
         if self._dropped % 1000 == 1:
             self.log.warning("message.dropped", key=sample.key, error=str(error), dropped=self._dropped)
 
-    async def _hear(self, heard: Mailbox[Heard]) -> None:
+    async def _hear(self, heard: Mailbox[Item]) -> None:
         async for item in heard:
             match item:
                 case NodeReport():
@@ -161,6 +179,9 @@ class Agent:
                         self._others[item.node] = (item, anyio.current_time())
                     if self.coordinator is not None:
                         self.coordinator.hear_report(item)
+                case AliveTopic(node=node, incarnation=incarnation):
+                    if self.coordinator is not None:
+                        self.coordinator.hear_vanished(node, incarnation)
                 case CoordinatorView():
                     if self.coordinator is not None:
                         self.coordinator.hear_view(item)

@@ -29,6 +29,7 @@ from shoal.fleet.state import (
     FleetState,
     NodeForgotten,
     NodeHeard,
+    NodeVanished,
     PlanMade,
     Standing,
     apply,
@@ -126,6 +127,10 @@ class Coordinator:
         self.state = apply(self.state, NodeHeard(report=report, at_s=self.clock.now_s()))
         if report.facts.coordinates and report.node != self.me and self._peer is None:
             self._peer, self._peer_kept = report.node, False
+
+    def hear_vanished(self, node: NodeId, incarnation: int) -> None:
+        """The fabric's hint that a node's process, or its link, has ended."""
+        self.state = apply(self.state, NodeVanished(node=node, incarnation=incarnation, at_s=self.clock.now_s()))
 
     def hear_view(self, view: CoordinatorView) -> None:
         """A broadcast of whoever holds the lease; a higher epoch than ours ends ours."""

@@ -6,6 +6,8 @@ Semantics that both implementations keep (the contract suite holds them to it):
 - `put` reaches every subscription that matches at this moment, once, in order per sender and key; it promises nothing
   to anybody who is disconnected (ADR 4: state that must last is resent until the application's ACK).
 - `deliver` and `reply` run on a thread of the bus and must return at once: hand over to a queue of your own.
+- `alive` and `watch` are a hint of death, quick where it can be: a process that ends is told of at once, one that freezes or
+  is cut off after a while or never, and a link that fails for a moment looks like a death.  Whoever decides asks for more.
 - Closing a subscription, an answer or the bus twice is harmless; after closing nothing is delivered.
 """
 
@@ -57,6 +59,14 @@ class Bus(Protocol):
 
     def query(self, key: str, payload: bytes, *, timeout_s: float) -> bytes:
         """Ask whoever answers *key*; raises NodeUnreachableError when nobody does within *timeout_s*."""
+        ...
+
+    def alive(self, key: str) -> Closable:
+        """Be alive under *key*, which nobody else uses, until closed or until this bus or process is no more."""
+        ...
+
+    def watch(self, pattern: str, gone: Callable[[str], None]) -> Closable:
+        """Call *gone* with each key matching *pattern* that was alive and is not any more, as far as can be seen from here."""
         ...
 
     def close(self) -> None:

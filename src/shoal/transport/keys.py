@@ -85,6 +85,14 @@ class HeartbeatTopic(msgspec.Struct, frozen=True, kw_only=True, tag="h"):
     node: NodeId
 
 
+class AliveTopic(msgspec.Struct, frozen=True, kw_only=True, tag="a"):
+    """A node's process is there, in this life of it."""
+
+    fleet: str
+    node: NodeId
+    incarnation: int
+
+
 class ChunkTopic(msgspec.Struct, frozen=True, kw_only=True, tag="b"):
     """A chunk's bytes, asked from the node that holds it."""
 
@@ -110,6 +118,7 @@ Topic = (
     | CoordinatorTopic
     | EventTopic
     | HeartbeatTopic
+    | AliveTopic
     | ChunkTopic
     | ProbeTopic
 )

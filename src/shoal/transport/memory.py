@@ -66,6 +66,18 @@ class Answerer:
         self._remove(self)
 
 
+class Token:
+    """Somebody who is alive, until closed."""
+
+    def __init__(self, key: str, remove: Callable[["Token"], None]) -> None:
+        self.key = key
+        self._remove = remove
+
+    def close(self) -> None:
+        """Be alive no more; harmless when repeated."""
+        self._remove(self)
+
+
 class MemoryFabric:
     """Where the buses of one process meet."""
 
@@ -116,6 +128,16 @@ class MemoryFabric:
                     for subscription in wanted:
                         bus.deliveries.submit(due_s, partial(bus.deliver, subscription, sample))
 
+    def bury(self, source: str, key: str) -> None:
+        """Tell every reachable bus that watches *key* that nobody is alive under it.  A partition alone tells nobody."""
+        with self._lock:
+            for target, bus in self._buses.items():
+                watchers = bus.watchers(key)
+                due_s = self._due_s(source, target) if watchers else None
+                if due_s is not None:
+                    for watcher in watchers:
+                        bus.deliveries.submit(due_s, partial(watcher.hand, Sample(key=key, payload=b"")))
+
     def ask(self, source: str, sample: Sample, replies: Replies) -> bool:
         """Send a query to one bus that answers it, a reachable one if there is; False when nobody answers it at all."""
         with self._lock:
@@ -159,6 +181,8 @@ class MemoryBus:
         self._fabric = fabric
         self._subscriptions: tuple[Subscription, ...] = ()
         self._answerers: tuple[Answerer, ...] = ()
+        self._watchers: tuple[Subscription, ...] = ()
+        self._tokens: tuple[Token, ...] = ()
         self._lock = threading.Lock()
         self._open = True
         self._tally = Tally()
@@ -188,6 +212,24 @@ class MemoryBus:
             self._answerers += (answerer,)
         return answerer
 
+    def alive(self, key: str) -> Closable:
+        """See the port; raises NodeUnreachableError once closed."""
+        check_key(key)
+        self._check_open()
+        token = Token(key, self._bury)
+        with self._lock:
+            self._tokens += (token,)
+        return token
+
+    def watch(self, pattern: str, gone: Callable[[str], None]) -> Closable:
+        """See the port; raises NodeUnreachableError once closed."""
+        check_pattern(pattern)
+        self._check_open()
+        watcher = Subscription(pattern, lambda sample: gone(sample.key), self._unwatch)
+        with self._lock:
+            self._watchers += (watcher,)
+        return watcher
+
     def query(self, key: str, payload: bytes, *, timeout_s: float) -> bytes:
         """See the port; nobody to ask is told at once.  Not from within `reply` on the same bus: that waits for itself."""
         check_key(key)
@@ -203,9 +245,12 @@ class MemoryBus:
         """End every subscription and answer; harmless when repeated."""
         with self._lock:
             was_open, self._open = self._open, False
-            subscriptions, answerers = self._subscriptions, self._answerers
+            subscriptions, answerers = self._subscriptions + self._watchers, self._answerers
+            tokens = self._tokens
         if was_open:
             self._fabric.detach(self.name)
+        for token in tokens:
+            token.close()
         for subscription in subscriptions:
             subscription.close()
         for answerer in answerers:
@@ -224,6 +269,10 @@ class MemoryBus:
     def answerer(self, key: str) -> Answerer | None:
         """Who answers *key* here now (asked by the fabric)."""
         return next((a for a in self._answerers if matches(a.pattern, key)), None)
+
+    def watchers(self, key: str) -> tuple[Subscription, ...]:
+        """Who watches *key* here now (asked by the fabric)."""
+        return tuple(w for w in self._watchers if matches(w.pattern, key))
 
     def deliver(self, subscription: Subscription, sample: Sample) -> None:
         """Hand *sample* over, on the delivery thread."""
@@ -264,6 +313,16 @@ class MemoryBus:
     def _unsubscribe(self, subscription: Subscription) -> None:
         with self._lock:
             self._subscriptions = tuple(s for s in self._subscriptions if s is not subscription)
+
+    def _unwatch(self, watcher: Subscription) -> None:
+        with self._lock:
+            self._watchers = tuple(w for w in self._watchers if w is not watcher)
+
+    def _bury(self, token: Token) -> None:
+        with self._lock:
+            lived, self._tokens = token in self._tokens, tuple(t for t in self._tokens if t is not token)
+        if lived:
+            self._fabric.bury(self.name, token.key)
 
     def _unanswer(self, answerer: Answerer) -> None:
         with self._lock:

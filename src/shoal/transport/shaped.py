@@ -137,6 +137,14 @@ class ShapedBus:
         """See the port; the asker's links do the waiting."""
         return self._bus.answer(pattern, reply)
 
+    def alive(self, key: str) -> Closable:
+        """See the port; not slowed down, for it is a hint that may come late anyway."""
+        return self._bus.alive(key)
+
+    def watch(self, pattern: str, gone: Callable[[str], None]) -> Closable:
+        """See the port."""
+        return self._bus.watch(pattern, gone)
+
     def query(self, key: str, payload: bytes, *, timeout_s: float) -> bytes:
         """See the port; *timeout_s* covers both ways and the answer."""
         check_key(key)

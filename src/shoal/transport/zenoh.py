@@ -139,6 +139,26 @@ class Receiver:
                 logging.getLogger(__name__).exception("a callback on %s failed; later ones go on", self._thread.name)
 
 
+class Token:
+    """A liveliness token that is held until closed."""
+
+    def __init__(self, declared: zenoh.LivelinessToken, forget: Callable[["Token"], None]) -> None:
+        self._declared: Any = declared  # kept, for Zenoh undeclares what Python collects; its stub is untyped
+        self._forget = forget
+        self._open = True
+
+    def close(self) -> None:
+        """Be alive no more; harmless when repeated."""
+        if self._open:
+            self._open = False
+            self._declared.undeclare()
+            self._forget(self)
+
+    def abandon(self) -> None:
+        """The closing of the session undeclares it."""
+        self._open = False
+
+
 class ZenohBus:
     """One session.  Made by `open_agent`, `open_control` and `open_data`."""
 
@@ -150,6 +170,7 @@ class ZenohBus:
         self._mode = mode
         self._publishers: OrderedDict[tuple[str, Lane], zenoh.Publisher] = OrderedDict()
         self._receivers: set[Receiver] = set()
+        self._tokens: set[Token] = set()
         self._lock = threading.Lock()
         self._open = True
         self._tally = Tally()
@@ -208,6 +229,26 @@ class ZenohBus:
         channel: Any = zenoh.handlers.FifoChannel(_CHANNEL_QUERIES)
         return self._keep(self._session.declare_queryable(pattern, channel, complete=True), handle)
 
+    def alive(self, key: str) -> Closable:
+        """See the port; raises NodeUnreachableError once closed.  Others hear of a frozen process when its link's lease ends."""
+        check_key(key)
+        self._check_open()
+        token = Token(self._session.liveliness().declare_token(key), self._tokens.discard)
+        self._tokens.add(token)
+        return token
+
+    def watch(self, pattern: str, gone: Callable[[str], None]) -> Closable:
+        """See the port; raises NodeUnreachableError once closed."""
+        check_pattern(pattern)
+
+        def handle(sample: zenoh.Sample) -> None:
+            if sample.kind == zenoh.SampleKind.DELETE:
+                gone(str(sample.key_expr))
+
+        self._check_open()
+        channel: Any = zenoh.handlers.FifoChannel(_CHANNEL_SAMPLES)
+        return self._keep(self._session.liveliness().declare_subscriber(pattern, channel), handle)
+
     def query(self, key: str, payload: bytes, *, timeout_s: float) -> bytes:
         """See the port; a key that nobody answers is told at once where this session can know it."""
         check_key(key)
@@ -257,9 +298,11 @@ class ZenohBus:
         """
         with self._lock:
             was_open, self._open = self._open, False
-            receivers = list(self._receivers)
+            receivers, tokens = list(self._receivers), list(self._tokens)
         if not was_open:
             return
+        for token in tokens:
+            token.abandon()
         for receiver in receivers:
             receiver.abandon()
         closing = threading.Thread(target=self._session.close, name=f"zenoh-close-{self.zid}", daemon=True)

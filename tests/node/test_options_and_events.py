@@ -108,26 +108,3 @@ def test_the_ring_keeps_the_newest_events_with_growing_numbers(log: FilteringBou
 
     anyio.run(scenario)
     assert "box 3" in logged.getvalue()
-
-
-def test_whoever_follows_the_ring_sees_each_event_once_as_it_happens(log: FilteringBoundLogger) -> None:
-    async def scenario() -> None:
-        ring = EventRing(log, lambda: 0.0)
-        ring.note("a", "before")
-        seen: list[str] = []
-
-        async def read() -> None:
-            async for event in ring.follow(0):
-                seen.append(event.text)
-                if event.text == "last":
-                    return
-
-        with anyio.fail_after(10):
-            async with anyio.create_task_group() as group:
-                group.start_soon(read)
-                for text in ("one", "two", "last"):
-                    await anyio.sleep(0.01)
-                    ring.note("a", text)
-        assert seen == ["before", "one", "two", "last"]
-
-    anyio.run(scenario)

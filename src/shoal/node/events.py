@@ -1,10 +1,9 @@
 """What happened in the fleet, kept in a ring for people and programs that ask later."""
 
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-import anyio
 from structlog.typing import FilteringBoundLogger
 
 from shoal.fleet.views import EventView
@@ -16,13 +15,12 @@ PER_LEASE = 10**9
 
 @dataclass(slots=True)
 class EventRing:
-    """The last events, oldest first; a `serve.ports.EventLog`.  Belongs to the event loop."""
+    """The last events, oldest first.  Belongs to the event loop."""
 
     log: FilteringBoundLogger
     unix_s: Callable[[], float]
     _events: deque[EventView] = field(default_factory=lambda: deque(maxlen=KEPT_EVENTS))
     _next: int = 1
-    _news: anyio.Event = field(default_factory=anyio.Event)
 
     def note(self, kind: str, text: str, *, node: NodeId | None = None, deployment: DeploymentId | None = None) -> None:
         """Keep an event and log it."""
@@ -33,8 +31,6 @@ class EventRing:
         self._events.append(event)
         where = {k: v for k, v in (("node", node), ("deployment", deployment)) if v is not None}
         self.log.info(kind, detail=text, **where)
-        news, self._news = self._news, anyio.Event()
-        news.set()
 
     def begin(self, fencing_epoch: int) -> None:
         """Number what follows above everything that holders of earlier leases have numbered, on whatever node."""
@@ -43,13 +39,3 @@ class EventRing:
     async def events(self, after: int, limit: int) -> Sequence[EventView]:
         """At most *limit* events with a sequence above *after*."""
         return [event for event in self._events if event.sequence > after][:limit]
-
-    async def follow(self, after: int) -> AsyncIterator[EventView]:
-        """The same without end."""
-        while True:
-            news = self._news
-            for event in await self.events(after, KEPT_EVENTS):
-                after = event.sequence
-                yield event
-            if news is self._news:
-                await news.wait()

@@ -1,5 +1,6 @@
 """The fleet as the gateway of this node sees it: questions go to whoever holds the lease (`serve.ports`)."""
 
+import contextlib
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -132,9 +133,15 @@ class FleetApi:
         return told.events
 
     async def follow(self, after: int) -> AsyncIterator[EventView]:
-        """The same without end, asked for twice a second: the coordinator may be another node, and may change."""
+        """The same without end, asked for twice a second: the coordinator may be another node, and may change.
+
+        While none is heard, or it does not answer, nothing is said; the next holder numbers its events above these.
+        """
         while True:
-            for event in await self.events(after, 1000):
+            news: Sequence[EventView] = ()
+            with contextlib.suppress(UnavailableError):
+                news = await self.events(after, 1000)
+            for event in news:
                 after = event.sequence
                 yield event
             await anyio.sleep(_EVENT_POLL_S)

@@ -129,6 +129,8 @@ def test_flags_become_options_under_the_home_of_the_settings(tmp_path: Path, mon
         {"links": ["b=1ms,1mbit"]},
         {"links": [f"{B}=1ms,0mbit"]},
         {"connect": ["x"]},
+        {"allow_hosts": ["box.local:8400"]},
+        {"allow_origins": ["chat.example"]},
     ],
 )
 def test_a_flag_that_cannot_be_read_says_how_to_write_it(

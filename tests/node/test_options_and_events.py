@@ -12,7 +12,7 @@ from structlog.typing import FilteringBoundLogger
 from shoal.errors import SettingsError
 from shoal.ids import NodeId
 from shoal.node.events import KEPT_EVENTS, PER_LEASE, EventRing
-from shoal.node.options import check_exposed, check_reachable, locator, parse_link
+from shoal.node.options import check_exposed, check_reachable, host_name, locator, parse_link, web_origin
 
 
 @pytest.mark.parametrize(
@@ -76,6 +76,22 @@ def test_a_node_that_joins_other_machines_and_listens_on_loopback_is_told_the_fl
     warning = check_reachable(connect, listen)
 
     assert ("--listen" in warning and "--expose" in warning) is warned
+
+
+@pytest.mark.parametrize("text", ["Box.local", "[::1]", "10.0.0.1"])
+def test_a_name_that_a_gateway_is_called_by_is_taken_without_port(text: str) -> None:
+    assert host_name(text) == text.lower()
+    with pytest.raises(SettingsError, match="no host name") as caught:
+        host_name(f"{text}:8400")
+    assert caught.value.param == "--allow-host"
+
+
+@pytest.mark.parametrize("text", ["https://Chat.example", "http://localhost:3000", "app://notes"])
+def test_a_web_origin_is_taken_without_path(text: str) -> None:
+    assert web_origin(text) == text.lower()
+    for wrong in (f"{text}/", text.partition("://")[2], "*", ""):
+        with pytest.raises(SettingsError, match="no web origin"):
+            web_origin(wrong)
 
 
 def test_an_emulated_link_is_read_in_its_units() -> None:

@@ -85,8 +85,9 @@ def test_loopback_names_reach_a_loopback_gateway(host: str) -> None:
     "host", ["evil.example", "evil.example:8000", "localhost.evil.example", "", "127.0.0.1.nip.io", "[::2]"]
 )
 def test_other_names_do_not(host: str) -> None:
-    with pytest.raises(InvalidRequestError):
+    with pytest.raises(InvalidRequestError) as caught:
         check_caller(Access(), host, None)
+    assert "--allow-host" in caught.value.hint
 
 
 def test_further_names_can_be_configured() -> None:
@@ -105,8 +106,9 @@ def test_beyond_loopback_any_name_reaches_it_unless_names_are_given() -> None:
 def test_a_page_of_another_origin_may_not_call() -> None:
     check_caller(Access(), "localhost:8000", "http://localhost:8000")
     for origin in ("https://evil.example", "null", "http://localhost:9000"):
-        with pytest.raises(InvalidRequestError):
+        with pytest.raises(InvalidRequestError) as caught:
             check_caller(Access(), "localhost:8000", origin)
+        assert f"--allow-origin {origin}" in caught.value.hint
     check_caller(Access(origins=frozenset({"https://ours.example"})), "localhost", "https://ours.example")
 
 

@@ -4,7 +4,20 @@ from typing import Annotated
 
 import typer
 
-from shoal.cli.start import ApiKeys, Discover, Expose, Links, Listen, Memory, Name, Slowdown, Threads, run
+from shoal.cli.start import (
+    AllowHosts,
+    AllowOrigins,
+    ApiKeys,
+    Discover,
+    Expose,
+    Links,
+    Listen,
+    Memory,
+    Name,
+    Slowdown,
+    Threads,
+    run,
+)
 
 
 def join(
@@ -16,6 +29,8 @@ def join(
     standby: Annotated[bool, typer.Option("--standby", help="Take over when the coordinator falls silent.")] = False,
     gateway: Annotated[str, typer.Option(help="Also answer HTTP, at HOST:PORT.")] = "",
     api_keys: ApiKeys = "",
+    allow_host: AllowHosts = None,
+    allow_origin: AllowOrigins = None,
     listen: Listen = "tcp/127.0.0.1:0",
     expose: Expose = False,
     discover: Discover = False,
@@ -32,6 +47,8 @@ def join(
             "connect": address,
             "gateway": gateway,
             "api_keys": api_keys,
+            "allow_hosts": allow_host,
+            "allow_origins": allow_origin,
             "listen": listen,
             "name": name,
             "memory": memory,

@@ -2,7 +2,7 @@
 
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Annotated
 
 import typer
@@ -21,9 +21,9 @@ from shoal.cli.deploy import (
     options,
     show_plan,
 )
-from shoal.cli.start import Stop, run
+from shoal.cli.start import AllowHosts, AllowOrigins, Stop, run
 from shoal.client import Shoal
-from shoal.errors import ShoalError
+from shoal.errors import SettingsError, ShoalError
 from shoal.node.assemble import Running
 from shoal.node.options import DEFAULT_HTTP_PORT, DEFAULT_LISTEN
 from shoal.node.settings import read_settings
@@ -39,6 +39,8 @@ def serve(
     stages: Stages = 0,
     pin: Pins = None,
     objective: Goal = Objective.LATENCY,
+    allow_host: AllowHosts = None,
+    allow_origin: AllowOrigins = None,
     url: Annotated[str, typer.Option(help=URL_HELP)] = "",
 ) -> None:
     """Measure, plan and deploy a model; shows the plan and its prediction before anything is loaded."""
@@ -55,14 +57,20 @@ def serve(
         console.print(curl_line(where, view.name, view.kind), soft_wrap=True, highlight=False)
 
     if remote or local_node() is not None:
+        if allow_host or allow_origin:
+            raise SettingsError(
+                "--allow-host and --allow-origin are for a gateway that is started here, and one runs already",
+                hint="start that one with them: `shoal up --allow-host NAME`",
+                param="--allow-host",
+            )
         where = find_url(url)
         with Shoal(where, api_key=api_key()) as shoal:
             deploy(shoal, where)
     else:
-        _serve_here(deploy)
+        _serve_here(deploy, {"allow_hosts": allow_host, "allow_origins": allow_origin})
 
 
-def _serve_here(deploy: Callable[[Shoal, str], None]) -> None:
+def _serve_here(deploy: Callable[[Shoal, str], None], door: Mapping[str, list[str] | None]) -> None:
     """Run a node in the foreground and deploy on it."""
     failed: list[ShoalError] = []
 
@@ -77,6 +85,7 @@ def _serve_here(deploy: Callable[[Shoal, str], None]) -> None:
     flags = {
         "http": ("127.0.0.1", DEFAULT_HTTP_PORT),
         "api_keys": "",
+        **door,
         "listen": DEFAULT_LISTEN,
         "name": "",
         "memory": "",

@@ -16,11 +16,19 @@ from anyio.abc import TaskStatus
 
 from shoal.errors import SettingsError, ShoalError
 from shoal.node.assemble import Running, run_node
-from shoal.node.options import NodeOptions, check_exposed, check_reachable, locator, parse_link
+from shoal.node.options import NodeOptions, check_exposed, check_reachable, host_name, locator, parse_link, web_origin
 from shoal.node.settings import read_settings
 from shoal.observe.log import LogStyle, set_up_logs
 
 ApiKeys = Annotated[str, typer.Option(help="File with one API key a line; demanded beyond loopback.")]
+AllowHosts = Annotated[
+    list[str] | None,
+    typer.Option("--allow-host", help="A further name that the gateway is called by; may be repeated."),
+]
+AllowOrigins = Annotated[
+    list[str] | None,
+    typer.Option("--allow-origin", help="A web origin whose pages may call the gateway; may be repeated."),
+]
 Listen = Annotated[str, typer.Option(help="Where the fabric listens for other nodes.")]
 Expose = Annotated[bool, typer.Option("--expose", help="Allow --listen beyond loopback; prints what that opens.")]
 Discover = Annotated[bool, typer.Option("--discover", help="Find and be found on the LAN by multicast.")]
@@ -92,6 +100,8 @@ def options_from(flags: Mapping[str, Any]) -> NodeOptions:
         connect=tuple(locator(text, what="ADDRESS") for text in flags.get("connect", ())),
         http=http,
         api_keys=flags["api_keys"],
+        allow_hosts=tuple(host_name(text) for text in flags.get("allow_hosts") or ()),
+        allow_origins=tuple(web_origin(text) for text in flags.get("allow_origins") or ()),
         quota_bytes=settings.quota_bytes,
         fetch_bytes_per_s=settings.fetch_bytes_per_s,
         memory_bytes=parse_size(flags["memory"]) if flags["memory"] else 0,

@@ -4,7 +4,20 @@ from typing import Annotated
 
 import typer
 
-from shoal.cli.start import ApiKeys, Discover, Expose, Links, Listen, Memory, Name, Slowdown, Threads, run
+from shoal.cli.start import (
+    AllowHosts,
+    AllowOrigins,
+    ApiKeys,
+    Discover,
+    Expose,
+    Links,
+    Listen,
+    Memory,
+    Name,
+    Slowdown,
+    Threads,
+    run,
+)
 from shoal.node.options import DEFAULT_HTTP_PORT, DEFAULT_LISTEN
 
 
@@ -13,6 +26,8 @@ def up(
     host: Annotated[str, typer.Option(help="Where the HTTP gateway listens.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Its port; 0 takes any free one.", min=0, max=65535)] = DEFAULT_HTTP_PORT,
     api_keys: ApiKeys = "",
+    allow_host: AllowHosts = None,
+    allow_origin: AllowOrigins = None,
     listen: Listen = DEFAULT_LISTEN,
     expose: Expose = False,
     discover: Discover = False,
@@ -27,6 +42,8 @@ def up(
         {
             "http": (host, port),
             "api_keys": api_keys,
+            "allow_hosts": allow_host,
+            "allow_origins": allow_origin,
             "listen": listen,
             "name": name,
             "memory": memory,

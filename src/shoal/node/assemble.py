@@ -125,7 +125,8 @@ def _door(options: NodeOptions) -> tuple[Access, socket.socket | None]:
     if options.http is None:
         return Access(), None
     keys = read_keys(Path(options.api_keys)) if options.api_keys else frozenset()
-    return access_for(options.http[0], keys), bind(*options.http)
+    access = access_for(options.http[0], keys, names=options.allow_hosts, origins=options.allow_origins)
+    return access, bind(*options.http)
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,8 @@ from shoal.node.worker_spec import LinkShape
 DEFAULT_LISTEN = "tcp/127.0.0.1:7400"
 DEFAULT_HTTP_PORT = 8400
 _LOCATOR = re.compile(r"^(?:tcp/)?(?P<host>\[[0-9a-fA-F:]+\]|[^:/\s]+):(?P<port>\d{1,5})$")
+_HOST = re.compile(r"^(?:\[[0-9a-fA-F:]+\]|[^:/\s\[\]@*]+)$")
+_ORIGIN = re.compile(r"^[a-zA-Z][a-zA-Z0-9+.-]*://[^/\s@*]+$")
 _LINK = re.compile(r"^(?P<node>[a-z2-7]{32})=(?P<ms>\d+(?:\.\d+)?)ms,(?P<mbit>\d+(?:\.\d+)?)mbit$")
 
 
@@ -26,6 +28,10 @@ class NodeOptions(msgspec.Struct, frozen=True, kw_only=True):
     connect: tuple[str, ...] = ()
     http: tuple[str, int] | None = None
     api_keys: str = ""
+    allow_hosts: tuple[str, ...] = ()
+    """Further names that requests to the gateway may give as `Host`."""
+    allow_origins: tuple[str, ...] = ()
+    """Web origins whose pages may call it."""
     quota_bytes: int | None = None
     fetch_bytes_per_s: int | None = None
     memory_bytes: int = 0
@@ -48,6 +54,26 @@ def locator(text: str, *, what: str) -> str:
             f"{what} {text!r} is no address", hint="write HOST:PORT, for example 192.168.1.10:7400", param=what
         )
     return f"tcp/{found['host']}:{found['port']}"
+
+
+def host_name(text: str) -> str:
+    """A name as `Host` gives it, without port; raises SettingsError."""
+    if _HOST.match(text) is None:
+        raise SettingsError(
+            f"{text!r} is no host name", hint="write the name alone, for example box.local", param="--allow-host"
+        )
+    return text.lower()
+
+
+def web_origin(text: str) -> str:
+    """An origin as browsers send it; raises SettingsError."""
+    if _ORIGIN.match(text) is None:
+        raise SettingsError(
+            f"{text!r} is no web origin",
+            hint="write SCHEME://HOST or SCHEME://HOST:PORT, for example https://chat.example",
+            param="--allow-origin",
+        )
+    return text.lower()
 
 
 def check_exposed(listen: str, *, expose: bool) -> str:

@@ -1,7 +1,7 @@
 """Who may call: API keys, host names, origins.  Decisions are pure; reading the key file is the one exception.
 
 A gateway on loopback is not private by itself: any web page that its owner opens may send requests to it, by DNS rebinding
-(a foreign `Host`) or across origins (a foreign `Origin`).  Both are refused unless named in the settings.
+(a foreign `Host`) or across origins (a foreign `Origin`).  Both are refused unless its owner names them.
 """
 
 import hashlib
@@ -95,7 +95,7 @@ def check_caller(access: Access, host: str | None, origin: str | None) -> None:
     if access.hosts is not None and name not in access.hosts:
         raise InvalidRequestError(
             f"this gateway does not answer for host {name or '(none)'}",
-            hint="name it in the gateway's hosts setting",
+            hint="start the gateway's node with --allow-host and that name",
             param="Host",
         )
     if origin is None or origin.lower() in access.origins:
@@ -103,7 +103,7 @@ def check_caller(access: Access, host: str | None, origin: str | None) -> None:
     if origin.lower().partition("://")[2] != (host or "").lower():
         raise InvalidRequestError(
             f"pages of {origin} may not call this gateway",
-            hint="name it in the gateway's origins setting",
+            hint=f"start the gateway's node with --allow-origin {origin}, if those pages are yours",
             param="Origin",
         )
 

@@ -16,9 +16,10 @@ from shoal.fleet.report import NodeFacts, NodeReport, ShardId, ShardReport, Shar
 from shoal.fleet.spec import DeploymentSpec
 from shoal.fleet.view import LEASE_S, CoordinatorView, Lease
 from shoal.ids import DeploymentId, Digest, NodeId
-from shoal.node.coordinator import RETRY_PLAN_S, Coordinator
+from shoal.node.coordinator import Coordinator
 from shoal.node.journal import Journal
 from shoal.node.last_plan import remember
+from shoal.node.patience import RETRY_PLAN_S
 from shoal.plan.problem import Answer, Estimate, Infeasible, Objective, Plan, RequestShape, Stage
 from shoal.profile.fleet import FleetProfile
 
@@ -246,20 +247,6 @@ def test_what_fits_nowhere_is_refused_with_its_reason_until_it_fits(journal: Jou
 
         office.nodes.alive.add(C)
         await office.until(Phase.SERVING)
-
-    run(journal, use)
-
-
-def test_a_name_that_is_used_again_gets_a_plan_epoch_that_never_was(journal: Journal) -> None:
-    async def use(office: Office) -> None:
-        await office.leads()
-        epochs = []
-        for _ in range(2):
-            await office.coordinator.want(SPEC)
-            await office.until(Phase.SERVING)
-            epochs.append(office.said[-1].find(CHAT).deployment.plan_epoch)
-            await office.coordinator.drop(CHAT)
-        assert epochs[0] < epochs[1]
 
     run(journal, use)
 

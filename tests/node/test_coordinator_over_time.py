@@ -20,6 +20,7 @@ from shoal.fleet.state import Deployment, Standing
 from shoal.fleet.view import CoordinatorView, DeploymentStatus
 from shoal.ids import DeploymentId, Digest, NodeId
 from shoal.node import coordinator as timing
+from shoal.node import ordering, patience, placing
 from shoal.node.coordinator import Coordinator
 from shoal.node.events import EventRing
 from shoal.node.journal import Journal
@@ -99,6 +100,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ticks that do not keep a test waiting."""
     monkeypatch.setattr(timing, "TICK_S", 0.01)
     monkeypatch.setattr(timing, "VIEW_EVERY_S", 0.02)
+    monkeypatch.setattr(ordering, "AGAIN_AFTER_S", 0.02)
 
 
 @pytest.fixture
@@ -220,7 +222,7 @@ async def test_a_plan_for_what_was_stopped_meanwhile_is_not_kept(journal: Journa
 async def test_what_fails_as_soon_as_it_is_loaded_is_tried_ever_more_rarely(
     journal: Journal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(timing, "RETRY_PLAN_S", 0.02)
+    monkeypatch.setattr(patience, "RETRY_PLAN_S", 0.02)
     script = Script(state=ShardState.FAILED)
     async with leading(journal, script) as coordinator:
         await coordinator.want(SPEC)
@@ -299,8 +301,8 @@ async def test_a_source_that_is_late_with_its_heartbeats_is_no_reason_to_refuse(
     async with leading(journal, script) as coordinator:
         await coordinator.want(SPEC)
         await until(lambda: serving(script))
-        monkeypatch.setattr(timing, "standing", lambda *_: Standing.SUSPECT)
-        monkeypatch.setattr(timing, "LOST_AFTER_S", 0.0)
+        monkeypatch.setattr(placing, "standing", lambda *_: Standing.SUSPECT)
+        monkeypatch.setattr(placing, "LOST_AFTER_S", 0.0)
 
         with pytest.raises(NodeUnreachableError, match="desk"):
             await coordinator.preview(SPEC)

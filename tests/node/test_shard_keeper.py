@@ -9,7 +9,7 @@ from pathlib import Path
 import anyio
 import pytest
 
-from shoal.fleet.order import Hold, Retire
+from shoal.fleet.order import Hold
 from shoal.fleet.report import ShardId, ShardState
 from shoal.ids import DeploymentId, Digest
 from shoal.node.assemble import complete_manifests
@@ -105,18 +105,6 @@ async def test_the_shard_of_a_new_plan_is_loaded_only_when_the_memory_of_the_old
         assert machine.said[2:] == ["ended chat/1/0", "start chat/2/0"]
         assert {str(r.shard) for r in keeper.reports()} == {"another/1/0", "chat/2/0"}
         assert {str(h.shard) for h in journal.all("hold", Hold)} == {"another/1/0", "chat/2/0"}
-
-
-async def test_a_retired_shard_is_forgotten_on_disk_too(journal: Journal) -> None:
-    machine = Machine()
-    machine.may_end.set()
-    async with keeping(journal, machine) as keeper:
-        keeper.offer(hold())
-        await until(lambda: machine.said)
-        keeper.offer(Retire(fencing_epoch=1, shard=hold().shard))
-        await until(lambda: not keeper.reports())
-
-    assert journal.all("hold", Hold) == ()
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), anyio.BrokenResourceError(), KeyError("x")])

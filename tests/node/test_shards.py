@@ -276,20 +276,6 @@ def test_a_node_that_restarts_takes_its_shards_up_again_without_any_order(tmp_pa
     second.close()
 
 
-def test_a_new_plan_takes_the_memory_of_the_old_one_only_when_it_is_free(journal: Journal) -> None:
-    async def use(bench: Bench) -> None:
-        for stage in (0, 1):
-            bench.keeper.offer(hold(shard(stage)))
-            await bench.loading(shard(stage))
-
-        bench.keeper.offer(hold(shard(plan_epoch=2)))
-        await bench.loading(shard(plan_epoch=2))
-        assert {r.shard for r in bench.keeper.reports()} == {shard(plan_epoch=2)}
-
-    log = run(journal, use)
-    assert log.index("launch m/2/0") > max(i for i, line in enumerate(log[:-1]) if line == "stopped")
-
-
 def test_every_worker_is_ended_when_the_keeper_ends(journal: Journal) -> None:
     async def use(bench: Bench) -> None:
         for stage in (0, 1):

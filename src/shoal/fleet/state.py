@@ -158,6 +158,19 @@ def standing(member: Member, now_s: float) -> Standing:
     return Standing.SUSPECT if vanished or silent_s >= SUSPECT_AFTER_S else Standing.ALIVE
 
 
+def unheard(state: FleetState) -> bool:
+    """Whether a plan names a node that has never been heard."""
+    plans = [d.answer for d in state.deployments.values() if isinstance(d.answer, Plan)]
+    return any(stage.node not in state.members for plan in plans for stage in plan.stages)
+
+
+def highest_plan_epoch(state: FleetState) -> int:
+    """Shards are known by deployment and plan epoch: no epoch may come twice, also after a drop or a takeover."""
+    made = [deployment.plan_epoch for deployment in state.deployments.values()]
+    held = [s.shard.plan_epoch for m in state.members.values() for s in m.report.shards]
+    return max([0, *made, *held])
+
+
 def drained(state: FleetState, name: DeploymentId) -> bool:
     """Whether the plan of *name*, which a node is leaving, has answered nobody for `DRAINED_AFTER_S`.
 

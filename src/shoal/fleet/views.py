@@ -49,7 +49,6 @@ class DeploymentState(StrEnum):
     LOADING = "loading"
     READY = "ready"
     DEGRADED = "degraded"
-    STOPPING = "stopping"
     FAILED = "failed"
 
 

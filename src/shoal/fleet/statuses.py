@@ -1,0 +1,60 @@
+"""The fleet's state in the words of the view: phases, reasons, and names in place of ids."""
+
+from collections.abc import Mapping
+from typing import assert_never
+
+from shoal.fleet.reconcile import Phase, broken, heard, phase
+from shoal.fleet.state import Deployment, FleetState, Member, drained
+from shoal.fleet.view import DeploymentStatus
+from shoal.ids import DeploymentId, NodeId
+from shoal.plan.problem import Answer, Infeasible, Plan
+
+
+def phases(state: FleetState, now_s: float) -> dict[DeploymentId, Phase]:
+    """Where every deployment stands."""
+    reports = heard(state, now_s)
+    return {n: phase(d, reports, drained=drained(state, n)) for n, d in state.deployments.items()}
+
+
+def why_broken(state: FleetState, deployment: Deployment, now_s: float) -> str:
+    """Why the plan of *deployment* cannot go on; empty when it can."""
+    return broken(deployment, heard(state, now_s), drained=drained(state, deployment.spec.deployment))
+
+
+def statuses(state: FleetState, now_s: float) -> list[DeploymentStatus]:
+    """What the view says of every deployment."""
+    reports, found = heard(state, now_s), phases(state, now_s)
+    told = []
+    for name, deployment in state.deployments.items():
+        source = reports.get(deployment.spec.source)
+        gateway = source.facts.gateway if source is not None else ""
+        reason = named(_reason(state, deployment, now_s), state.members)
+        told.append(DeploymentStatus(deployment=deployment, phase=found[name], reason=reason, gateway=gateway))
+    return told
+
+
+def named(text: str, members: Mapping[NodeId, Member]) -> str:
+    """*text* with names for node ids: an id is 32 characters that nobody reads."""
+    for node, member in members.items():
+        text = text.replace(node, member.report.facts.name)
+    return text
+
+
+def describe_answer(answer: Answer) -> str:
+    """One line about a plan, for the event log."""
+    match answer:
+        case Plan(stages=stages, estimate=figures):
+            cuts = ", ".join(f"[{s.start}, {s.stop}) on {s.node}" for s in stages)
+            return f"{len(stages)} stages: {cuts}; {figures.time_per_output_token_s * 1000:.1f} ms per token predicted"
+        case Infeasible(reason=reason):
+            return f"no plan fits: {reason}"
+
+
+def _reason(state: FleetState, deployment: Deployment, now_s: float) -> str:
+    match deployment.answer:
+        case Infeasible() as infeasible:
+            return f"{infeasible.reason}; {infeasible.hint}" if infeasible.hint else infeasible.reason
+        case Plan() | None:
+            return why_broken(state, deployment, now_s)
+        case _:
+            assert_never(deployment.answer)

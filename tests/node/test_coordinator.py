@@ -58,6 +58,7 @@ class Nodes:
     orders: list[Addressed] = field(default_factory=list)
     sequence: int = 0
     coordinating: frozenset[NodeId] = frozenset()
+    manifests: tuple[Digest, ...] = ()
 
     async def survey(self, spec: DeploymentSpec, reports: Mapping[NodeId, NodeReport]) -> FleetProfile:
         return FleetProfile(profile_epoch=1, devices=(), links=())
@@ -93,6 +94,7 @@ class Nodes:
                 sequence=self.sequence,
                 facts=msgspec.structs.replace(FACTS, coordinates=node in self.coordinating),
                 shards=tuple(self.shards.get(node, {}).values()),
+                manifests=self.manifests,
             )
             for node in sorted(self.alive)
         ]
@@ -391,13 +393,16 @@ def test_a_standby_that_restarts_alone_still_knows_what_the_fleet_wanted(tmp_pat
     other.close()
 
 
-def test_what_had_no_place_is_planned_at_once_when_a_node_comes_however_often_it_was_tried(journal: Journal) -> None:
+@pytest.mark.parametrize("news", ["a node", "the model"])
+def test_what_had_no_place_is_planned_at_once_when_what_it_lacked_comes_however_often_it_was_tried(
+    news: str, journal: Journal
+) -> None:
     async def use(office: Office) -> None:
         tries: list[float] = []
 
         def answer(usable: list[NodeId]) -> Answer:
             tries.append(office.clock.now_s())
-            if C not in usable:
+            if C not in usable and not office.nodes.manifests:
                 raise UnavailableError("not measured")
             return plan(*sorted(usable))
 
@@ -407,7 +412,10 @@ def test_what_had_no_place_is_planned_at_once_when_a_node_comes_however_often_it
         await office.see(lambda: len(tries) == 4)
         assert tries[3] - tries[2] > 2 * RETRY_PLAN_S, "it is tried ever more rarely"
 
-        office.nodes.alive.add(C)
+        if news == "a node":
+            office.nodes.alive.add(C)
+        else:
+            office.nodes.manifests = (SPEC.manifest,)
         came_s = office.clock.now_s()
         await office.until(Phase.SERVING)
         assert tries[-1] - came_s < RETRY_PLAN_S

@@ -50,6 +50,7 @@ def test_a_plan_that_came_to_serve_was_not_in_vain() -> None:
 
     patience.serves(CHAT)
 
+    assert patience.allows(CHAT, 100.0), "it breaks a moment later, and is planned at once"
     assert waits_s(patience) == RETRY_PLAN_S
 
 

@@ -109,6 +109,9 @@ class Coordinator:
 
     def hear_report(self, report: NodeReport) -> None:
         """A heartbeat of any node, this one included."""
+        before = self.state.members.get(report.node)
+        if before is not None and set(report.manifests) - set(before.report.manifests):
+            self._patience.forget_all()
         self.state = apply(self.state, NodeHeard(report=report, at_s=self.clock.now_s()))
         if report.facts.coordinates:
             self._tenure.meet(report.node)

@@ -36,8 +36,8 @@ class Patience:
         self._under_way.discard(name)
 
     def serves(self, name: DeploymentId) -> None:
-        """The last plan was not in vain."""
-        self._vain.pop(name, None)
+        """The last plan was not in vain: when it breaks, the next is made at once."""
+        self.forget(name)
 
     def forget(self, name: DeploymentId) -> None:
         """It was declared anew, or dropped: what it came to before says nothing."""
@@ -45,6 +45,6 @@ class Patience:
         self._vain.pop(name, None)
 
     def forget_all(self) -> None:
-        """A node has come: what had no place may have one now."""
+        """A node has come, or has a model that it lacked: what had no place may have one now."""
         self._not_before_s.clear()
         self._vain.clear()

@@ -133,3 +133,16 @@ def test_the_second_writer_of_a_model_waits_for_the_first(store: Store) -> None:
     thread.join(30)
 
     assert order == ["first", "second"]
+
+
+def test_a_model_that_is_in_use_stays_without_a_name(store: Store, small_model: Make) -> None:
+    add(store, small_model())
+    digest, manifest = store.library.digest("small"), store.library.read("small")
+    store.library.remove("small")
+
+    kept = collect(store, in_use=[digest, digest_of(b"a manifest that is not here any more")])
+
+    assert kept.chunks == 0
+    assert missing_bytes(store, manifest) == {}
+    assert store.chunks.get(digest) is not None
+    assert collect(store).chunks > 0

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from shoal.cli.progress import human_bytes
+from shoal.node.in_use import in_use
 from shoal.node.settings import read_settings
 from shoal.store.garbage import Garbage, collect
 from shoal.store.home import open_store
@@ -13,7 +14,8 @@ from shoal.store.home import open_store
 
 def gc(*, dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False) -> None:
     """Free the space of what no model needs."""
-    found = collect(open_store(Path(read_settings().home)), dry_run=dry_run)
+    home = Path(read_settings().home)
+    found = collect(open_store(home), in_use=in_use(home), dry_run=dry_run)
     typer.echo(
         f"{'would free' if dry_run else 'freed'} {human_bytes(found.total_bytes)}: {_parts(found)}"
         if found.total_bytes

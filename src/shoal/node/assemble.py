@@ -1,6 +1,7 @@
 """The one place that names concrete classes: a node out of its parts, running until cancelled."""
 
 import contextlib
+import re
 import secrets
 import socket
 import time
@@ -19,7 +20,7 @@ from structlog.typing import FilteringBoundLogger
 
 from shoal import __version__
 from shoal.clock import Clock, SystemClock
-from shoal.errors import SettingsError, ShoalError
+from shoal.errors import SettingsError, ShoalError, UnavailableError
 from shoal.fleet.order import Hold
 from shoal.fleet.report import NodeFacts
 from shoal.fleet.views import JoinView
@@ -33,6 +34,7 @@ from shoal.node.events import EventRing
 from shoal.node.fleet_api import FleetApi
 from shoal.node.fleet_figures import figures
 from shoal.node.gateway import Models
+from shoal.node.in_use import journal_file
 from shoal.node.journal import Journal
 from shoal.node.last_plan import kept_port
 from shoal.node.launch import launch
@@ -162,7 +164,7 @@ def _open_parts(options: NodeOptions, log: FilteringBoundLogger, url: str) -> _P
     home = Path(options.home)
     me = node_id(load_or_create(home / "node.key").public_key())
     store = open_store(home, quota_bytes=options.quota_bytes)
-    journal = Journal(home / "journal.db")
+    journal = Journal(journal_file(home))
     fabric = open_agent((options.listen,), options.connect, discover=options.discover)
     bus = shaped_agent(fabric, options, me)
     return _Parts(
@@ -227,7 +229,7 @@ def _agent(parts: _Parts, voice: Voice, bell: Bell, models: Models) -> Agent:
     fetcher = Fetcher(parts.bus, options.fleet, parts.store, pacer=pacer)
     keeper = ShardKeeper(
         parts.journal,
-        partial(fetch_hold, fetcher, parts.artifacts),
+        partial(fetch_hold, parts.store, fetcher, parts.artifacts),
         partial(launch_hold, parts),
         voice.tell_worker,
         bell.ring,
@@ -369,7 +371,9 @@ async def launch_hold(parts: _Parts, hold: Hold) -> WorkerHandle:
     return await launch(spec)
 
 
-async def fetch_hold(fetcher: Fetcher, artifacts: Artifacts, hold: Hold, arrived: Callable[[int], None]) -> None:
+async def fetch_hold(
+    store: Store, fetcher: Fetcher, artifacts: Artifacts, hold: Hold, arrived: Callable[[int], None]
+) -> None:
     """Bring the chunks of a shard here; *arrived* is called on the event loop.  Cancelled, it ends with the next piece."""
 
     def tell(size_bytes: int) -> None:
@@ -377,10 +381,28 @@ async def fetch_hold(fetcher: Fetcher, artifacts: Artifacts, hold: Hold, arrived
         anyio.from_thread.run_sync(arrived, size_bytes)
 
     def work() -> None:
-        artifact = fetch_artifact(fetcher, artifacts, hold.manifest, hold.sources)
-        fetch_shard(fetcher, artifact, (hold.start, hold.stop), hold.sources, tell)
+        try:
+            artifact = fetch_artifact(fetcher, artifacts, hold.manifest, hold.sources)
+            fetch_shard(fetcher, artifact, (hold.start, hold.stop), hold.sources, tell)
+        except UnavailableError as error:
+            if type(error) is not UnavailableError:
+                raise  # a node that does not answer or a full disk: nothing is lost
+            raise UnavailableError(f"{error.message}; {pull_again(store, hold.manifest)}") from error
 
     await anyio.to_thread.run_sync(work)
+
+
+def pull_again(store: Store, digest: Digest) -> str:
+    """What to type when chunks of a model are nowhere any more; where it came from is known as long as its manifest is."""
+    for name in store.library.names():
+        with contextlib.suppress(ShoalError):
+            if store.library.digest(name) == digest:
+                origin = store.library.read(name).origin
+                reference = origin.reference if origin is not None else name
+                where = re.sub("^file:", "PATH/", reference)  # of a file only its name is kept
+                renamed = "" if where == name else f" --name {name}"
+                return f"bring them back with `shoal pull {where}{renamed}`"
+    return "bring them back with `shoal pull`, then deploy the model again"
 
 
 def complete_manifests(store: Store) -> tuple[Digest, ...]:

@@ -1,8 +1,8 @@
-"""What may go: chunks that no manifest names, derived tensors, downloads that were not finished, temporary files."""
+"""What may go: chunks that no manifest in use names, derived tensors, downloads that were not finished, temporary files."""
 
 import contextlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import msgspec
@@ -10,6 +10,7 @@ import msgspec
 from shoal.errors import ShoalError
 from shoal.ids import Digest
 from shoal.store.home import Store, nobody_writing, only_writer
+from shoal.store.library import decode_manifest
 from shoal.store.quota import used_bytes
 
 
@@ -29,13 +30,14 @@ class Garbage(msgspec.Struct, frozen=True, kw_only=True):
         return self.chunks_bytes + self.derived_bytes + self.partial_bytes + self.tmp_bytes
 
 
-def collect(store: Store, *, dry_run: bool = False) -> Garbage:
+def collect(store: Store, *, in_use: Iterable[Digest] = (), dry_run: bool = False) -> Garbage:
     """Remove garbage (or, with *dry_run*, only count it); raises UnavailableError while somebody writes.
 
-    A manifest that does not parse raises CorruptFileError: what it named must not be thrown away on a guess.
+    *in_use* are manifests to keep with their chunks although no name in the library leads to them.  A manifest
+    that does not parse raises CorruptFileError: what it named must not be thrown away on a guess.
     """
     with nobody_writing(store):
-        loose = _unreferenced(store)
+        loose = _unreferenced(store, in_use)
         folders = [store.home / "derived", store.partial, store.tmp]
         derived, partial, tmp = (used_bytes(folder) for folder in folders)
         if not dry_run:
@@ -61,16 +63,20 @@ def withdrawn_on_failure(store: Store, name: str) -> Iterator[None]:
         yield
     except BaseException:
         with contextlib.suppress(ShoalError, OSError), only_writer(store, name) as alone:
-            for digest in _unreferenced(store).keys() - before.keys() if alone else ():
+            for digest in _unreferenced(store, ()).keys() - before.keys() if alone else ():
                 store.disk.drop(digest)
         raise
 
 
-def _unreferenced(store: Store) -> dict[Digest, int]:
+def _unreferenced(store: Store, in_use: Iterable[Digest]) -> dict[Digest, int]:
     kept: set[Digest] = set()
     for name in store.library.names():
         kept |= store.library.read(name).chunks().keys()
         kept.add(store.library.digest(name))
+    for digest in in_use:
+        data = store.chunks.get(digest)
+        if data is not None:
+            kept |= {digest, *decode_manifest(data, f"manifest {digest}").chunks()}
     return {digest: size for digest, size in store.disk.sizes_bytes().items() if digest not in kept}
 
 

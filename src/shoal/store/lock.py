@@ -1,6 +1,7 @@
 """Locks between processes, held on files: the system releases them when their process dies, however it dies."""
 
 import contextlib
+import errno
 import os
 import sys
 from collections.abc import Iterator
@@ -22,11 +23,21 @@ else:
 def try_locked(path: Path) -> Iterator[bool]:
     """Hold *path* for the block if nobody else does; the value says whether we do."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    handle = _opened(path)
     try:
         yield _locked(handle)
     finally:
         os.close(handle)
+
+
+def _opened(path: Path) -> int:
+    """The lock's file, made unless it is there; one that another user made can be locked by whoever may read it."""
+    try:
+        return os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        if error.errno not in {errno.EACCES, errno.EPERM, errno.EROFS} or not path.exists():
+            raise
+        return os.open(path, os.O_RDONLY)
 
 
 def _locked(handle: int) -> bool:

@@ -207,7 +207,7 @@ def test_a_settings_file_with_a_wrong_key_stops_every_command(run: Run, tmp_path
 
 
 def test_a_fault_of_ours_is_one_line_unless_asked_for_more(tmp_path: Path) -> None:
-    (tmp_path / "home").write_text("a file where a folder should be")
+    (tmp_path / "home" / "models" / "odd.json").mkdir(parents=True)  # a folder where a file should be
     command = [sys.executable, "-c", "from shoal.cli.main import main; main()", "gc"]
 
     for debug, traceback in (("", False), ("1", True)):

@@ -54,6 +54,7 @@ from shoal.serve.access import Access, access_for, read_keys
 from shoal.serve.app import build_app
 from shoal.serve.ports import Limits, Node
 from shoal.serve.run import bind, serve, url_of
+from shoal.store.disk import home_named
 from shoal.store.fetch import Fetcher
 from shoal.store.home import Store, missing_bytes, open_store
 from shoal.store.lock import try_locked
@@ -99,11 +100,11 @@ def _lock_file(home: Path) -> Path:
 async def run_node(options: NodeOptions, log: FilteringBoundLogger, started: Callable[[Running], None]) -> None:
     """Run a node until cancelled or until it has left the fleet.
 
-    Raises SettingsError when another node runs in the same home, PortInUseError when an address is taken.
+    Raises SettingsError when another node runs in the same home or it cannot be written to, StorageFullError when it is
+    full, PortInUseError when an address is taken.
     """
     home = Path(options.home)
-    (home / "run").mkdir(parents=True, exist_ok=True)
-    with try_locked(_lock_file(home)) as mine:
+    with home_named(home), try_locked(_lock_file(home)) as mine:
         if not mine:
             raise SettingsError(
                 f"a node is already running with home {home}",

@@ -14,7 +14,7 @@ from typing import TypeVar
 
 import msgspec
 
-from shoal.errors import CorruptFileError, StorageFullError
+from shoal.errors import CorruptFileError, SettingsError, ShoalError, StorageFullError
 
 T = TypeVar("T")
 
@@ -30,6 +30,11 @@ WHERE excluded.generation >= record.generation
 """
 
 
+_NO_ROOM = frozenset({sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR})
+"""A shared memory file that finds no room is an I/O error."""
+_NOT_OURS = frozenset({sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_PERM})
+
+
 class _Write(msgspec.Struct):
     statement: str
     arguments: tuple[object, ...]
@@ -41,7 +46,7 @@ class Journal:
     """Durable records of one node; safe to use from several threads.  Values are frozen Structs, stored as JSON."""
 
     def __init__(self, path: Path) -> None:
-        """Open or create; raises CorruptFileError when the file is not a journal."""
+        """Open or create; raises CorruptFileError when the file is not a journal, else what ails its folder."""
         path.parent.mkdir(parents=True, exist_ok=True)
         self._path = path
         self._lock = threading.Lock()
@@ -56,10 +61,7 @@ class Journal:
             self._connection.execute("PRAGMA synchronous=FULL")
             self._connection.execute(_SCHEMA)
         except sqlite3.DatabaseError as error:
-            raise CorruptFileError(
-                f"{path} is not a readable journal ({error})",
-                hint="move it away: the node then starts without its last plan and asks the coordinator",
-            ) from error
+            raise _unopened(path, error) from error
         self._writer = threading.Thread(target=self._write_loop, name="journal", daemon=True)
         self._writer.start()
 
@@ -140,6 +142,26 @@ class Journal:
                     self._connection.execute("ROLLBACK")
             return error
         return None
+
+
+def _unopened(path: Path, error: sqlite3.DatabaseError) -> ShoalError:
+    """Whose move it is when a journal does not open: SQLite says it by the lower byte of its code."""
+    code = error.sqlite_errorcode & 0xFF
+    if code in _NO_ROOM:
+        return StorageFullError(
+            f"cannot write {path}: {error}",
+            hint="free space on that disk (`shoal rm NAME`, `shoal gc`), or set SHOAL_HOME to a folder on a larger one",
+        )
+    if code in _NOT_OURS:
+        return SettingsError(
+            f"cannot write to home {path.parent}: {path.name}: {error}",
+            hint="set SHOAL_HOME to a folder that you may write to",
+            param="home",
+        )
+    return CorruptFileError(
+        f"{path} is not a readable journal ({error})",
+        hint="move it away: the node then starts without its last plan and asks the coordinator",
+    )
 
 
 class _Number(msgspec.Struct, frozen=True, kw_only=True):

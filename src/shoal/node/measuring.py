@@ -24,6 +24,7 @@ from shoal.node.messages import BlocksOf, Links, ModelBlocks, ProbeLinks, Profil
 from shoal.node.probe import Dial, measure_links
 from shoal.node.trials import COLD_BYTES, TrialResult, TrialSpec
 from shoal.profile.fleet import DeviceProfile
+from shoal.store.disk import home_named
 from shoal.store.fetch import Fetcher
 from shoal.store.home import Store
 
@@ -142,7 +143,8 @@ def _cached(path: Path) -> TrialResult | None:
 
 
 def _keep(path: Path, result: TrialResult) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".new")
-    temporary.write_bytes(msgspec.json.encode(result))
-    temporary.replace(path)
+    with home_named(path.parent.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".new")
+        temporary.write_bytes(msgspec.json.encode(result))
+        temporary.replace(path)

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import msgspec
 
 from shoal.errors import SettingsError
+from shoal.store.disk import home_named
 
 _PREFIX = "SHOAL_"
 _NOT_SETTINGS = (
@@ -39,11 +40,12 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
 
 def read_settings(environment: Mapping[str, str] | None = None) -> Settings:
-    """Settings of this process; raises SettingsError that names the key and the allowed ones."""
+    """Settings of this process; raises SettingsError that names the key and the allowed ones, or the home."""
     environment = os.environ if environment is None else environment
     home = home_folder(environment)
     path = home / "settings.toml"
-    from_file = _from_file(path)
+    with home_named(home):  # every command passes here first: a home that is none is named at once
+        from_file = _from_file(path)
     from_environment = {
         key.removeprefix(_PREFIX).lower(): value
         for key, value in environment.items()
@@ -68,7 +70,7 @@ def _from_file(path: Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise SettingsError(
             f"{path} cannot be read: {error}", hint="mend it or remove it; all settings are optional"
         ) from error

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from shoal.errors import StorageFullError
+from shoal.errors import SettingsError, StorageFullError
 from shoal.ids import Digest
 from shoal.store.chunk import Data, check, parse_digest, size_of
 from shoal.store.quota import Quota
@@ -26,6 +26,9 @@ MAP_FROM_BYTES = 64 * 1024
 
 _BINARY = getattr(os, "O_BINARY", 0)  # Windows alone has a text mode
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+_NOT_OURS = frozenset(
+    {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP}
+)
 
 
 @contextlib.contextmanager
@@ -40,6 +43,31 @@ def full_disk_named(folder: Path) -> Iterator[None]:
             f"cannot write below {folder}: {error.strerror}",
             hint="free space on that disk (`shoal rm NAME`, `shoal gc`), or set SHOAL_HOME to a folder on a larger one",
         ) from error
+
+
+@contextlib.contextmanager
+def home_named(home: Path) -> Iterator[None]:
+    """Translate what a home says that cannot be used: StorageFullError when it is full, SettingsError when it is not ours to write.
+
+    Errors about other files (a model that is being pulled) pass as they are; those of a full disk name no file.
+    """
+    try:
+        with full_disk_named(home):
+            yield
+    except OSError as error:
+        if error.errno not in _NOT_OURS or not _about(error, home):
+            raise
+        raise SettingsError(
+            f"cannot write to home {home}: {error.strerror}: {error.filename}",
+            hint="set SHOAL_HOME to a folder that you may write to",
+            param="home",
+        ) from error
+
+
+def _about(error: OSError, home: Path) -> bool:
+    """Whether the file that *error* names is *home*, lies below it, or is a folder above it that was to be made."""
+    path = Path(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes) else None
+    return path is not None and (path.is_relative_to(home) or home.is_relative_to(path))
 
 
 def sync_folder(folder: Path) -> None:

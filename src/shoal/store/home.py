@@ -23,7 +23,7 @@ import onnx
 from shoal.errors import UnavailableError
 from shoal.ids import Digest
 from shoal.store.derived import DerivedCache
-from shoal.store.disk import DiskTier, full_disk_named
+from shoal.store.disk import DiskTier, home_named
 from shoal.store.library import Library, check_name
 from shoal.store.lock import try_locked
 from shoal.store.manifest import Manifest
@@ -115,7 +115,7 @@ def fetching(store: Store) -> Iterator[None]:
 @contextlib.contextmanager
 def _alone(store: Store, name: str, waiting: Callable[[], None] | None) -> Iterator[Path]:
     path = store.home / "locks" / f"{name}.lock"
-    with full_disk_named(store.home), contextlib.ExitStack() as held:
+    with home_named(store.home), contextlib.ExitStack() as held:
         while not _enter(store, path, held):
             if waiting is not None:
                 waiting()
@@ -145,8 +145,8 @@ def _enter(store: Store, path: Path, held: contextlib.ExitStack) -> bool:
 
 @contextlib.contextmanager
 def nobody_writing(store: Store) -> Iterator[None]:
-    """Keep writers out for the block; raises UnavailableError when there is one."""
-    with try_locked(store.home / "locks" / "gate") as at_gate:
+    """Keep writers out for the block; raises UnavailableError when there is one, and what `home_named` raises."""
+    with home_named(store.home), try_locked(store.home / "locks" / "gate") as at_gate:
         writers = _writers(store) if at_gate else ["another `shoal gc`"]
         if writers:
             raise UnavailableError(

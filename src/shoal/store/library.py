@@ -12,7 +12,7 @@ import msgspec
 from shoal.errors import CorruptFileError, InvalidRequestError, UnknownModelError, UnsupportedVersionError
 from shoal.ids import Digest
 from shoal.store.chunk import digest_of, parse_digest
-from shoal.store.disk import sync_all, sync_folder, write_whole
+from shoal.store.disk import home_named, sync_all, sync_folder, write_whole
 from shoal.store.manifest import MANIFEST_VERSION, Manifest
 from shoal.store.tier import Tier
 
@@ -129,7 +129,8 @@ class Library:
     def remove(self, name: str) -> None:
         """Forget the name; chunks stay until they are collected.  Raises UnknownModelError."""
         try:
-            self._path(name).unlink()
+            with home_named(self._folder.parent):
+                self._path(name).unlink()
         except FileNotFoundError:
             raise self._unknown(name) from None
         sync_folder(self._folder)

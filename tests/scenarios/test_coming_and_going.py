@@ -134,20 +134,31 @@ def test_a_node_whose_fleet_is_not_there_yet_waits_for_it_and_says_so(fleet: Fle
     fleet.wait_alive("early", at=first)
 
 
-def test_a_taken_port_is_named_with_what_to_do(tmp_path: Path) -> None:
+TAKEN = [
+    (("up", "--port", "0", "--listen", "127.0.0.1:{taken}"), "--listen 127.0.0.1:{next}, or --listen 127.0.0.1:0 for"),
+    (("up", "--port", "{taken}", "--listen", "127.0.0.1:0"), "--port {next}, or --port 0 for"),
+    (("join", "127.0.0.1:9", "--gateway", "127.0.0.1:{taken}"), "--gateway 127.0.0.1:{next}, or --gateway 127.0.0.1:0"),
+    (("join", "127.0.0.1:9", "--listen", "127.0.0.1:{taken}"), "--listen 127.0.0.1:{next}, or"),
+    (("serve", "smollm2-135m", "--port", "{taken}", "--listen", "127.0.0.1:0"), "--port {next}, or"),
+    (("serve", "smollm2-135m", "--port", "0", "--listen", "127.0.0.1:{taken}"), "--listen 127.0.0.1:{next}, or"),
+]
+
+
+@pytest.mark.parametrize(("flags", "advice"), TAKEN, ids=[" ".join(f[0::2]) for f, _ in TAKEN])
+def test_a_taken_port_is_named_with_the_flag_to_give(flags: tuple[str, ...], advice: str, tmp_path: Path) -> None:
     with closing(socket.socket()) as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
+        words = {"taken": port, "next": port + 1}
 
-        fabric = shoal("up", "--port", "0", "--listen", f"127.0.0.1:{port}", home=tmp_path / "one")
-        http = shoal("up", "--port", str(port), "--listen", "127.0.0.1:0", home=tmp_path / "two")
+        done = shoal(*(flag.format(**words) for flag in flags), home=tmp_path / "home")
 
-    for done in (fabric, http):
-        assert done.returncode != 0
-        assert str(port) in done.stderr
-        assert "hint:" in done.stderr
-        assert "Traceback" not in done.stderr
+    assert done.returncode == 69
+    assert f"error: port {port} on 127.0.0.1 is in use" in done.stderr
+    assert advice.format(**words) in done.stderr
+    assert done.stdout == "", "nothing was begun"
+    assert not (tmp_path / "home" / "models").exists(), "nothing was downloaded"
 
 
 def test_a_second_node_in_one_home_is_refused(site: Fleet) -> None:
@@ -156,6 +167,15 @@ def test_a_second_node_in_one_home_is_refused(site: Fleet) -> None:
     assert done.returncode != 0
     assert "already running" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_flags_for_a_node_that_serve_starts_are_refused_where_one_runs(site: Fleet, tmp_path: Path) -> None:
+    here = shoal("serve", "tiny", "--port", "1", home=site.machines[0].home)
+    there = shoal("serve", "tiny", "--memory", "1GB", home=tmp_path, SHOAL_URL=site.machines[0].url)
+
+    for done, why in ((here, "one runs here already"), (there, "another one is asked")):
+        assert done.returncode == 2
+        assert why in done.stderr
 
 
 def test_commands_find_a_fleet_by_its_address(site: Fleet, tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 import os
 import threading
 from collections.abc import Callable, Mapping
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -21,9 +21,9 @@ from shoal.cli.deploy import (
     options,
     show_plan,
 )
-from shoal.cli.start import AllowHosts, AllowOrigins, Stop, run
+from shoal.cli.start import AllowHosts, AllowOrigins, Expose, Listen, Memory, Stop, check_start, run
 from shoal.client import Shoal
-from shoal.errors import SettingsError, ShoalError
+from shoal.errors import SettingsError
 from shoal.node.assemble import Running
 from shoal.node.options import DEFAULT_HTTP_PORT, DEFAULT_LISTEN
 from shoal.node.settings import read_settings
@@ -39,6 +39,12 @@ def serve(
     stages: Stages = 0,
     pin: Pins = None,
     objective: Goal = Objective.LATENCY,
+    port: Annotated[
+        int, typer.Option(help="Port of the gateway, if a node is started; 0 takes any free one.", min=0, max=65535)
+    ] = DEFAULT_HTTP_PORT,
+    listen: Listen = DEFAULT_LISTEN,
+    expose: Expose = False,
+    memory: Memory = "",
     allow_host: AllowHosts = None,
     allow_origin: AllowOrigins = None,
     url: Annotated[str, typer.Option(help=URL_HELP)] = "",
@@ -46,7 +52,17 @@ def serve(
     """Measure, plan and deploy a model; shows the plan and its prediction before anything is loaded."""
     console = Console()
     shape = RequestShape(context_tokens=context, slots=slots)
+    flags = _node_flags(port, listen, memory, allow_host, allow_origin)
     remote = bool(url or os.environ.get("SHOAL_URL"))
+    here = not remote and local_node() is None
+    if here:
+        check_start(flags, expose=expose)  # before a model is downloaded, not after
+    elif flags != _node_flags() or expose:
+        raise SettingsError(
+            "--port, --listen, --expose, --memory, --allow-host and --allow-origin are for a node that this command starts; "
+            + ("another one is asked" if remote else "one runs here already"),
+            hint="leave them out" if remote else "leave them out, or end that node first: `shoal leave`",
+        )
     wanted = model if remote else have_model(model, read_settings(), Console(stderr=True))
 
     def deploy(shoal: Shoal, where: str) -> None:
@@ -56,39 +72,30 @@ def serve(
         console.print(f"API at {where}/v1; try:")
         console.print(curl_line(where, view.name, view.kind), soft_wrap=True, highlight=False)
 
-    if remote or local_node() is not None:
-        if allow_host or allow_origin:
-            raise SettingsError(
-                "--allow-host and --allow-origin are for a gateway that is started here, and one runs already",
-                hint="start that one with them: `shoal up --allow-host NAME`",
-                param="--allow-host",
-            )
+    if here:
+        _serve_here(flags, deploy, expose=expose)
+    else:
         where = find_url(url)
         with Shoal(where, api_key=api_key()) as shoal:
             deploy(shoal, where)
-    else:
-        _serve_here(deploy, {"allow_hosts": allow_host, "allow_origins": allow_origin})
 
 
-def _serve_here(deploy: Callable[[Shoal, str], None], door: Mapping[str, list[str] | None]) -> None:
-    """Run a node in the foreground and deploy on it."""
-    failed: list[ShoalError] = []
-
-    def work(running: Running, stop: Stop) -> None:
-        try:
-            with Shoal(running.url, api_key=api_key()) as shoal:
-                deploy(shoal, running.url)
-        except ShoalError as error:
-            failed.append(error)
-            stop()
-
-    flags = {
-        "http": ("127.0.0.1", DEFAULT_HTTP_PORT),
+def _node_flags(
+    port: int = DEFAULT_HTTP_PORT,
+    listen: str = DEFAULT_LISTEN,
+    memory: str = "",
+    allow_hosts: list[str] | None = None,
+    allow_origins: list[str] | None = None,
+) -> dict[str, Any]:
+    """What `shoal up` would be told."""
+    return {
+        "http": ("127.0.0.1", port),
         "api_keys": "",
-        **door,
-        "listen": DEFAULT_LISTEN,
+        "allow_hosts": allow_hosts,
+        "allow_origins": allow_origins,
+        "listen": listen,
         "name": "",
-        "memory": "",
+        "memory": memory,
         "threads": 0,
         "slowdown": 1.0,
         "links": None,
@@ -97,9 +104,23 @@ def _serve_here(deploy: Callable[[Shoal, str], None], door: Mapping[str, list[st
         "eager": True,
     }
 
+
+def _serve_here(flags: Mapping[str, Any], deploy: Callable[[Shoal, str], None], *, expose: bool) -> None:
+    """Run a node in the foreground and deploy on it; raises what kept it from being deployed."""
+    failed: list[Exception] = []
+
+    def work(running: Running, stop: Stop) -> None:
+        try:
+            with Shoal(running.url, api_key=api_key()) as shoal:
+                deploy(shoal, running.url)
+        except Exception as error:  # noqa: BLE001 raised below: the command's door words it, on this thread nobody would
+            failed.append(error)
+            stop()
+
     def begin(running: Running, stop: Stop) -> None:
         threading.Thread(target=work, args=(running, stop), daemon=True).start()
 
-    interrupted = run(flags, expose=False, then=begin)
+    # Whoever serves a model watches the plan and the result: a node's events would run through them.
+    interrupted = run(flags, expose=expose, then=begin, terminal_level="warning")
     if failed and not interrupted:
         raise failed[0]

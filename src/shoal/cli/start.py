@@ -14,6 +14,7 @@ import anyio
 import typer
 from anyio.abc import TaskStatus
 
+from shoal.cli.addresses import check_free
 from shoal.errors import SettingsError, ShoalError
 from shoal.node.assemble import Running, run_node
 from shoal.node.options import NodeOptions, check_exposed, check_reachable, host_name, locator, parse_link, web_origin
@@ -51,20 +52,26 @@ Stop = Callable[[], None]
 """Ends the node; may be called from any thread, and when it has ended."""
 
 
-def run(flags: Mapping[str, Any], *, expose: bool, then: Callable[[Running, Stop], None] = lambda *_: None) -> bool:
+def run(
+    flags: Mapping[str, Any],
+    *,
+    expose: bool,
+    then: Callable[[Running, Stop], None] = lambda *_: None,
+    terminal_level: str = "info",
+) -> bool:
     """Start a node with *flags* and stay until it ends; *then* is called once it runs.  True when a signal ended it.
 
-    Raises ShoalError as `run_node` does.
+    *terminal_level* is what its log says on a terminal; elsewhere it says warnings.  Raises ShoalError as `run_node` does.
     """
     signalled = anyio.Event()
-    options = options_from(flags)
+    options = check_start(flags, expose=expose)
     warnings = (
         check_exposed(options.listen, expose=expose),
         check_reachable(options.connect, options.listen),
     )
     for warning in filter(None, warnings):
         typer.secho(f"warning: {warning}", fg="yellow", err=True)
-    log = set_up_logs(sys.stderr, LogStyle.CONSOLE, "info" if sys.stderr.isatty() else "warning")
+    log = set_up_logs(sys.stderr, LogStyle.CONSOLE, terminal_level if sys.stderr.isatty() else "warning")
 
     def started(stop: Stop, running: Running) -> None:
         where = f"; API at {running.url}/v1" if running.url else ""
@@ -84,6 +91,14 @@ def run(flags: Mapping[str, Any], *, expose: bool, then: Callable[[Running, Stop
     except BaseExceptionGroup as several:
         raise _first_of_ours(several) from several
     return signalled.is_set()
+
+
+def check_start(flags: Mapping[str, Any], *, expose: bool) -> NodeOptions:
+    """The options of a node that *flags* may start; raises SettingsError, or PortInUseError with the flag to give."""
+    options = options_from(flags)
+    check_exposed(options.listen, expose=expose)
+    check_free(options, http_flag="--gateway" if flags.get("gateway") else "--port")
+    return options
 
 
 def options_from(flags: Mapping[str, Any]) -> NodeOptions:

@@ -85,12 +85,13 @@ def running_file(home: Path) -> Path:
 
 def running_node(home: Path) -> Running | None:
     """The node that runs from *home*, or None; what one left behind that was killed is not believed."""
-    try:
-        said = msgspec.json.decode(running_file(home).read_bytes(), type=Running)
-    except (FileNotFoundError, msgspec.MsgspecError):
-        return None
-    with try_locked(_lock_file(home)) as nobody_runs:
-        return None if nobody_runs else said
+    with home_named(home):
+        try:
+            said = msgspec.json.decode(running_file(home).read_bytes(), type=Running)
+        except (FileNotFoundError, msgspec.MsgspecError):
+            return None
+        with try_locked(_lock_file(home)) as nobody_runs:
+            return None if nobody_runs else said
 
 
 def _lock_file(home: Path) -> Path:

@@ -126,7 +126,7 @@ def _refused(error: OSError, host: str, port: int) -> PortInUseError | SettingsE
     if error.errno == errno.EADDRINUSE:
         return PortInUseError(
             f"port {port} on {host} is in use",
-            hint=f"another shoal? stop it, or choose another port (--port {port + 1}, or 0 for any free one)",
+            hint="another shoal? stop it, or choose another port, or 0 for any free one",
         )
     hint = "ports below 1024 need privileges: choose a higher one" if isinstance(error, PermissionError) else ""
     return SettingsError(f"cannot listen on {host} port {port}: {error}", hint=hint, param="port")

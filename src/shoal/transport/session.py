@@ -64,7 +64,8 @@ def refusal(text: str, listen: Sequence[str], connect: Sequence[str]) -> ShoalEr
     reason = text.split(" at /", 1)[0]
     if "in use" in text:
         return PortInUseError(
-            f"cannot listen on {', '.join(listen)}: {reason}", hint="choose another port, or 0 for a free one"
+            f"cannot listen on {', '.join(listen)}: the address is in use",
+            hint="another shoal? stop it, or choose another port, or 0 for any free one",
         )
     if "Unable to connect" in text:
         hint = "is the node up, and does a firewall let this port through?"

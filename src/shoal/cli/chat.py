@@ -2,8 +2,8 @@
 
 import json
 import sys
-from collections.abc import Iterator
-from typing import Annotated
+from collections.abc import Iterable, Iterator
+from typing import Annotated, NamedTuple
 
 import httpx
 import typer
@@ -11,6 +11,7 @@ from rich.console import Console
 
 from shoal.cli.connect import URL_HELP, api_key, find_url
 from shoal.cli.main import complain
+from shoal.cli.wrap import Wrapped
 from shoal.client import Shoal
 from shoal.client.calls import failure, unreachable
 from shoal.errors import ShoalError, UnknownModelError
@@ -28,7 +29,7 @@ def chat(
     max_tokens: Annotated[int, typer.Option(min=1)] = 512,
     url: Annotated[str, typer.Option(help=URL_HELP)] = "",
 ) -> None:
-    """Talk with a deployed model; an empty line or Ctrl-D ends, /clear starts over."""
+    """Talk with a deployed model; an empty line or Ctrl-D ends, Ctrl-C ends an answer, /clear starts over."""
     where = find_url(url)
     name = model or _only_deployment(where)
     options = {"model": name, "temperature": temperature, "max_tokens": max_tokens}
@@ -45,25 +46,51 @@ def chat(
             messages = list(begin)
             continue
         asked = [*messages, {"role": "user", "content": said}]
-        answer = ""
         try:
-            for piece in stream(where, {**options, "messages": asked, "stream": True}):
-                answer += piece
-                sys.stdout.write(piece)
-                sys.stdout.flush()
+            answer = show(stream(where, {**options, "messages": asked, "stream": True}), console)
         except ShoalError as error:
             if message:
                 raise
             complain(error.message, error.hint)  # the conversation goes on as it was before this question
             continue
-        finally:
-            sys.stdout.write("\n" if answer else "")
+        if answer.finish == LENGTH and console.is_terminal:
+            console.print(f"[dim]... ({max_tokens} tokens, the limit; --max-tokens sets it)[/]")
+        if message and answer.finish == INTERRUPTED:
+            raise KeyboardInterrupt
         if message:
             return
-        messages = [*asked, {"role": "assistant", "content": answer}]
+        messages = [*asked, {"role": "assistant", "content": answer.text}]
 
 
-def stream(url: str, body: dict[str, object]) -> Iterator[str]:
+LENGTH, INTERRUPTED = "length", "interrupted"
+
+
+class Piece(NamedTuple):
+    """News of a streamed answer, or all of it; `finish` is the reason of its end, as OpenAI's API words it, or `INTERRUPTED`."""
+
+    text: str
+    finish: str = ""
+
+
+def show(pieces: Iterable[Piece], console: Console) -> Piece:
+    """Print an answer as it comes, broken between words on a terminal, and return it; Ctrl-C ends the answer and nothing else."""
+    text, finish = "", ""
+    wrapped = Wrapped(sys.stdout.write, console.width if console.is_terminal else None)
+    try:
+        for piece in pieces:
+            text, finish = text + piece.text, piece.finish or finish
+            wrapped.push(piece.text)
+            sys.stdout.flush()
+    except KeyboardInterrupt:
+        finish = INTERRUPTED
+    finally:
+        wrapped.flush()
+        sys.stdout.write("\n" if text else "")
+        sys.stdout.flush()
+    return Piece(text, finish)
+
+
+def stream(url: str, body: dict[str, object]) -> Iterator[Piece]:
     """The pieces of a streamed chat completion; raises ShoalError as the SDK does."""
     headers = {"Authorization": f"Bearer {key}"} if (key := api_key()) else {}
     try:
@@ -75,17 +102,17 @@ def stream(url: str, body: dict[str, object]) -> Iterator[str]:
                 raise failure("/v1/chat/completions", response.status_code, response.headers, response.read())
             for line in response.iter_lines():
                 if line.startswith("data: ") and line != "data: [DONE]":
-                    yield from _text(json.loads(line.removeprefix("data: ")))
+                    yield from _piece(json.loads(line.removeprefix("data: ")))
     except httpx.TransportError as error:
         raise unreachable(url, error) from error
 
 
-def _text(event: dict[str, object]) -> Iterator[str]:
+def _piece(event: dict[str, object]) -> Iterator[Piece]:
     match event:
         case {"error": {"message": str(message), **more}}:
             raise restore(Fault(message=message, code=str(more.get("code")), hint=str(more.get("hint", ""))))
-        case {"choices": [{"delta": {"content": str(content)}}, *_]}:
-            yield content
+        case {"choices": [{"delta": {**delta}, **rest}, *_]}:
+            yield Piece(text=str(delta.get("content") or ""), finish=str(rest.get("finish_reason") or ""))
         case _:
             return
 

@@ -20,9 +20,10 @@ import typer
 from rich.console import Console
 from rich.rule import Rule
 
-from shoal.cli.chat import stream
+from shoal.cli.chat import INTERRUPTED, LENGTH, Piece, show, stream
 from shoal.cli.deploy import curl_line, deploy_and_wait, have_model, show_plan
 from shoal.cli.nodes import render_nodes
+from shoal.cli.profile_table import render_speeds
 from shoal.client import Shoal
 from shoal.client.calls import PlanOptions
 from shoal.errors import NodeUnreachableError, SettingsError, ShoalError
@@ -30,12 +31,13 @@ from shoal.fleet.state import Standing
 from shoal.ids import NodeId
 from shoal.node.assemble import Running, running_file, running_node
 from shoal.node.settings import read_settings
-from shoal.plan.problem import Plan, RequestShape
+from shoal.plan.problem import Estimate, Plan, RequestShape
 from shoal.trust.identity import load_or_create, node_id
 
 MODEL = "smollm2-135m"
 QUESTION = "Why is the sky blue? Answer in two sentences."
 ANSWER_TOKENS = 64
+FAR_OFF = 0.25
 _START_LIMIT_S = 60.0
 
 
@@ -58,6 +60,7 @@ def demo(
     once: Annotated[bool, typer.Option("--once", help="End after the answer.")] = False,
     port: Annotated[int, typer.Option(help="Port of the gateway; 0 takes any free one.", min=0, max=65535)] = 0,
     question: Annotated[str, typer.Option(help="What to ask.")] = QUESTION,
+    refresh: Annotated[bool, typer.Option("--refresh", help="Measure devices and links again.")] = False,
 ) -> None:
     """Three unequal nodes on this machine answer through one pipeline."""
     for number in (signal.SIGTERM, signal.SIGHUP):  # else a closed terminal would leave three nodes behind
@@ -73,16 +76,20 @@ def demo(
         url = _start(homes, port, stack)
         shoal = stack.enter_context(Shoal(url))
         _wait_for_nodes(shoal)
+        _stop_what_was_left(shoal)
         console.print(Rule("2. three unequal nodes", align="left"))
         wanted = PlanOptions(shape=SHAPE)
         with console.status("measuring each device and link on the model's own blocks (some seconds)"):
-            shoal.plan(MODEL, **wanted)
-        console.print(render_nodes(shoal.nodes()))
+            profile = shoal.profile(MODEL, refresh=refresh)
+        machines = sorted(shoal.nodes(), key=lambda node: list(homes).index(node.name))
+        console.print(render_nodes(machines))
+        console.print()
+        console.print(render_speeds(profile, {node.id: node.name for node in machines}))
         console.print(Rule("3. the plan, before anything is loaded", align="left"))
         plan = show_plan(shoal, MODEL, wanted, console)
         console.print(Rule("4. an answer through the pipeline", align="left"))
         deploy_and_wait(shoal, MODEL, MODEL, wanted, console)
-        for _ in _ask(url, "Hello"):
+        for _ in _ask(url, "Hello", []):
             pass  # the first request pays for cold caches; it is not the one that is measured
         _show_answer(console, url, question, plan)
         if not once:
@@ -170,8 +177,17 @@ def _wait_for_nodes(shoal: Shoal) -> None:
     raise NodeUnreachableError(f"not all {len(DEVICES)} demo nodes joined within {_START_LIMIT_S:.0f} s")
 
 
-def _ask(url: str, question: str) -> Iterator[tuple[str, float]]:
-    """Pieces of the answer, each with the seconds since the request."""
+def _stop_what_was_left(shoal: Shoal) -> None:
+    """A node serves again what it served before: after a demo that was cut short, nothing would be loaded before our eyes."""
+    for deployment in shoal.deployments():
+        shoal.stop(deployment.name)
+    began_s = time.monotonic()
+    while any(node.memory_promised_bytes for node in shoal.nodes()) and time.monotonic() - began_s < _START_LIMIT_S:
+        time.sleep(0.1)
+
+
+def _ask(url: str, question: str, arrived_s: list[float]) -> Iterator[Piece]:
+    """Pieces of the answer; the seconds from the request to each that has text are added to *arrived_s*."""
     body = {
         "model": MODEL,
         "messages": [{"role": "user", "content": question}],
@@ -181,28 +197,46 @@ def _ask(url: str, question: str) -> Iterator[tuple[str, float]]:
     }
     began_s = time.monotonic()
     for piece in stream(url, body):
-        yield piece, time.monotonic() - began_s
+        if piece.text:
+            arrived_s.append(time.monotonic() - began_s)
+        yield piece
 
 
 def _show_answer(console: Console, url: str, question: str, plan: Plan) -> None:
     console.print(f"[bold cyan]> {question}[/]")
     times_s: list[float] = []
-    for piece, at_s in _ask(url, question):
-        times_s += [at_s] if piece else []
-        sys.stdout.write(piece)
-        sys.stdout.flush()
-    sys.stdout.write("\n\n")
-    predicted = plan.estimate
-    steps = max(1, len(times_s) - 1)
-    per_token_s = (times_s[-1] - times_s[0]) / steps if times_s else 0.0
-    console.print(
-        f"[bold]predicted[/] {predicted.time_to_first_token_s * 1000:6.0f} ms to the first token, "
-        f"{predicted.time_per_output_token_s * 1000:5.1f} ms per token"
+    answer = show(_ask(url, question, times_s), console)
+    if answer.finish == INTERRUPTED:
+        raise KeyboardInterrupt
+    if answer.finish == LENGTH:
+        console.print(f"[dim]... ({ANSWER_TOKENS} tokens, the limit)[/]")
+    first_s = times_s[0] if times_s else 0.0
+    per_token_s = (times_s[-1] - first_s) / max(1, len(times_s) - 1) if times_s else 0.0
+    console.print(f"\n{compare(plan.estimate, first_s, per_token_s)}, through {len(plan.stages)} nodes")
+    if far_off(plan.estimate, first_s, per_token_s):
+        console.print(
+            f"[yellow]more than {FAR_OFF:.0%} apart[/]: other load while measuring, or now? "
+            "`shoal demo --refresh` measures again",
+            highlight=False,
+        )
+
+
+def compare(predicted: Estimate, first_s: float, per_token_s: float) -> str:
+    """Predicted above measured."""
+    rows = (
+        ("predicted", predicted.time_to_first_token_s, predicted.time_per_output_token_s),
+        ("measured ", first_s, per_token_s),
     )
-    console.print(
-        f"[bold]measured [/] {times_s[0] * 1000 if times_s else 0:6.0f} ms to the first token, "
-        f"{per_token_s * 1000:5.1f} ms per token, through {len(plan.stages)} nodes"
+    return "\n".join(
+        f"[bold]{name}[/] {first * 1000:6.0f} ms to the first token, {each * 1000:5.1f} ms per token"
+        for name, first, each in rows
     )
+
+
+def far_off(predicted: Estimate, first_s: float, per_token_s: float) -> bool:
+    """Whether a figure is so far from what was predicted that something else must have run meanwhile."""
+    pairs = ((predicted.time_to_first_token_s, first_s), (predicted.time_per_output_token_s, per_token_s))
+    return any(abs(measured - expected) > FAR_OFF * expected for expected, measured in pairs)
 
 
 def _stay(console: Console, url: str) -> None:

@@ -34,7 +34,8 @@ def render_nodes(found: Sequence[NodeView]) -> RenderableType:
     """Machines, and under them the links that were measured."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in ("node", "state", "roles", "cores", "load", "memory", "engine", "address"):
-        table.add_column(column, justify="right" if column in {"cores", "load", "memory"} else "left")
+        right, whole = column in {"cores", "load", "memory"}, column in {"memory", "address"}
+        table.add_column(column, justify="right" if right else "left", no_wrap=whole, overflow="fold")
     for node in found:
         table.add_row(
             node.name,

@@ -8,8 +8,9 @@ from rich.text import Text
 
 from shoal.ids import NodeId
 from shoal.plan.figures import duration, share, size
-from shoal.profile.fit import fit
+from shoal.profile.fit import KindFit, fit
 from shoal.profile.fleet import BlockTrial, DeviceProfile, FleetProfile, LinkProfile
+from shoal.profile.trial import CHUNKS, LONG_CONTEXT
 
 Names = Mapping[NodeId, str]
 
@@ -23,6 +24,28 @@ def render_profile(profile: FleetProfile, names: Names | None = None) -> Rendera
     if profile.links:
         parts += [Text(), _links(profile.links, known)]
     return Group(*parts)
+
+
+def render_speeds(profile: FleetProfile, names: Names | None = None) -> RenderableType:
+    """The same in brief, for 80 columns and a few devices, in the order of *names*: what a block of each kind takes, as fitted."""
+    known = names or {}
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("BLOCK KIND")
+    devices = sorted(profile.devices, key=lambda d: [*known, d.node].index(d.node))
+    for device in devices:
+        table.add_column(_name(device.node, known), justify="right")
+    fits = [fit(device.trials) for device in devices]
+    for kind in dict.fromkeys(kind for fitted in fits for kind in fitted):
+        table.add_row(kind[:8], *(_speeds(fitted.get(kind)) for fitted in fits))
+    table.add_row("each call", *(duration(device.step_overhead_s) for device in devices))
+    told = f"time of a block for 1 token after {LONG_CONTEXT} / for the first {CHUNKS[-1]} tokens of a prompt"
+    return Group(Text(f"{told}; `shoal profile` shows all trials", style="dim"), table)
+
+
+def _speeds(fitted: KindFit | None) -> str:
+    if fitted is None:
+        return "-"
+    return f"{duration(fitted.decode_s(LONG_CONTEXT))} / {duration(fitted.step_s(CHUNKS[-1], 0))}"
 
 
 def _devices(profile: FleetProfile, names: Names) -> Table:

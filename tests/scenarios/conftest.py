@@ -25,6 +25,7 @@ import psutil
 import pytest
 from safetensors.numpy import save_file
 
+from shoal.cli.demo import MODEL as DEMO_MODEL
 from shoal.client import Shoal
 from shoal.errors import ShoalError
 from shoal.fleet.state import Standing
@@ -456,6 +457,7 @@ def stock(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReque
     sources = {
         TINY: lambda: make_tiny(base / "tiny-source"),
         "bert": lambda: make_bert(base / "bert-source"),
+        DEMO_MODEL: lambda: request.getfixturevalue("smollm2_gguf"),
         "smollm2": lambda: request.getfixturevalue("smollm2_gguf"),
     }
     return Stock(base, sources)

@@ -183,7 +183,9 @@ def test_a_bad_request_is_answered_with_what_is_wrong(
     error = answer.json()["error"]
     assert (error["code"], error["param"]) == (code, param)
     assert error["type"] == "invalid_request_error"
-    assert error["message"]
+    assert error["message"].count("got ") <= 1
+    assert error["hint"]
+    assert "NaN" not in error["hint"]
     assert gateway.script.requests == []
 
 
@@ -206,16 +208,41 @@ def test_bytes_that_are_no_request_are_refused(client: TestClient[Litestar], bod
     answer = client.post(TEXT, content=body, headers={"content-type": "application/json"})
 
     assert answer.status_code == 400
-    assert answer.json()["error"]["code"] == "invalid_request"
+    error = answer.json()["error"]
+    assert error["code"] == "invalid_request"
+    assert error["hint"]
+    assert ("NaN" in error["hint"]) == (b"NaN" in body)
+
+
+def test_what_is_no_json_is_told_apart(client: TestClient[Litestar]) -> None:
+    hints = [
+        client.post(TEXT, content=body, headers={"content-type": "application/json"}).json()["error"]["hint"]
+        for body in (b"[}", BROKEN["NaN"], BROKEN["infinity by overflow"])
+    ]
+
+    assert [word for word, hint in zip(("brackets", "NaN", "1.8e308"), hints, strict=True) if word not in hint] == []
+
+
+def test_a_number_of_the_wrong_type_is_shown_once(client: TestClient[Litestar]) -> None:
+    error = client.post(CHAT, json=chat(max_tokens=1.5)[1]).json()["error"]
+
+    assert error["message"] == "max_tokens: expected `int | null`, got `float` (1.5)"
+    assert error["hint"] == "see /schema for what max_tokens may be"
 
 
 def test_a_body_above_the_limit_is_refused(gateway: "Gateway") -> None:
     gateway.limits = Limits(body_bytes=1000)
 
-    answer = gateway.client().post(TEXT, json={"model": "bytes", "prompt": "x" * 1000})
+    answer = gateway.client().post(TEXT, content=b"x" * 12_345)
+    piecewise = gateway.client().post(TEXT, content=iter([b"x" * 700, b"x" * 700]))
 
-    assert answer.status_code == 413
-    assert answer.json()["error"]["code"] == "request_too_large"
+    for refused, said in ((answer, "this one has 12,345"), (piecewise, "bodies")):
+        assert refused.status_code == 413
+        error = refused.json()["error"]
+        assert error["code"] == "request_too_large"
+        assert said in error["message"]
+        assert "at most 1,000 bytes" in error["message"]
+        assert "several requests" in error["hint"]
 
 
 def test_fields_that_change_nothing_are_accepted(client: TestClient[Litestar]) -> None:
@@ -247,7 +274,10 @@ def test_the_context_error_says_the_numbers(client: TestClient[Litestar]) -> Non
 def test_an_unknown_path_and_a_wrong_method_have_the_same_shape(client: TestClient[Litestar]) -> None:
     assert client.get("/v2/nothing").json()["error"]["code"] == "not_found"
     assert client.get(CHAT).status_code == 405
-    assert client.get(CHAT).json()["error"]["code"] == "method_not_allowed"
+    error = client.get(CHAT).json()["error"]
+    assert error["code"] == "method_not_allowed"
+    assert error["message"] == f"{CHAT} does not take GET"
+    assert "/schema" in error["hint"]
 
 
 FAILURES = [
@@ -275,6 +305,10 @@ def test_a_failure_before_the_first_token_has_its_status_even_in_a_stream(
     assert answer.headers["content-type"] == "application/json"
     assert answer.headers.get("retry-after") == retry_after
     assert (answer.json()["error"]["code"], answer.json()["error"]["type"]) == (code, kind)
+    assert answer.json()["error"]["hint"] == (
+        f"try again in {retry_after} s" if retry_after else answer.json()["error"]["hint"]
+    )
+    assert answer.json()["error"]["hint"]
 
 
 def test_an_unforeseen_failure_tells_nothing_of_the_inside_and_logs_no_prompt(

@@ -13,7 +13,7 @@ from shoal.serve.access import Access, check_caller, check_key
 from shoal.serve.admin import event_routes, machine_routes, placement_routes
 from shoal.serve.answer import Door
 from shoal.serve.embeddings import embedding_routes
-from shoal.serve.errors import respond
+from shoal.serve.errors import responder
 from shoal.serve.health import OPEN, health_routes
 from shoal.serve.models import model_routes
 from shoal.serve.page import SchemaPage
@@ -44,7 +44,7 @@ def build_app(node: Node, access: Access, limits: Limits) -> App:
             *event_routes(node.events),
         ],
         guards=[guard],
-        exception_handlers={Exception: respond},
+        exception_handlers={Exception: responder(limits.body_bytes)},
         openapi_config=_openapi(),
         cors_config=CORSConfig(allow_origins=sorted(access.origins)) if access.origins else None,
         request_max_body_size=limits.body_bytes,

@@ -6,6 +6,7 @@ would break working programs; so every field is either known, listed as harmless
 """
 
 import difflib
+import json
 import re
 from collections.abc import Iterator
 from typing import TypeVar
@@ -71,9 +72,15 @@ def _decode(body: bytes) -> object:
     except UnicodeDecodeError as error:
         raise InvalidRequestError(f"the body is not UTF-8: {error.reason}", hint="encode it as UTF-8") from None
     except msgspec.DecodeError as error:
-        raise InvalidRequestError(
-            f"the body is not JSON: {error}", hint="NaN and Infinity are not JSON either"
-        ) from None
+        raise InvalidRequestError(f"the body is not JSON: {error}", hint=_json_hint(body)) from None
+
+
+def _json_hint(body: bytes) -> str:
+    if re.search(rb"\b(?:NaN|Infinity)\b", body):
+        return "NaN and Infinity are not JSON; leave the field out, or send a number"
+    if re.search(rb"\d[eE]\+?\d{3}", body):
+        return "numbers end at about 1.8e308"
+    return "check its quotes, commas and brackets, and that all of it was sent as JSON"
 
 
 def _too_deep() -> InvalidRequestError:
@@ -89,13 +96,18 @@ def _named(error: msgspec.ValidationError, given: object, kind: type[msgspec.Str
     path = path.rstrip("`").lstrip(".")
     if missing := re.search(r"missing required field `(\w+)`", what):
         name = f"{path}.{missing[1]}" if path else missing[1]
-        return InvalidRequestError(f"{name} is required", param=name)
+        return InvalidRequestError(f"{name} is required", hint=f"add {name}; /schema shows every field", param=name)
     if extra := re.search(r"contains unknown field `(\w+)`", what):
         return _unknown(f"{path}.{extra[1]}" if path else extra[1], kind)
     value = _at(given, path)
-    got = f", got {value!r}" if isinstance(value, int | float) else ""
+    if "got `" in what:
+        shown = f" ({json.dumps(value)})" if isinstance(value, int | float) else ""
+    else:
+        shown = f", got {value!r}" if isinstance(value, int | float) else ""
     return InvalidRequestError(
-        f"{path or 'body'}: {what.lower().replace('expected', 'expected', 1)}{got}", param=path or None
+        f"{path or 'body'}: {what[:1].lower()}{what[1:]}{shown}",
+        hint=f"see /schema for what {path or 'the body'} may be",
+        param=path or None,
     )
 
 

@@ -3,11 +3,12 @@
 import logging
 import math
 import traceback
+from collections.abc import Callable
 from http import HTTPStatus
+from typing import Any
 
 import msgspec
 from litestar import MediaType, Request, Response
-from litestar.datastructures import State
 from litestar.exceptions import HTTPException
 
 from shoal.errors import (
@@ -48,24 +49,54 @@ def status_of(error: ShoalError) -> HTTPStatus:
     return next(status for cls, status in _STATUS if isinstance(error, cls))
 
 
-def fault_of(error: Exception) -> tuple[HTTPStatus, Fault]:
+class Asked(msgspec.Struct, frozen=True, kw_only=True):
+    """What a refusal may have to name of the request; empty where it is not known."""
+
+    method: str = ""
+    path: str = ""
+    body_bytes: str = ""
+    limit_bytes: int = 0
+
+
+def fault_of(error: Exception, asked: Asked = Asked()) -> tuple[HTTPStatus, Fault]:  # noqa: B008 - frozen
     """What the caller is told; of errors that are not ours, nothing but that there was one."""
     match error:
         case ShoalError():
             status, fault = status_of(error), describe(error)
         case HTTPException():
-            status, fault = _framework(error)
+            status, fault = _framework(error, asked)
         case _:
             status = HTTPStatus.INTERNAL_SERVER_ERROR
             fault = Fault(message="internal error", code="internal_error", hint="the gateway's log has the place")
-    return status, msgspec.structs.replace(fault, type=_OPENAI_TYPES.get(status, fault.type))
+    kind = _OPENAI_TYPES.get(status, fault.type)
+    return status, msgspec.structs.replace(fault, type=kind, hint=fault.hint or _next_step(status, fault))
 
 
-def respond(request: Request[object, object, State], error: Exception) -> Response[bytes]:
-    """An OpenAI-shaped answer; the exception handler of the whole application."""
-    status, fault = fault_of(error)
+def _next_step(status: HTTPStatus, fault: Fault) -> str:
+    """What to do where the error itself does not say it: every body has a next step."""
+    if fault.retry_after_s is not None:
+        return f"try again in {math.ceil(fault.retry_after_s)} s"
+    if status >= HTTPStatus.INTERNAL_SERVER_ERROR:
+        return "the gateway's log may say more"
+    return f"see /schema for what {fault.param} may be" if fault.param else "see /schema for what may be asked"
+
+
+def responder(limit_bytes: int) -> Callable[[Request[Any, Any, Any], Exception], Response[bytes]]:
+    """The exception handler of an application that takes bodies of at most *limit_bytes*."""
+
+    def respond(request: Request[Any, Any, Any], error: Exception) -> Response[bytes]:
+        size = request.headers.get("content-length", "")
+        asked = Asked(method=str(request.method), path=request.url.path, body_bytes=size, limit_bytes=limit_bytes)
+        return answer(error, asked)
+
+    return respond
+
+
+def answer(error: Exception, asked: Asked) -> Response[bytes]:
+    """An OpenAI-shaped answer."""
+    status, fault = fault_of(error, asked)
     if status == HTTPStatus.INTERNAL_SERVER_ERROR:
-        record(error, f"{request.method} {request.url.path}")
+        record(error, f"{asked.method} {asked.path}")
     headers = {}
     if fault.retry_after_s is not None:
         headers["Retry-After"] = str(max(1, math.ceil(fault.retry_after_s)))
@@ -88,13 +119,16 @@ def record(error: BaseException, where: str) -> None:
     _log.error("%s failed with %s at\n%s", where, type(error).__name__, frames)
 
 
-def _framework(error: HTTPException) -> tuple[HTTPStatus, Fault]:
+def _framework(error: HTTPException, asked: Asked) -> tuple[HTTPStatus, Fault]:
     """What the web framework itself refuses: unknown paths, methods, oversized bodies, bad query values."""
     status = HTTPStatus(error.status_code)
     if status == HTTPStatus.REQUEST_ENTITY_TOO_LARGE:
-        return status, describe(
-            RequestTooLargeError("the body is larger than this gateway accepts", hint="send less at once")
-        )
+        size = f", this one has {int(asked.body_bytes):,}" if asked.body_bytes.isdecimal() else ""
+        said = f"this gateway takes bodies of at most {asked.limit_bytes:,} bytes{size}"
+        return status, describe(RequestTooLargeError(said, hint="send less at once, in several requests"))
+    if status == HTTPStatus.METHOD_NOT_ALLOWED:
+        said, hint = f"{asked.path} does not take {asked.method}", "see /schema for the methods of every path"
+        return status, Fault(message=said, type="invalid_request_error", code="method_not_allowed", hint=hint)
     if status == HTTPStatus.NOT_FOUND:
         return status, Fault(message="no such path", type="invalid_request_error", code="not_found", hint="see /schema")
     if status >= HTTPStatus.INTERNAL_SERVER_ERROR:

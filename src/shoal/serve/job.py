@@ -62,7 +62,11 @@ def chat_messages(messages: Sequence[Message]) -> list[dict[str, object]]:
     plain: list[dict[str, object]] = []
     for position, message in enumerate(messages):
         if message.content is None and not message.tool_calls:
-            raise InvalidRequestError("content is required", param=f"messages[{position}].content")
+            raise InvalidRequestError(
+                "content is required",
+                hint="only messages with tool_calls may lack it",
+                param=f"messages[{position}].content",
+            )
         parts = message.content or ""
         content = parts if isinstance(parts, str) else "\n".join(part.text for part in parts)
         role = "system" if message.role == "developer" else message.role
@@ -78,7 +82,9 @@ def chat_messages(messages: Sequence[Message]) -> list[dict[str, object]]:
 def chat_job(body: ChatRequest, model: ServedModel, prompt: tuple[int, ...], stamp: Stamp) -> Job:
     """The job of a chat request whose rendered conversation is *prompt*; raises InvalidRequestError."""
     if body.top_logprobs is not None and not body.logprobs:
-        raise InvalidRequestError("top_logprobs needs logprobs: true", param="top_logprobs")
+        raise InvalidRequestError(
+            "top_logprobs needs logprobs: true", hint="send both, or neither", param="top_logprobs"
+        )
     if body.max_tokens and body.max_completion_tokens and body.max_tokens != body.max_completion_tokens:
         raise InvalidRequestError("max_tokens and max_completion_tokens differ", hint="send one", param="max_tokens")
     max_tokens = body.max_completion_tokens or body.max_tokens
@@ -154,7 +160,9 @@ def _job(
     stamp: Stamp,
 ) -> Job:
     if body.stream_options is not None and not body.stream:
-        raise InvalidRequestError("stream_options needs stream: true", param="stream_options")
+        raise InvalidRequestError(
+            "stream_options needs stream: true", hint="send both, or neither", param="stream_options"
+        )
     _check_prompts(prompts, model, length[1])
     check_sampling(sampling, model.spec.vocabulary)
     n = body.n or 1

@@ -7,9 +7,11 @@ from pathlib import Path
 import msgspec
 import pytest
 from rich.console import Console
+from typer.testing import CliRunner
 
 from shoal.cli.deploy import curl_line, parse_pin
 from shoal.cli.logs import line
+from shoal.cli.main import app
 from shoal.cli.nodes import render_nodes
 from shoal.cli.ps import render_deployments
 from shoal.cli.start import options_from, parse_size
@@ -161,6 +163,16 @@ def test_without_a_node_here_a_command_says_how_to_start_one(command: str, tmp_p
     assert done.returncode == 69
     assert "no node runs on this machine" in done.stderr
     assert "shoal up" in done.stderr
+
+
+@pytest.mark.parametrize("command", ["nodes", "ps", "chat", "serve", "plan"])
+def test_an_address_without_a_scheme_is_answered_with_how_to_write_it(command: str) -> None:
+    arguments = [command, *(["m"] if command in {"serve", "plan"} else []), "--url", "localhost:8400"]
+
+    done = CliRunner().invoke(app, arguments)
+
+    assert done.exit_code == 2
+    assert done.stderr.startswith("error: 'localhost:8400' is no address of a gateway\nhint: write http://HOST:PORT")
 
 
 def test_listening_beyond_this_machine_takes_an_explicit_flag(tmp_path: Path) -> None:

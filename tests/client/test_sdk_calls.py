@@ -3,12 +3,13 @@
 import httpx
 import pytest
 
-from shoal.client import Shoal, calls
-from shoal.client.calls import read_event, read_events
+from shoal.client import AsyncShoal, Shoal, calls
+from shoal.client.calls import gateway_url, read_event, read_events
 from shoal.errors import (
     MalformedFrameError,
     NodeUnreachableError,
     OverloadedError,
+    SettingsError,
     ShardLostError,
     ShoalError,
     UnavailableError,
@@ -76,6 +77,42 @@ def test_a_connection_that_breaks_is_unreachable() -> None:
             shoal.nodes()
         with pytest.raises(NodeUnreachableError):
             list(shoal.follow())
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "localhost:8400",
+        "127.0.0.1:8400",
+        "http://",
+        "http://h:port",
+        "http://h:99999",
+        "http://[::1",
+        "http://a b",
+        "ftp://h",
+        "",
+    ],
+)
+def test_what_is_no_address_is_refused_before_anything_is_asked(url: str) -> None:
+    for client in (Shoal, AsyncShoal):
+        with pytest.raises(SettingsError) as refused:
+            client(url)
+
+        assert repr(url) in refused.value.message
+        assert "http://HOST:PORT" in refused.value.hint
+
+
+@pytest.mark.parametrize("url", ["http://h:1", "http://h:1/", "http://h:1/v1", "http://h:1/v1/"])
+def test_the_address_that_openais_clients_want_is_understood(url: str) -> None:
+    assert gateway_url(url) == "http://h:1"
+
+
+def test_a_redirect_without_end_is_unreachable_too() -> None:
+    def circling(_: httpx.Request) -> httpx.Response:
+        raise httpx.TooManyRedirects("20 times")
+
+    with Shoal(transport=httpx.MockTransport(circling)) as shoal, pytest.raises(NodeUnreachableError):
+        shoal.nodes()
 
 
 def test_a_stream_is_read_line_by_line() -> None:

@@ -16,7 +16,8 @@ import httpx
 import pytest
 from anyio.from_thread import start_blocking_portal
 
-from shoal.errors import PortInUseError, SettingsError
+from shoal.client import Shoal
+from shoal.errors import NodeUnreachableError, PortInUseError, SettingsError
 from shoal.serve.run import bind, serve, url_of
 
 if TYPE_CHECKING:
@@ -119,12 +120,20 @@ def test_other_requests_are_answered_after_a_refused_one(url: str) -> None:
     assert httpx.get(f"{url}/livez").json() == {"live": True}
 
 
-def test_garbage_instead_of_http_does_not_disturb_others(url: str) -> None:
+def test_tls_to_a_plain_gateway_is_told_so(url: str) -> None:
+    with Shoal(url.replace("http:", "https:")) as shoal, pytest.raises(NodeUnreachableError) as refused:
+        shoal.nodes()
+
+    assert "plain HTTP" in refused.value.hint
+
+
+def test_garbage_instead_of_http_does_not_disturb_others(url: str, caplog: pytest.LogCaptureFixture) -> None:
     with connect(url) as caller:
         caller.sendall(b"\x16\x03\x01\x02\x00garbage\r\n\r\n")
         assert b"400" in caller.recv(1000)
 
     assert httpx.get(f"{url}/livez").status_code == 200
+    assert "Invalid HTTP request" not in caplog.text
 
 
 def test_stopping_waits_for_a_running_answer_and_frees_the_port(gateway: "Gateway") -> None:

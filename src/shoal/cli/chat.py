@@ -103,7 +103,7 @@ def stream(url: str, body: dict[str, object]) -> Iterator[Piece]:
             for line in response.iter_lines():
                 if line.startswith("data: ") and line != "data: [DONE]":
                     yield from _piece(json.loads(line.removeprefix("data: ")))
-    except httpx.TransportError as error:
+    except httpx.RequestError as error:
         raise unreachable(url, error) from error
 
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from shoal.client import Shoal
+from shoal.client.calls import gateway_url
 from shoal.errors import InvalidRequestError, NodeUnreachableError
 from shoal.fleet.views import NodeView
 from shoal.node.assemble import Running, running_node
@@ -14,9 +15,10 @@ URL_HELP = "The gateway to ask; by default $SHOAL_URL, else the node that runs o
 
 
 def find_url(url: str = "") -> str:
-    """The gateway's address; raises NodeUnreachableError when none is named and no node runs here."""
-    if url or os.environ.get("SHOAL_URL"):
-        return url or os.environ["SHOAL_URL"]
+    """The gateway's address; raises SettingsError for one that is none, NodeUnreachableError when no node runs here."""
+    named = url or os.environ.get("SHOAL_URL")
+    if named:
+        return gateway_url(named)
     running = local_node()
     if running is None:
         raise NodeUnreachableError(

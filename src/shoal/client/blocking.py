@@ -31,7 +31,7 @@ class Shoal:
     ) -> None:
         self._timeout_s = timeout_s
         self._http = httpx.Client(
-            base_url=url, headers=calls.auth_headers(api_key), timeout=timeout_s, transport=transport
+            base_url=calls.gateway_url(url), headers=calls.auth_headers(api_key), timeout=timeout_s, transport=transport
         )
 
     def __enter__(self) -> Self:
@@ -94,7 +94,7 @@ class Shoal:
                 if response.status_code != httpx.codes.OK:
                     raise calls.failure(call.path, response.status_code, response.headers, response.read())
                 yield from calls.read_events(response.iter_lines())
-        except httpx.TransportError as error:
+        except httpx.RequestError as error:
             raise calls.unreachable(str(self._http.base_url), error) from error
 
     def _do(self, call: Call[T]) -> T:
@@ -102,7 +102,7 @@ class Shoal:
             response = self._http.request(
                 call.method, call.path, params=call.query, content=call.content(), timeout=self._timeout(call)
             )
-        except httpx.TransportError as error:
+        except httpx.RequestError as error:
             raise calls.unreachable(str(self._http.base_url), error) from error
         return calls.read(call, response.status_code, response.headers, response.content)
 

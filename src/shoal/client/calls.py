@@ -2,11 +2,11 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Generic, TypedDict, TypeVar, cast
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
 import msgspec
 
-from shoal.errors import MalformedFrameError, NodeUnreachableError, ShoalError
+from shoal.errors import MalformedFrameError, NodeUnreachableError, SettingsError, ShoalError
 from shoal.fleet.faults import Fault, FaultBody, restore
 from shoal.fleet.views import (
     DeploymentView,
@@ -153,11 +153,28 @@ def auth_headers(api_key: str | None) -> dict[str, str]:
     return json if not api_key else json | {"Authorization": f"Bearer {api_key}"}
 
 
+def gateway_url(text: str) -> str:
+    """A gateway's address as its clients use it, without the path that OpenAI's clients want; raises SettingsError."""
+    try:
+        parts = urlsplit(text)
+        host, port = parts.hostname, parts.port
+    except ValueError:
+        host = port = None
+    if not host or port == 0 or parts.scheme not in {"http", "https"} or not text.isprintable() or " " in text:
+        raise SettingsError(
+            f"{text!r} is no address of a gateway",
+            hint="write http://HOST:PORT, for example http://127.0.0.1:8400",
+            param="url",
+        )
+    return text.rstrip("/").removesuffix("/v1")
+
+
 def unreachable(url: str, error: Exception) -> NodeUnreachableError:
     """What a broken connection means to the caller."""
-    return NodeUnreachableError(
-        f"no gateway answers at {url} ({type(error).__name__})", hint="is it up? start one with: shoal up"
-    )
+    hint = "is it up? start one with: shoal up"
+    if url.startswith("https:") and "SSL" in str(error):
+        hint = "gateways speak plain HTTP unless a proxy stands before them: write http://HOST:PORT"
+    return NodeUnreachableError(f"no gateway answers at {url} ({type(error).__name__})", hint=hint)
 
 
 def _foreign(path: str, status: int) -> ShoalError:

@@ -31,7 +31,7 @@ class AsyncShoal:
     ) -> None:
         self._timeout_s = timeout_s
         self._http = httpx.AsyncClient(
-            base_url=url, headers=calls.auth_headers(api_key), timeout=timeout_s, transport=transport
+            base_url=calls.gateway_url(url), headers=calls.auth_headers(api_key), timeout=timeout_s, transport=transport
         )
 
     async def __aenter__(self) -> Self:
@@ -99,7 +99,7 @@ class AsyncShoal:
                     event = calls.read_event(line)
                     if event is not None:
                         yield event
-        except httpx.TransportError as error:
+        except httpx.RequestError as error:
             raise calls.unreachable(str(self._http.base_url), error) from error
 
     async def _do(self, call: Call[T]) -> T:
@@ -107,7 +107,7 @@ class AsyncShoal:
             response = await self._http.request(
                 call.method, call.path, params=call.query, content=call.content(), timeout=self._timeout(call)
             )
-        except httpx.TransportError as error:
+        except httpx.RequestError as error:
             raise calls.unreachable(str(self._http.base_url), error) from error
         return calls.read(call, response.status_code, response.headers, response.content)
 

@@ -75,8 +75,9 @@ async def serve(
 
 
 def _worth_saying(record: logging.LogRecord) -> bool:
-    """An answer that outlasted the grace was cut on purpose: its traceback tells nobody anything."""
-    return not (record.exc_info and isinstance(record.exc_info[1], asyncio.CancelledError))
+    """Not the traceback of an answer that was cut on purpose, nor a bare line for what a port scanner sent (it was told 400)."""
+    cut = record.exc_info and isinstance(record.exc_info[1], asyncio.CancelledError)
+    return not cut and record.msg != "Invalid HTTP request received."
 
 
 class _Server(uvicorn.Server):

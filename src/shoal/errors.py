@@ -3,6 +3,7 @@
     ShoalError
     |-- InvalidRequestError       the caller must change the request, file or setting
     |   |-- UnknownModelError         no such model, reference or deployment
+    |   |-- UnknownNodeError          no such machine in the fleet
     |   |-- UnsupportedModelError     architecture, operator or tensor type that we do not know
     |   |-- CorruptFileError          truncated or inconsistent model file
     |   |-- ContextLengthError        prompt and answer do not fit in the context
@@ -57,6 +58,10 @@ class InvalidRequestError(ShoalError):
 
 class UnknownModelError(InvalidRequestError):
     code = "model_not_found"
+
+
+class UnknownNodeError(InvalidRequestError):
+    code = "node_not_found"
 
 
 class UnsupportedModelError(InvalidRequestError):

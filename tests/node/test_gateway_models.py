@@ -275,3 +275,21 @@ def test_the_last_view_is_kept_and_only_plans_make_it_another_one(journal: Journ
     assert says_the_same(view(2, Digest("d"), Phase.RECOVERING), first)
     assert not says_the_same(view(2, Digest("d"), Phase.SERVING, plan_epoch=2), first)
     assert not says_the_same(first, None)
+
+
+def test_only_what_could_be_served_here_is_called_deployable(run: Callable[..., None], tiny_store: Tiny) -> None:
+    async def use(models: Models) -> None:
+        def hint(name: str) -> str:
+            with pytest.raises(UnknownModelError) as unknown:
+                models.get(name)
+            return unknown.value.hint
+
+        own = tiny_store[0].library.names()[0]
+        assert "`shoal models` lists" in hint("gpt-4")
+        await opened(models, view(1, tiny_store[1], Phase.SERVING))
+
+        assert hint("gpt-4") == "use one of chat"
+        assert hint(own) == f"`shoal serve {own}` deploys it"
+        assert hint("smollm2-135m") == "`shoal serve smollm2-135m` deploys it"
+
+    run(use)

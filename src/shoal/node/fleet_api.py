@@ -9,7 +9,14 @@ import anyio
 import anyio.to_thread
 import msgspec
 
-from shoal.errors import CorruptFileError, InfeasibleError, InvalidRequestError, UnavailableError, UnknownModelError
+from shoal.errors import (
+    CorruptFileError,
+    InfeasibleError,
+    InvalidRequestError,
+    UnavailableError,
+    UnknownModelError,
+    UnknownNodeError,
+)
 from shoal.fleet.reconcile import Phase
 from shoal.fleet.spec import DeploymentSpec
 from shoal.fleet.view import CoordinatorView, DeploymentStatus
@@ -77,7 +84,8 @@ class FleetApi:
         return told.nodes
 
     async def profile(self, wanted: ProfileRequest) -> FleetProfile:
-        """Measure, or answer from what is remembered."""
+        """Measure, or answer from what is remembered; raises UnknownNodeError."""
+        await self._check_nodes(wanted.nodes)
         name = wanted.model or await anyio.to_thread.run_sync(self._only_model)
         manifest = await anyio.to_thread.run_sync(self.store.library.digest, name)
         asked = AskProfile(manifest=manifest, source=self.me, nodes=wanted.nodes, again=wanted.refresh)
@@ -88,7 +96,8 @@ class FleetApi:
         return self.join
 
     async def leave(self, node: NodeId) -> None:
-        """Ask the node to drain and go."""
+        """Ask the node to drain and go; raises UnknownNodeError."""
+        await self._check_nodes((node,))
         await self.caller.call(node, "leave", Leave(), Nothing, timeout_s=_QUICK_S)
 
     async def plan(self, wanted: PlanRequest) -> Answer:
@@ -145,6 +154,23 @@ class FleetApi:
                 after = event.sequence
                 yield event
             await anyio.sleep(_EVENT_POLL_S)
+
+    async def _check_nodes(self, wanted: Sequence[NodeId]) -> None:
+        """Raise UnknownNodeError for an id that no member has; without a coordinator nobody can tell, and the node is asked."""
+        if not wanted:
+            return
+        try:
+            nodes = await self.nodes()
+        except UnavailableError:
+            return
+        unknown = [node for node in wanted if all(node != known.id for known in nodes)]
+        if unknown:
+            listed = ", ".join(f"{known.id} ({known.name})" for known in nodes)
+            raise UnknownNodeError(
+                f"no node {unknown[0]}; nodes are: {listed or 'none'}",
+                hint="give a node's id, not its name",
+                param="node",
+            )
 
     def _coordinator(self) -> NodeId:
         view = self.view()

@@ -16,6 +16,7 @@ from shoal.fleet.report import ShardId
 from shoal.fleet.view import LEASE_S, CoordinatorView, DeploymentStatus
 from shoal.fleet.views import ComponentHealth, DeploymentHealth, HealthView
 from shoal.ids import DeploymentId, Digest, NodeId, RequestId
+from shoal.model.catalog import CATALOGUE
 from shoal.model.codec import ModelCodec
 from shoal.model.spec import ModelKind, ModelSpec
 from shoal.node.artifacts import Artifact, Artifacts
@@ -117,7 +118,7 @@ class Models:
             known = ", ".join(sorted(self._open)) or "none yet"
             raise UnknownModelError(
                 f"no model {name!r} is deployed; deployed are: {known}",
-                hint=f"`shoal serve {name}` deploys it",
+                hint=self._way_to(name),
                 param="model",
             )
         if status.phase is Phase.REFUSED:
@@ -135,6 +136,15 @@ class Models:
             )
         why = f" ({status.reason})" if status.reason else ""
         raise UnavailableError(f"{name} is {status.phase.value}{why}", hint="try again in a moment", retry_after_s=2.0)
+
+    def _way_to(self, name: str) -> str:
+        """Who asks for a name that nothing here can become is not told to deploy it."""
+        if name in self.store.library.names() or any(name == entry.name for entry in CATALOGUE):
+            return f"`shoal serve {name}` deploys it"
+        known = ", ".join(sorted(self._open))
+        return (
+            f"use one of {known}" if known else "`shoal models` lists what can be served, `shoal serve NAME` serves it"
+        )
 
     def answers(self, name: DeploymentId) -> bool:
         """Whether requests for *name* are taken now."""

@@ -21,6 +21,7 @@ from shoal.errors import (
     UnauthorizedError,
     UnavailableError,
     UnknownModelError,
+    UnknownNodeError,
     UntrustedError,
 )
 from shoal.fleet.faults import Fault, FaultBody, describe
@@ -28,6 +29,7 @@ from shoal.fleet.faults import Fault, FaultBody, describe
 _STATUS: tuple[tuple[type[ShoalError], HTTPStatus], ...] = (
     (UnauthorizedError, HTTPStatus.UNAUTHORIZED),
     (UnknownModelError, HTTPStatus.NOT_FOUND),
+    (UnknownNodeError, HTTPStatus.NOT_FOUND),
     (RequestTooLargeError, HTTPStatus.REQUEST_ENTITY_TOO_LARGE),
     (InfeasibleError, HTTPStatus.CONFLICT),
     (InvalidRequestError, HTTPStatus.BAD_REQUEST),

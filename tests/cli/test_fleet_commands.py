@@ -19,6 +19,7 @@ from shoal.errors import SettingsError
 from shoal.fleet.state import Standing
 from shoal.fleet.views import DeploymentState, DeploymentView, EventView, LinkView, NodeView
 from shoal.ids import DeploymentId, NodeId
+from shoal.node.fleet_api import check_name
 from shoal.plan.problem import Pin
 
 A, B = NodeId("a" * 32), NodeId("b" * 32)
@@ -112,6 +113,25 @@ def test_sizes_are_read_as_people_write_them(text: str, expected: int) -> None:
 def test_a_size_that_is_none_is_refused_with_an_example(text: str) -> None:
     with pytest.raises(SettingsError, match="800MB"):
         parse_size(text)
+
+
+@pytest.mark.parametrize("text", ["0", "0GB", "0.0 MiB"])
+def test_a_budget_of_nothing_does_not_mean_everything(text: str) -> None:
+    with pytest.raises(SettingsError, match="leaves nothing for models"):
+        options_from({**FLAGS, "memory": text})
+
+
+@pytest.mark.parametrize("name", ["a b/c", "/a", "a/", "a//b", "..", "a/../b", "-x", "é", "a\n", "x" * 201])
+def test_a_name_that_shells_and_addresses_would_spoil_is_refused_before_anything_is_measured(name: str) -> None:
+    done = CliRunner().invoke(app, ["serve", "m", "--url", "http://127.0.0.1:9", f"--name={name}"])
+
+    assert done.exit_code == 2
+    assert "cannot be a deployment's name" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["chat", "org/Model-1.5_b:small", "a@v2"])
+def test_names_as_people_give_them_are_accepted(name: str) -> None:
+    check_name(name)
 
 
 def test_flags_become_options_under_the_home_of_the_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -53,7 +53,7 @@ def test_a_node_is_found_by_name_or_by_the_beginning_of_its_id(wanted: str) -> N
     assert find_node(wanted, NODES).name == "desk"
 
 
-@pytest.mark.parametrize(("wanted", "said"), [("attic", "2 nodes"), ("cellar", "0 nodes"), ("a", "0 nodes")])
+@pytest.mark.parametrize(("wanted", "said"), [("attic", "2 nodes are"), ("cellar", "no node is"), ("a", "no node is")])
 def test_a_name_that_fits_none_or_two_is_refused_with_the_names(wanted: str, said: str) -> None:
     with pytest.raises(InvalidRequestError, match=said) as refused:
         find_node(wanted, NODES)

@@ -12,6 +12,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from typer.testing import CliRunner, Result
 
+from shoal import __version__
 from shoal.cli.main import COMMANDS, app, exit_code
 from shoal.errors import ContextLengthError, DigestMismatchError, PortInUseError, ShoalError
 
@@ -54,6 +55,19 @@ finally:
     for name, line in COMMANDS.items():
         assert f"{name} " in done.stdout
         assert line.split(",")[0][:40] in done.stdout
+
+
+def test_the_version_is_told(run: Run) -> None:
+    assert run("--version").stdout == f"shoal {__version__}\n"
+
+
+def test_an_empty_file_is_called_empty(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "nothing.gguf").touch()
+
+    result = run("pull", str(tmp_path / "nothing.gguf"))
+
+    assert result.exit_code == 2
+    assert "nothing.gguf is empty" in result.stderr
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -101,7 +115,10 @@ def test_an_empty_home_says_what_to_do(run: Run) -> None:
         (("pull", "smollm2-135m", "--quantise", "int3"), 2, ("'int3' is no quantisation", "int4")),
         (("rm", "ghost"), 2, ("error: there is no model 'ghost'", "hint: ")),
         (("pull", "https://127.0.0.1:9/m.gguf"), 69, ("cannot be downloaded", "hint: check the network")),
-        (("nonsense",), 2, ("nonsense",)),
+        (("xyzzy",), 2, ("error: there is no command 'xyzzy'", "hint: `shoal --help` lists them")),
+        (("sreve", "m"), 2, ("error: there is no command 'sreve'", "hint: did you mean `shoal serve`?")),
+        (("plan", "--problem", "/nope.json"), 2, ("cannot read /nope.json", "hint: give the path of a problem file")),
+        (("up", "--api-keys", "/nope", "--port", "0"), 2, ("cannot read API keys from /nope", "hint: give --api-keys")),
     ],
 )
 def test_errors_say_what_is_wrong_and_what_to_do_next(

@@ -199,7 +199,8 @@ def test_the_nearest_context_and_slots_that_fit_are_computed(chain: Chain) -> No
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"stages_exactly": 5}, "exactly 5 stages"),
+        ({"stages_exactly": 5}, "3 nodes can run 3 stages at most, 5 are asked for"),
+        ({"stages_exactly": 2, "exclude": (N1, N2)}, "1 node can run 1 stage at most, 2 are asked for"),
         ({"max_stages": 1, "pins": (Pin(block=3, node=N1),)}, "at most 1 stages"),
         ({"pins": (Pin(block=1, node=N1), Pin(block=2, node=N0))}, "pins contradict"),
         ({"exclude": (N0, N1, N2), "pin_first": False}, "every device is excluded"),

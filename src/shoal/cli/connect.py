@@ -52,7 +52,7 @@ def find_node(wanted: str, nodes: Sequence[NodeView]) -> NodeView:
     if len(found) != 1:
         names = ", ".join(n.name for n in nodes)
         raise InvalidRequestError(
-            f"{len(found)} nodes are called {wanted!r}",
+            f"{len(found) or 'no'} node{'s are' if found else ' is'} called {wanted!r}",
             hint=f"`shoal nodes --json` lists ids; names are: {names}",
             param="node",
         )

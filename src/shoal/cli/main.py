@@ -4,13 +4,16 @@ A command is a file of this folder that holds a function of the same name; `COMM
 file is imported only when its command runs: engines and array libraries take longer to import than `shoal --help` may.
 """
 
+import difflib
 import importlib
 import os
 import sys
+from typing import Annotated
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from shoal import __version__
 from shoal.errors import InvalidRequestError, ShoalError, UnavailableError, UntrustedError
 
 COMMANDS: dict[str, str] = {
@@ -55,6 +58,10 @@ class LazyCommands(TyperGroup):
     def resolve_command(self, ctx: typer.Context, args: list[str]):  # type: ignore[no-untyped-def, override]  # noqa: ANN201  likewise
         if args and args[0] in COMMANDS:
             return args[0], _load(args[0]), args[1:]
+        if args and not args[0].startswith("-"):
+            near = difflib.get_close_matches(args[0], COMMANDS, n=1)
+            guess = f"did you mean `shoal {near[0]}`?" if near else "`shoal --help` lists them"
+            raise InvalidRequestError(f"there is no command {args[0]!r}", hint=guess)
         return super().resolve_command(ctx, args)
 
     def invoke(self, ctx: typer.Context) -> object:  # type: ignore[override]  # likewise
@@ -95,9 +102,21 @@ app = typer.Typer(
 )
 
 
+def _show_version(wanted: bool) -> None:  # noqa: FBT001 - typer calls it with the option's value
+    if wanted:
+        typer.echo(f"shoal {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def shoal() -> None:
+def shoal(
+    *,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and end.", callback=_show_version, is_eager=True)
+    ] = False,
+) -> None:
     """Unequal machines at the edge act as one inference service."""
+    del version  # its callback has acted on it
 
 
 def main() -> None:

@@ -62,5 +62,7 @@ def solve_file(path: Path, limit_s: float = 10.0) -> Answer:
     try:
         document = path.read_bytes()
     except OSError as error:
-        raise InvalidRequestError(f"cannot read {path}: {error.strerror}", param="problem") from error
+        raise InvalidRequestError(
+            f"cannot read {path}: {error.strerror}", hint="give the path of a problem file", param="problem"
+        ) from error
     return place(parse_problem(document), DeadlineBudget(time.monotonic, limit_s))

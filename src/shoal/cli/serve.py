@@ -25,6 +25,7 @@ from shoal.cli.start import AllowHosts, AllowOrigins, Expose, Listen, Memory, St
 from shoal.client import Shoal
 from shoal.errors import SettingsError
 from shoal.node.assemble import Running
+from shoal.node.fleet_api import check_name
 from shoal.node.options import DEFAULT_HTTP_PORT, DEFAULT_LISTEN
 from shoal.node.settings import read_settings
 from shoal.plan.problem import Objective, RequestShape
@@ -50,6 +51,8 @@ def serve(
     url: Annotated[str, typer.Option(help=URL_HELP)] = "",
 ) -> None:
     """Measure, plan and deploy a model; shows the plan and its prediction before anything is loaded."""
+    if name:
+        check_name(name)  # a bad one would be refused too, after the plan
     console = Console()
     shape = RequestShape(context_tokens=context, slots=slots)
     flags = _node_flags(port, listen, memory, allow_host, allow_origin)

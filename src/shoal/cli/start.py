@@ -119,7 +119,7 @@ def options_from(flags: Mapping[str, Any]) -> NodeOptions:
         allow_origins=tuple(web_origin(text) for text in flags.get("allow_origins") or ()),
         quota_bytes=settings.quota_bytes,
         fetch_bytes_per_s=settings.fetch_bytes_per_s,
-        memory_bytes=parse_size(flags["memory"]) if flags["memory"] else 0,
+        memory_bytes=_budget_bytes(flags["memory"]),
         threads=flags["threads"],
         coordinates=bool(flags.get("coordinates")),
         eager=bool(flags.get("eager")),
@@ -127,6 +127,18 @@ def options_from(flags: Mapping[str, Any]) -> NodeOptions:
         slowdown=flags["slowdown"],
         links=tuple(parse_link(text) for text in flags["links"] or ()),
     )
+
+
+def _budget_bytes(text: str) -> int:
+    """What models may use; 0 where nothing is said, which means all that is free: a budget of 0 must not mean the same."""
+    budget = parse_size(text) if text else 0
+    if text and not budget:
+        raise SettingsError(
+            f"--memory {text} leaves nothing for models",
+            hint="write 800MB or 2GiB; or leave it out, for all that is free",
+            param="memory",
+        )
+    return budget
 
 
 def parse_size(text: str) -> int:

@@ -75,7 +75,8 @@ def _file(path: Path, name: str, quantise: str | None) -> ImportedModel:
         _refuse_rounding(quantise, "an ONNX file")
         return import_onnx(path, name=name)
     raise UnsupportedModelError(
-        f"{path} begins with {head!r}, which is no model that we know", hint=f"give the path of {_TAKEN}"
+        f"{path} {f'begins with {head!r}' if head else 'is empty'}, which is no model that we know",
+        hint=f"give the path of {_TAKEN}",
     )
 
 

@@ -1,6 +1,7 @@
 """The fleet as the gateway of this node sees it: questions go to whoever holds the lease (`serve.ports`)."""
 
 import contextlib
+import re
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -54,6 +55,7 @@ _QUICK_S = 10.0
 _MEASURING_S = 300.0
 _EVENT_POLL_S = 0.5
 NAME_MAX = 200
+_NAME = re.compile(r"[A-Za-z0-9][\w.:@-]*(/[A-Za-z0-9][\w.:@-]*)*", re.ASCII)
 
 STATES = {
     Phase.PLANNING: DeploymentState.PLANNED,
@@ -229,11 +231,12 @@ class FleetApi:
 
 
 def check_name(name: str) -> None:
-    """Raise InvalidRequestError for a deployment's name that addresses and terminals would spoil."""
-    if len(name) > NAME_MAX or not name.isprintable() or any(p.strip() in {"", ".", ".."} for p in name.split("/")):
+    """Raise InvalidRequestError for a deployment's name that addresses, shells and terminals would spoil."""
+    if len(name) > NAME_MAX or _NAME.fullmatch(name) is None:
         raise InvalidRequestError(
             f"{name[:NAME_MAX]!r} cannot be a deployment's name",
-            hint=f"at most {NAME_MAX} printable characters, none of the parts between slashes empty, . or ..",
+            hint=f"at most {NAME_MAX} letters, digits, dots, dashes, underscores, colons and @, in parts between slashes "
+            "that begin with a letter or digit, for example org/model:small",
             param="name",
         )
 

@@ -115,8 +115,8 @@ def _not_memory(problem: Problem, budget: Budget) -> Infeasible:
     eased = (
         (
             replace(problem, stages_exactly=0),
-            f"no chain has exactly {problem.stages_exactly} stages",
-            "ask for another number of stages",
+            _wrong_number(problem),
+            "ask for another number of stages, or 0 to leave it to the planner",
         ),
         (replace(problem, max_stages=0), f"no chain has at most {problem.max_stages} stages", "allow more stages"),
         (
@@ -147,6 +147,16 @@ def _not_memory(problem: Problem, budget: Budget) -> Infeasible:
 
 def _charged(problem: Problem) -> tuple[DeviceSpec, ...]:
     return tuple(replace(device, joules_limit=None) for device in problem.devices)
+
+
+def _wrong_number(problem: Problem) -> str:
+    wanted, there = problem.stages_exactly, len([d for d in problem.devices if d.node not in problem.exclude])
+    most = min(there, len(problem.blocks))
+    if wanted <= most:
+        return f"no chain has exactly {wanted} stages"
+    what, verb = ("node", "can run") if most == there else ("block", "can make")
+    plural = "s" * (most != 1)
+    return f"{most} {what}{plural} {verb} {most} stage{plural} at most, {wanted} are asked for"
 
 
 def _undecided(problem: Problem) -> Infeasible:

@@ -58,7 +58,11 @@ def read_keys(path: Path) -> frozenset[bytes]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise SettingsError(f"cannot read API keys from {path}: {error}", param="api_keys") from error
+        raise SettingsError(
+            f"cannot read API keys from {path}: {error}",
+            hint="give --api-keys a text file that this user may read, one key a line",
+            param="api_keys",
+        ) from error
     keys = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
     if not keys:
         raise SettingsError(f"{path} holds no API key", hint="put one on a line of its own", param="api_keys")

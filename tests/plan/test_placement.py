@@ -7,6 +7,8 @@ from msgspec.structs import replace
 
 from shoal.ids import NodeId
 from shoal.plan.budget import DeadlineBudget, StepBudget
+from shoal.plan.cost import Span
+from shoal.plan.exact import fits
 from shoal.plan.placement import place
 from shoal.plan.problem import (
     Answer,
@@ -316,3 +318,13 @@ def test_a_battery_bounds_what_a_device_takes(chain: Chain) -> None:
 
     assert isinstance(plan, Plan)
     assert [(s.node, s.start, s.stop) for s in plan.stages] == [("n0", 0, 2), ("n1", 2, 3)]
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["before its shard", "after it"])
+def test_a_device_that_relays_beside_its_shard_holds_what_its_shard_left_room_for(chain: Chain, *, late: bool) -> None:
+    problem = replace(chain((1, 1, 1), (1.0, 1.0, 1.0), (9, 7, 9), {(0, 1): 0.1, (1, 2): 0.1}), relay=True)
+    devices = tuple(replace(device, fixed_bytes=3) for device in problem.devices)
+    before = [Span(N0, 0, 1), Span(N1, 1, 1), Span(N2, 1, 2), Span(N1, 2, 3)]
+    after = [Span(N0, 0, 1), Span(N1, 1, 2), Span(N1, 2, 2), Span(N2, 2, 3)]
+
+    assert fits(replace(problem, devices=devices), after if late else before)

@@ -4,6 +4,7 @@ devices.
 It shares only the cost model with them: no tables, no bounds.
 """
 
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from itertools import combinations, pairwise, permutations, product
 
@@ -49,12 +50,16 @@ def satisfies(problem: Problem, spans: Sequence[Span]) -> bool:
 def fits(problem: Problem, spans: Sequence[Span]) -> bool:
     """Does each device hold its shards?"""
     devices = {device.node: device for device in problem.devices}
-    need: dict[NodeId, int] = {}
+    shards: defaultdict[NodeId, int] = defaultdict(int)
+    relays: dict[NodeId, int] = {}
     for span in spans:
         size = shard_memory(problem, devices[span.node], span.start, span.stop).total
-        # A shard leaves room for a relay's process, and one process serves all hops: a relay's own is the least that it takes.
-        shard = span.start < span.stop
-        need[span.node] = need.get(span.node, 0) + size if shard else max(need.get(span.node, 0), size)
+        if span.start < span.stop:
+            shards[span.node] += size
+        else:
+            relays[span.node] = size
+    # A shard leaves room for a relay's process, and one process serves all hops: alone it takes no more than that.
+    need = {node: max(shards[node], relays.get(node, 0)) for node in shards.keys() | relays.keys()}
     return all(size <= free_bytes(devices[node]) for node, size in need.items())
 
 

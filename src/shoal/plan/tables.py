@@ -193,7 +193,6 @@ def _ways(tables: Tables, cap_s: float, weights: Weights) -> tuple[Floats, Whole
     for relay in np.flatnonzero(np.isfinite(relaying) & (tables.relay_s <= cap_s)):
         both = direct[:, relay, None] + direct[None, relay, :] + relaying[relay]
         both[relay], both[:, relay] = INF, INF
-        np.fill_diagonal(both[:, :, 0], INF)
         better = both < best
         better[np.diag_indices(len(tables.nodes))] = False
         best[better], via[better] = both[better], relay

@@ -17,6 +17,7 @@ MODULES = {
     "gateway": "bench.gateway.claim",
     "memory": "bench.memory.claim",
     "cold_start": "bench.cold_start.claim",
+    "planner": "bench.planner.claim",
 }
 
 

@@ -41,7 +41,7 @@ from shoal.plan.problem import (
 from shoal.plan.tables import Weights, build_tables, spans_of
 
 Chain = Callable[..., Problem]
-LAWS = settings(max_examples=100, suppress_health_check=[HealthCheck.too_slow])
+LAWS = settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 
 times = st.integers(1, 40).map(lambda value: value / 1000)
 small = st.integers(0, 6)
@@ -107,7 +107,7 @@ def problems(draw: st.DrawFn, objectives: tuple[Objective, ...] = tuple(Objectiv
 
 
 @pytest.mark.parametrize("name", BASELINES)
-@settings(LAWS, max_examples=60)
+@settings(LAWS, max_examples=40)
 @given(problem=problems())
 def test_a_baseline_keeps_every_constraint_and_is_never_better_than_the_best(name: str, problem: Problem) -> None:
     spans = BASELINES[name](problem)

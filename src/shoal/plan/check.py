@@ -7,6 +7,12 @@ from collections.abc import Iterable
 from shoal.errors import InvalidRequestError
 from shoal.plan.problem import BatchTimes, DeviceSpec, LinkSpec, Problem, RequestShape, SharedTensor
 
+LARGEST = 1e18
+"""No figure is larger: beyond that sums lose their seconds, and products leave the numbers that there are."""
+SLOWEST_BYTES_PER_S = 1e-6
+LARGEST_TABLE = 60_000_000
+"""Devices x devices x cuts that solvers keep at once: 480 MB for each of a handful of tables."""
+
 
 def check(problem: Problem) -> None:
     """Raise InvalidRequestError naming the first field that makes no sense."""
@@ -30,12 +36,14 @@ def check(problem: Problem) -> None:
         _check_link(link)
     _check_pins(problem)
     _check_counts(problem)
+    _check_size(problem)
 
 
 def _check_shape(shape: RequestShape) -> None:
     for name in ("tokens_in", "tokens_out", "slots", "in_flight", "batch", "prefill_chunk_tokens"):
         if getattr(shape, name) < 1:
             raise _fault(f"shape.{name} is {getattr(shape, name)}; it must be at least 1", f"shape.{name}")
+        _not_negative((getattr(shape, name),), f"shape.{name}", f"shape.{name}")
     _not_negative((shape.context_tokens,), "shape.context_tokens", "shape.context_tokens")
     live = shape.in_flight * shape.batch
     if live > shape.slots:
@@ -101,6 +109,12 @@ def _check_link(link: LinkSpec) -> None:
         raise _fault(f"{name} leads nowhere", "links")
     if not (math.isfinite(link.bytes_per_s) and link.bytes_per_s > 0):
         raise _fault(f"bytes_per_s of {name} is {link.bytes_per_s}; it must be above 0", "links.bytes_per_s")
+    if not SLOWEST_BYTES_PER_S <= link.bytes_per_s <= LARGEST:
+        raise _fault(
+            f"bytes_per_s of {name} is {link.bytes_per_s}; it must lie between {SLOWEST_BYTES_PER_S} and {LARGEST:g}",
+            "links.bytes_per_s",
+            hint="leave out a link that carries nothing",
+        )
 
 
 def _check_pins(problem: Problem) -> None:
@@ -142,6 +156,18 @@ def _check_counts(problem: Problem) -> None:
         _not_negative((getattr(problem, name),), name, name)
 
 
+def _check_size(problem: Problem) -> None:
+    """Solvers that hold every hop would take all memory for a moment, or for hours; so they say so at once."""
+    devices, cuts = len(problem.devices) - len(set(problem.exclude)), len(problem.blocks) + 1
+    if devices * devices * cuts > LARGEST_TABLE:
+        most = math.isqrt(LARGEST_TABLE // cuts)
+        raise _fault(
+            f"{devices} devices are too many for {cuts - 1} blocks: at most {most} are planned for at once",
+            "devices",
+            hint="exclude those that are slow or far, or plan for one site at a time",
+        )
+
+
 def _unique(names: list[str], what: str) -> None:
     name, count = Counter(names).most_common(1)[0] if names else ("", 0)
     if count > 1:
@@ -152,6 +178,8 @@ def _not_negative(values: Iterable[float], param: str, what: str) -> None:
     for value in values:
         if not (math.isfinite(value) and value >= 0):
             raise _fault(f"{what} is {value}; it must be 0 or more", param)
+        if value > LARGEST:
+            raise _fault(f"{what} is {value:g}; it must be at most {LARGEST:g}", param)
 
 
 def _fault(message: str, param: str, *, hint: str = "") -> InvalidRequestError:

@@ -1,8 +1,11 @@
 """Problems and answers as JSON documents.  A problem from a user is read strictly; answers are written for programs."""
 
+from typing import NoReturn
+
 import msgspec
 
 from shoal.errors import InvalidRequestError, UnsupportedVersionError
+from shoal.ids import NodeId
 from shoal.plan.check import check
 from shoal.plan.problem import PROBLEM_VERSION, Answer, Problem
 
@@ -21,12 +24,29 @@ def parse_problem(document: bytes) -> Problem:
     if unknown:
         raise InvalidRequestError(f"unknown field {unknown[0]}", hint=JSON_HINT, param=unknown[0])
     check(problem)
+    _check_names(problem)
     return problem
 
 
 def answer_json(answer: Answer) -> bytes:
     """An answer as indented JSON; its `type` is `plan` or `infeasible`."""
     return msgspec.json.format(msgspec.json.encode(answer), indent=2)
+
+
+def _check_names(problem: Problem) -> None:
+    """A name that is spelt wrong would silently be a link or a demand less; a live fleet's may be of nodes that were not asked."""
+    known = {problem.source, *(device.node for device in problem.devices)}
+    for index, link in enumerate(problem.links):
+        for end, node in (("source", link.source), ("target", link.target)):
+            if node not in known:
+                _unknown_node(node, f"links.{index}.{end}")
+    for index, node in enumerate(problem.exclude):
+        if node not in known:
+            _unknown_node(node, f"exclude.{index}")
+
+
+def _unknown_node(node: NodeId, param: str) -> NoReturn:
+    raise InvalidRequestError(f"{param} is {node!r}, which is no device here", hint=JSON_HINT, param=param)
 
 
 def _check_version(raw: object) -> None:
@@ -36,6 +56,8 @@ def _check_version(raw: object) -> None:
             f"this problem has version {version}, we read up to {PROBLEM_VERSION}",
             hint="upgrade shoal, or write the older form",
         )
+    if isinstance(version, int) and version < 1:
+        raise InvalidRequestError(f"version is {version}; there are 1 to {PROBLEM_VERSION}", param="version")
 
 
 def _unknown_fields(raw: object, known: object, path: str) -> list[str]:

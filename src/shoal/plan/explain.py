@@ -13,7 +13,7 @@ from shoal.errors import InfeasibleError
 from shoal.ids import NodeId
 from shoal.plan.budget import Budget
 from shoal.plan.chain import trace
-from shoal.plan.cost import Priced, Span, barred, free_bytes, owners, price, shard_memory
+from shoal.plan.cost import Priced, Span, barred, free_bytes, objective_value, owners, price, shard_memory
 from shoal.plan.figures import duration, share, size
 from shoal.plan.problem import Alternative, DeviceSpec, Estimate, Objective, Problem, Reason, Stage
 from shoal.plan.search import EXACT, RELAXATION, Choice, Found, best_final, demanded, solve
@@ -115,7 +115,7 @@ def _rival(case: Case, choice: Choice) -> Priced | str:
 def _compare(objective: Objective, rival: Estimate, chosen: Estimate) -> str:
     match objective:
         case Objective.THROUGHPUT:
-            theirs, ours = duration(1 / rival.tokens_per_s), duration(1 / chosen.tokens_per_s)
+            theirs, ours = (duration(objective_value(objective, estimate)) for estimate in (rival, chosen))
             return f"{theirs} per token of all streams against {ours}"
         case Objective.ENERGY:
             return f"{rival.joules:.3g} J per request against {chosen.joules:.3g} J"

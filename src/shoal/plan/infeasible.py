@@ -89,7 +89,7 @@ def _largest_context(problem: Problem, budget: Budget) -> int:
     """The largest context that fits, to the step; 0 when none does that still holds a typical request."""
     shape = problem.shape
     least = shape.tokens_in + shape.tokens_out
-    steps = list(range(least, shape.context_tokens, CONTEXT_STEP_TOKENS))
+    steps = range(least, shape.context_tokens, CONTEXT_STEP_TOKENS)
     fit = _last_true(len(steps), lambda index: _fits(problem, budget, replace(shape, context_tokens=steps[index])))
     return 0 if fit is None else steps[fit]
 
@@ -104,6 +104,9 @@ def _last_true(count: int, holds: Callable[[int], bool]) -> int | None:
 
 
 def _fits(problem: Problem, budget: Budget, shape: RequestShape) -> bool:
+    """Whether a chain is found; once the budget is spent nobody looks, and what was found so far is named."""
+    if budget.spent():
+        return False
     tables = build_tables(replace(problem, shape=shape))
     return cheapest(tables, list(cost_passes(tables)), budget, demanded(problem, tables)).chain is not None
 
@@ -138,6 +141,8 @@ def _not_memory(problem: Problem, budget: Budget) -> Infeasible:
     for nearby, reason, hint in eased:
         if nearby == problem:
             continue
+        if budget.spent():
+            return _undecided(problem)
         tables = build_tables(nearby)
         choice = demanded(nearby, tables)
         if cheapest(tables, list(missing_passes(tables)), budget, choice).chain is not None:

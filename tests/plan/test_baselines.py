@@ -176,6 +176,22 @@ def test_the_best_pair_and_the_best_single_device_are_the_best(problem: Problem)
             assert worth(problem, spans) == pytest.approx(min(by_devices[devices]))
 
 
+def test_the_best_pair_for_many_streams_balances_its_devices(chain: Chain) -> None:
+    """One request is quickest with four blocks on the fast device; four streams are, where both take equally long."""
+    problem = chain([1] * 5, [1, 1.5], [4, 9], {(0, 1): 0.01}, objective=Objective.THROUGHPUT)
+
+    assert homes(best_pair(replace(problem, objective=Objective.LATENCY))) == "00001"
+    assert homes(best_pair(replace(problem, shape=replace(problem.shape, slots=4, in_flight=4)))) == "00011"
+
+
+def test_the_best_pair_for_a_prompt_in_chunks_balances_its_devices_too(chain: Chain) -> None:
+    """Chunks follow each other: the slower stage counts, which the sum that pairs are ranked by does not see."""
+    problem = chain([1] * 5, [1, 1.5], [4, 9], {(0, 1): 0.01})
+    chunked = replace(problem.shape, tokens_in=4, prefill_chunk_tokens=1, slots=4, in_flight=4)
+
+    assert homes(best_pair(replace(problem, shape=chunked))) == "00011"
+
+
 @LAWS
 @given(problems((Objective.LATENCY,)))
 def test_edgeshards_latency_search_is_exact_where_no_memory_binds_and_nobody_is_wanted_twice(problem: Problem) -> None:
@@ -232,6 +248,30 @@ def test_edgeshard_takes_16_where_11_would_do_and_comes_back_to_a_device_to_do_s
     assert price(problem, kept).estimate.latency_s > best.estimate.latency_s
 
 
+def test_the_path_that_comes_back_counts_what_it_holds_there_already(chain: Chain) -> None:
+    """As above with room for one block on device 0: coming back would overfill it."""
+    tables = build_tables(chain([1, 1, 1, 1], [2, 1, 9], [1, 2, 4], {(0, 1): 5, (0, 2): 5, (1, 2): 3}))
+
+    raw = layer_by_layer(tables, Weights(), np.ones(3, bool))
+
+    assert raw is not None
+    assert homes(spans_of(tables, raw, np.full((3, 3, 5), -1))) == "0112"
+
+
+def test_of_equal_bottlenecks_the_shortest_lap_is_taken(chain: Chain) -> None:
+    """The first block alone keeps the source busy for 10 s, whoever runs the others."""
+    problem = chain([10, 1, 1], [1, 2, 1.5], [10, 9, 9], {(0, 1): 0.1, (0, 2): 0.1, (1, 2): 0.1})
+
+    assert homes(edgeshard_throughput(problem)) == homes(pipeedge(problem)) == "022"
+
+
+def test_a_source_with_both_ends_is_busy_for_both(chain: Chain) -> None:
+    """2 s per block at the source, 3 s at the other: 4 and 3 blocks keep them busy for 8 and 9 s, 5 and 2 for 10 and 6 s."""
+    spans = edgeshard_throughput(chain([1] * 7, [2, 3], [9, 9], {(0, 1): 0.1}, pin_last=True))
+
+    assert sorted(homes(spans)) == sorted("0000111")
+
+
 def test_edgeshard_may_come_back_to_the_source_where_the_last_block_belongs_there(chain: Chain) -> None:
     problem = chain([1] * 4, [9, 1], [2, 4], {(0, 1): 0.1}, pin_last=True)
 
@@ -242,6 +282,7 @@ def test_an_even_split_gives_every_device_as_many_blocks_in_the_order_of_the_pro
     links = {(0, 1): 1, (0, 2): 1, (1, 2): 1}
 
     assert homes(even_split(chain([1] * 7, [1, 1, 1], [9, 9, 9], links))) == "0001122"
+    assert homes(even_split(chain([1] * 6, [1, 1, 1], [9, 9, 1], links)))[-1] == "2"
     assert homes(even_split(chain([1] * 7, [1, 1, 1], [9, 1, 9], links))) in {"0001222", "0000122"}
 
 

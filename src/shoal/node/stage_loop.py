@@ -25,6 +25,7 @@ from shoal.clock import Clock
 from shoal.errors import MalformedFrameError, ShoalError, UntrustedError
 from shoal.fleet.report import ShardId
 from shoal.ids import NodeId, RequestId
+from shoal.node.replies import Replies
 from shoal.runtime import frames, stage
 from shoal.runtime.effects import (
     Abandon,
@@ -118,7 +119,7 @@ class StageLoop:
     inbound: Bus
     clock: Clock
     told: Callable[[], None]
-    """Called about four times a second and after each step: a place to send reports from."""
+    """Called about four times a second and whenever nothing waits to be done: a place to send reports from."""
     log: FilteringBoundLogger
     inbox: SimpleQueue[Item] = field(default_factory=SimpleQueue)
     greeted: SimpleQueue[int] = field(default_factory=SimpleQueue)
@@ -142,8 +143,10 @@ class StageLoop:
     _hellos: int = 0
     _joiner: Joiner = field(default_factory=Joiner)
     _keys: _Keys = field(init=False)
+    _replies: Replies = field(init=False)
 
     def __post_init__(self) -> None:
+        self._replies = Replies(self.control, self.log)
         self._keys = _keys(self.fleet, self.shard, self.settings.stages)
 
     def listen(self, submit_key: str) -> None:
@@ -170,7 +173,8 @@ class StageLoop:
         state = stage.start(self.settings)
         pulse = threading.Thread(target=self._pulse, name=f"pulse-{self.shard}", daemon=True)
         pulse.start()
-        ticked_s = self.clock.now_s()
+        self._replies.start(f"replies-{self.shard}")
+        shown_s = self.clock.now_s()
         try:
             while True:
                 try:
@@ -186,16 +190,20 @@ class StageLoop:
                         switched()
                     case _:
                         state = self._advance(state, item)
-                        if now_s - ticked_s >= _TICK_S:
-                            state = self._advance(state, self._tick())
-                            ticked_s = now_s
-                        self._show(state)
-                self.told()
+                due = now_s - shown_s >= _TICK_S
+                if due:
+                    state = self._advance(state, self._tick())
+                    shown_s = now_s
+                # What others may read can wait while the next stage, or our own engine, waits for us.
+                if due or self.inbox.empty():
+                    self._show(state)
+                    self.told()
         finally:
             self._ended.set()
             pulse.join()
             with contextlib.suppress(ShoalError):
                 self._advance(state, Abandon(code="shard_lost", text="the stage is stopping"))
+            self._replies.close()
             for subscription in self._open:
                 subscription.close()
 
@@ -220,16 +228,13 @@ class StageLoop:
                     self._say_credit(*self._credit)
                 if self.settings.heartbeat_s < busy_s <= self.settings.lost_s:
                     for reply_to, request in self._audience:
-                        self._emit(reply_to, OutputDelta(request=request))
+                        self._replies.say(reply_to, OutputDelta(request=request))
 
     def _say_credit(self, run: int, step: int) -> None:
         # Trouble travels up the pipeline and ends at the first stage: round the ring it would never end.
         trouble = "" if self.settings.is_first else self.trouble or self._behind
         frame = frames.CreditFrame(plan_epoch=self.shard.plan_epoch, step=step, run=run, trouble=trouble)
         self.inbound.put(self._keys.credits_out, pack(frames.encode(frame), {}))
-
-    def _emit(self, reply_to: str, delta: OutputDelta) -> None:
-        self.control.put(reply_to, pack(frames.encode(frames.Delta(delta=delta)), {}), lane=Lane.DECODE)
 
     def _advance(self, state: stage.StageState, given: StageInput) -> stage.StageState:
         state, effects = stage.advance(state, given)
@@ -268,7 +273,7 @@ class StageLoop:
             case SendSent(frame=sent):
                 self._send(self._keys.frames_out, pack(frames.encode(sent), {}))
             case Emit(reply_to=reply_to, delta=delta):
-                self._emit(reply_to, delta)
+                self._replies.say(reply_to, delta)
             case EmitResult(reply_to=reply_to, done=done, tensors=tensors):
                 self.control.put(reply_to, pack(frames.encode(done), tensors), lane=Lane.DECODE)
             case ReleaseSlot(slot=slot):

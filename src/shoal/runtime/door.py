@@ -15,6 +15,7 @@ from shoal.runtime.ports import SequenceStep
 from shoal.runtime.request import Array
 from shoal.runtime.sampling import check_sampling
 from shoal.runtime.settings import StageSettings, TensorForm
+from shoal.transport.codec import dtype_name
 
 MAX_GAP = 1 << 20
 """So many steps in a row are not lost on a link whose windows are a few frames: a frame further ahead is not of this pipeline."""
@@ -22,15 +23,21 @@ MAX_GAP = 1 << 20
 
 def plausible(frame: BatchFrame, tensors: Tensors, settings: StageSettings) -> bool:
     """Whether a stage with *settings* can act on *frame* and the tensors beside it."""
-    named = [s.slot for s in frame.opened] + [s.slot for s in frame.closed]
     return (
         frame.plan_epoch == settings.plan_epoch
         and frame.step >= 0
-        and all(0 <= slot < settings.slots for slot in named)
+        and (not (frame.opened or frame.closed) or _names_slots(frame, settings))
         and _rows_fit(frame.sequences, settings)
+        and _carries(frame, tensors, settings)
+    )
+
+
+def _names_slots(frame: BatchFrame, settings: StageSettings) -> bool:
+    named = [s.slot for s in frame.opened] + [s.slot for s in frame.closed]
+    return (
+        all(0 <= slot < settings.slots for slot in named)
         and len({s.slot for s in frame.opened}) == len(frame.opened)
         and all(_can_open(opened, settings) for opened in frame.opened)
-        and _carries(frame, tensors, settings)
     )
 
 
@@ -60,22 +67,31 @@ def _can_open(opened: OpenedSequence, settings: StageSettings) -> bool:
 def _carries(frame: BatchFrame, tensors: Tensors, settings: StageSettings) -> bool:
     if frame.infer is not None:
         return not frame.sequences and all(
-            form.name in tensors and str(tensors[form.name].dtype) == form.dtype for form in settings.takes
+            form.name in tensors and dtype_name(tensors[form.name].dtype) == form.dtype for form in settings.takes
         )
-    if not frame.sequences:
-        return True
-    count = sum(s.count for s in frame.sequences)
-    known = not settings.takes or tensors.keys() == {form.name for form in settings.takes}
-    return (
-        bool(tensors)
-        and known
-        and all(a.ndim >= 2 and a.shape[:2] == (1, count) for a in tensors.values())
-        and all(_fits(tensors[form.name], form) for form in settings.takes)
-    )
+    return not frame.sequences or _rows_carried(sum([s.count for s in frame.sequences]), tensors, settings.takes)
+
+
+def _rows_carried(count: int, tensors: Tensors, takes: Sequence[TensorForm]) -> bool:
+    """Asked of every frame, as above."""
+    if not tensors or (takes and len(tensors) != len(takes)):
+        return False
+    for array in tensors.values():
+        if array.shape[:2] != (1, count):
+            return False
+    for form in takes:
+        found = tensors.get(form.name)
+        if found is None or not _fits(found, form):
+            return False
+    return True
 
 
 def _fits(array: Array, form: TensorForm) -> bool:
-    alike = len(array.shape) == len(form.shape)
+    shape = array.shape
+    if len(shape) != len(form.shape) or dtype_name(array.dtype) != form.dtype:
+        return False
     # The first two dimensions are the batch of one and the rows, whatever the graph calls them.
-    sizes = zip(array.shape[2:], form.shape[2:], strict=False)
-    return alike and str(array.dtype) == form.dtype and all(wanted in (None, have) for have, wanted in sizes)
+    for axis in range(2, len(shape)):
+        if form.shape[axis] not in (None, shape[axis]):
+            return False
+    return True

@@ -74,9 +74,14 @@ class Codec(StrEnum):
         return self.value.endswith("+zstd")
 
 
+def dtype_name(dtype: np.dtype[np.generic]) -> str:
+    """The name of *dtype*, whether it travels or not: numpy takes microseconds to make one."""
+    return _NAMES.get(dtype) or dtype.name
+
+
 def name_of(dtype: np.dtype[np.generic]) -> str:
     """The name under which arrays of *dtype* travel; raises InvalidRequestError when they do not."""
-    name = _NAMES.get(dtype) or dtype.name  # numpy takes microseconds to make a name
+    name = dtype_name(dtype)
     if name not in _DTYPES:
         raise InvalidRequestError(f"dtype {name!r} does not travel", hint=f"known are {', '.join(_DTYPES)}")
     return name
@@ -122,14 +127,14 @@ def decode(data: Buffer, codec: Codec, dtype: str, shape: Sequence[int], *, max_
     """
     kind = dtype_of(dtype)
     _check_shape(shape, kind.itemsize, max_bytes)
+    if codec is Codec.RAW:  # how the frames of a fast link travel: nothing else is asked
+        _check_size(data, kind.itemsize * math.prod(shape), dtype, shape)
+        return _view(data, kind, shape)
     if codec is not applied(codec, dtype):
         raise MalformedFrameError(f"codec {codec} is for float32, not {dtype}")
     size = encoded_bytes(codec, kind.itemsize, shape)
     plain = _unzstd(data, size) if codec.compressed else data
-    if len(plain) != size:
-        raise MalformedFrameError(
-            f"{len(plain)} bytes came for a {dtype} tensor of shape {tuple(shape)}, which has {size}"
-        )
+    _check_size(plain, size, dtype, shape)
     return _decode_base(plain, codec.base, kind, shape)
 
 
@@ -165,28 +170,36 @@ def _encode_int8(array: NDArray[np.float32]) -> list[Buffer]:
 
 
 def _decode_base(data: Buffer, codec: Codec, kind: np.dtype[np.generic], shape: Sequence[int]) -> Array:
-    flat: Array
     if codec is Codec.FP16:
-        flat = np.frombuffer(data, dtype="<f2").astype(np.float32)
-    elif codec is Codec.INT8:
-        rows = _rows(shape)
-        scale = np.frombuffer(data, dtype="<f4", count=rows)
-        steps = np.frombuffer(data[4 * rows :], dtype=np.int8)
-        with np.errstate(over="ignore", invalid="ignore"):  # a scale that we did not write is no reason to warn
-            flat = (
-                steps.reshape(rows, -1).astype(np.float32) * scale[:, None] if steps.size else np.empty(0, np.float32)
-            )
-    else:
-        view = np.frombuffer(data, dtype=kind)
-        flat = view if view.flags.aligned else view.copy()
+        return np.frombuffer(data, dtype="<f2").astype(np.float32).reshape(shape)
+    if codec is not Codec.INT8:
+        return _view(data, kind, shape)
+    rows = _rows(shape)
+    scale = np.frombuffer(data, dtype="<f4", count=rows)
+    steps = np.frombuffer(data[4 * rows :], dtype=np.int8)
+    with np.errstate(over="ignore", invalid="ignore"):  # a scale that we did not write is no reason to warn
+        flat = steps.reshape(rows, -1).astype(np.float32) * scale[:, None] if steps.size else np.empty(0, np.float32)
     return flat.reshape(shape)
+
+
+def _view(data: Buffer, kind: np.dtype[np.generic], shape: Sequence[int]) -> Array:
+    view = np.ndarray(shape, kind, data)
+    return view if view.flags.aligned else view.copy()
+
+
+def _check_size(data: Buffer, size: int, dtype: str, shape: Sequence[int]) -> None:
+    if len(data) != size:
+        raise MalformedFrameError(
+            f"{len(data)} bytes came for a {dtype} tensor of shape {tuple(shape)}, which has {size}"
+        )
 
 
 def _check_shape(shape: Sequence[int], item_bytes: int, max_bytes: int) -> None:
     """An axis of no entries does not excuse the others: numpy multiplies them all."""
-    if len(shape) > _MAX_AXES or any(side < 0 for side in shape):
+    if len(shape) > _MAX_AXES or min(shape, default=0) < 0:
         raise MalformedFrameError(f"a shape of {len(shape)} axes, or one below 0, is not one of a tensor")
-    if math.prod(side or 1 for side in shape) * item_bytes > max_bytes:
+    sides = [side or 1 for side in shape] if 0 in shape else shape
+    if math.prod(sides) * item_bytes > max_bytes:
         raise MalformedFrameError(f"a tensor of shape {tuple(shape)} is larger than {max_bytes} bytes")
 
 

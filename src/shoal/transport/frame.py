@@ -115,8 +115,8 @@ def _tensors(slots: list[TensorSlot], body: memoryview) -> dict[str, Array]:
                 f"tensor {slot.name!r} at [{slot.offset}, +{slot.size}) is not where it must be ({offset})"
             )
         payload = body[offset : offset + slot.size]
-        tensors[slot.name] = decode(payload, slot.codec, slot.dtype, slot.shape, max_bytes=left)
-        left -= tensors[slot.name].nbytes
+        tensor = tensors[slot.name] = decode(payload, slot.codec, slot.dtype, slot.shape, max_bytes=left)
+        left -= tensor.nbytes
         offset += _aligned(slot.size)
     if offset != len(body):
         raise MalformedFrameError(f"the body of a frame has {len(body)} bytes, its tensors {offset}")

@@ -1,0 +1,51 @@
+"""The way back to the gateways, on a thread of its own.
+
+A put wakes the fabric's threads, and on a small machine these take the core from whoever put.  A token is said just when the
+engine should begin the next step: done by the loop itself, that costs a step 0.1 ms on an idle machine and 0.3 on a busy one.
+From here it is said while the engine runs, which needs no interpreter.  Saying it after the step was rejected: a slow engine
+would hold back each token for as long as it takes.
+"""
+
+import threading
+from dataclasses import dataclass, field
+from queue import SimpleQueue
+
+from structlog.typing import FilteringBoundLogger
+
+from shoal.errors import ShoalError
+from shoal.runtime import frames
+from shoal.runtime.request import OutputDelta
+from shoal.transport.bus import Bus, Lane
+from shoal.transport.frame import pack
+
+
+@dataclass(slots=True)
+class Replies:
+    """Deltas in the order in which they were said, whichever thread says them."""
+
+    control: Bus
+    log: FilteringBoundLogger
+    _said: SimpleQueue[tuple[str, OutputDelta] | None] = field(default_factory=SimpleQueue)
+    _thread: threading.Thread = field(init=False)
+
+    def start(self, name: str) -> None:
+        """Send from now on, until closed."""
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    def say(self, reply_to: str, delta: OutputDelta) -> None:
+        """Send a piece of an answer soon; returns at once."""
+        self._said.put((reply_to, delta))
+
+    def close(self) -> None:
+        """Send what was said, then end."""
+        self._said.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        while (said := self._said.get()) is not None:
+            reply_to, delta = said
+            try:
+                self.control.put(reply_to, pack(frames.encode(frames.Delta(delta=delta)), {}), lane=Lane.DECODE)
+            except ShoalError as error:  # the session is being closed
+                self.log.warning("reply.lost", request=delta.request, error=error.message)

@@ -87,11 +87,8 @@ def _rows_carried(count: int, tensors: Tensors, takes: Sequence[TensorForm]) -> 
 
 
 def _fits(array: Array, form: TensorForm) -> bool:
-    shape = array.shape
-    if len(shape) != len(form.shape) or dtype_name(array.dtype) != form.dtype:
+    if len(array.shape) != len(form.shape) or dtype_name(array.dtype) != form.dtype:
         return False
     # The first two dimensions are the batch of one and the rows, whatever the graph calls them.
-    for axis in range(2, len(shape)):
-        if form.shape[axis] not in (None, shape[axis]):
-            return False
-    return True
+    have, wanted = array.shape[2:], form.shape[2:]
+    return have == wanted or all(w in (None, h) for h, w in zip(have, wanted, strict=True))

@@ -206,7 +206,7 @@ class FirstStage:
 
     def _pressure(self) -> Pressure:
         flights = [f for f in self.flights.values() if not f.probe]
-        prefill = sum(f.prefill for f in flights)
+        prefill = sum([f.prefill for f in flights])
         return Pressure(frames=len(flights), prefill_frames=prefill, last_was_prefill=self.last_was_prefill)
 
     def closing_frame(self) -> BatchFrame | None:
@@ -228,8 +228,8 @@ class FirstStage:
     def _rows_frame(self, batch: tuple[SequenceStep, ...]) -> tuple[BatchFrame, Tensors]:
         step = self._take_step()
         self.last_was_prefill = is_prefill(batch, self.live)
-        wants = tuple(s.request for s in batch if s.logits)
-        requests = tuple(s.request for s in batch)
+        wants = tuple([s.request for s in batch if s.logits])
+        requests = tuple([s.request for s in batch])
         self.flights[step] = Flight(requests, self.now_s, prefill=self.last_was_prefill, wants=wants)
         ids: list[int] = []
         opened: list[OpenedSequence] = []

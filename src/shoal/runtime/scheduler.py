@@ -11,7 +11,7 @@ Policy of this release (another policy is another function, never a flag):
   one frame they all go together.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import msgspec
 
@@ -40,10 +40,10 @@ class Pressure(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def next_batch(
-    live: Iterable[LiveSequence], pressure: Pressure, settings: SchedulerSettings
+    live: Collection[LiveSequence], pressure: Pressure, settings: SchedulerSettings
 ) -> tuple[SequenceStep, ...]:
     """The rows of the next frame; empty when nothing can or may run."""
-    if pressure.frames >= settings.in_flight:
+    if pressure.frames >= settings.in_flight or not [s for s in live if s.ready]:
         return ()
     everyone = sorted(live, key=lambda s: s.last_step)
     prefilling = [s for s in everyone if s.in_prefill]

@@ -338,7 +338,7 @@ def _missing(state: StageState, frame: BatchFrame, inputs: Tensors, outputs: Ten
     if not (frame.sequences or frame.infer):
         return ""
     wanted = state.settings.sends if state.last is None else (LOGITS,) if any(s.logits for s in frame.sequences) else ()
-    return ", ".join(name for name in wanted if name not in outputs and name not in inputs)
+    return ", ".join([name for name in wanted if name not in outputs and name not in inputs])
 
 
 def _outgoing(settings: StageSettings, frame: BatchFrame, inputs: Tensors, outputs: Tensors) -> Tensors:
@@ -411,7 +411,7 @@ def _release(state: StageState, frame: BatchFrame) -> list[Effect]:
 
 def _without_gaps(slots: SlotTable, frame: BatchFrame, tensors: Tensors) -> Work:
     """Fail the sequences whose earlier rows are not here, and take their rows out of the tensors."""
-    kept = tuple(s for s in frame.sequences if slots.covers(s.slot, s.request, s.start))
+    kept = tuple([s for s in frame.sequences if slots.covers(s.slot, s.request, s.start)])
     if len(kept) == len(frame.sequences):
         return frame, tensors
     lost = [s for s in frame.sequences if s not in kept]

@@ -127,7 +127,7 @@ def decode(data: Buffer, codec: Codec, dtype: str, shape: Sequence[int], *, max_
     """
     kind = dtype_of(dtype)
     _check_shape(shape, kind.itemsize, max_bytes)
-    if codec is Codec.RAW:  # how the frames of a fast link travel: nothing else is asked
+    if codec is Codec.RAW:  # how frames travel on a fast link: in between two steps every question is felt
         _check_size(data, kind.itemsize * math.prod(shape), dtype, shape)
         return _view(data, kind, shape)
     if codec is not applied(codec, dtype):

@@ -32,7 +32,7 @@ import onnxruntime as ort
 from onnxruntime.capi import onnxruntime_pybind11_state as native
 
 from shoal.errors import InvalidRequestError, OverloadedError, ShoalError, UnsupportedModelError
-from shoal.model.spec import LOGITS
+from shoal.model.spec import LOGIT_ROWS, LOGITS
 from shoal.runtime.backend.mapped import drop_pages, is_mapped
 from shoal.runtime.backend.pages import SlotPages
 from shoal.runtime.backend.roles import CacheTensor, Output, Roles, derived_inputs, derived_value, output_rows, roles_of
@@ -168,6 +168,8 @@ class OnnxSession:
         self._session: ort.InferenceSession | None = session
         self._roles = roles
         self._settled = roles.settled
+        # Which rows get logits follows from how many there are: written when they are bound.
+        self._moving = tuple(name for name in roles.derived if name != LOGIT_ROWS)
         self._context_tokens = context_tokens
         self._weights = weights
         self._cacheless = _Slot()
@@ -246,7 +248,7 @@ class OnnxSession:
             bound = slot.bound = self._bind_rows(binding, step, given)
         for name, array in given.items():
             bound.inputs[name][...] = array
-        for name in self._roles.derived:
+        for name in self._moving:
             bound.inputs[name][...] = derived_value(name, step)
         self._call(binding)
         slot.length = step.start + step.count
@@ -254,8 +256,8 @@ class OnnxSession:
 
     def _bind_rows(self, binding: "ort.IOBinding", step: SequenceStep, given: Mapping[str, Array]) -> _Bound:
         """Bind arrays of this step's shapes for everything but the cache."""
-        shapes = {name: array.shape for name, array in {**given, **derived_inputs(self._roles, step)}.items()}
-        inputs: dict[str, Array] = {name: np.empty(shape, self._roles.dtypes[name]) for name, shape in shapes.items()}
+        first = {**given, **derived_inputs(self._roles, step)}
+        inputs: dict[str, Array] = {name: np.array(array, self._roles.dtypes[name]) for name, array in first.items()}
         for name, array in inputs.items():
             binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array))
         outputs = {o.name: self._bind_output(binding, o, step) for o in self._roles.outputs}

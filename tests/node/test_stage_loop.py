@@ -177,6 +177,29 @@ def test_stages_over_a_fabric_answer_like_one_whatever_else_is_asked(
     assert all(len(found) == 12 for found in alone.values())
 
 
+def test_a_token_is_said_while_the_engine_makes_the_next(bus_of: Attach, log: FilteringBoundLogger) -> None:
+    begun: list[float] = []
+    heard_two, ended = threading.Event(), threading.Event()
+
+    def wait(seconds: float) -> None:
+        begun.append(seconds)
+        if len(begun) == 3:
+            heard_two.wait(5)
+            ended.set()
+
+    async def then(executor: StagedExecutor, _: Pipeline) -> None:
+        said = 0
+        async for delta in executor.generate(asked("a", max_tokens=3, temperature=0.0)):
+            said += len(delta.tokens)
+            if said == 2:
+                assert not ended.is_set()
+                heard_two.set()
+        assert said == 3
+
+    with stages_of(1, bus_of, log, step_s=0.001, wait=wait) as stages:
+        use(bus_of, log, stages, then)
+
+
 def test_garbage_is_dropped_and_counted_and_said_once(
     bus_of: Attach, log: FilteringBoundLogger, logged: io.StringIO
 ) -> None:

@@ -19,6 +19,7 @@ from shoal.node.pipeline import AnswerDesk, Pipeline
 from shoal.node.stage_loop import StageLoop, Stopped, Wired, submit_topic
 from shoal.runtime import frames
 from shoal.runtime.backend.null import NullBackend, null_shard
+from shoal.runtime.effects import SubmitArrived
 from shoal.runtime.executor.staged import StagedExecutor
 from shoal.runtime.request import GenerateRequest, SamplingParams
 from shoal.runtime.scheduler import SchedulerSettings
@@ -229,6 +230,48 @@ def test_garbage_is_dropped_and_counted_and_said_once(
     assert [loop.malformed for loop in stages.loops] == [9, 4]
     assert logged.getvalue().count("frame.dropped") == 2
     assert logged.getvalue().count("answer.dropped") == 4
+
+
+@pytest.mark.parametrize("reply_to", ["", "answers//here", "answers/*", "a#b"])
+def test_a_request_that_cannot_be_answered_anywhere_is_dropped_and_the_next_is_served(
+    reply_to: str, bus_of: Attach, log: FilteringBoundLogger
+) -> None:
+    lost = RequestId("lost")
+
+    async def then(executor: StagedExecutor, _: Pipeline) -> None:
+        stranger = bus_of("stranger")
+        for message in (
+            frames.Submit(request=asked("lost"), reply_to=reply_to),
+            frames.SubmitInfer(request=lost, deployment=M, reply_to=reply_to),
+        ):
+            stranger.put(key_of(submit_topic(FLEET, NODE, stages.shard())), pack(frames.encode(message), {}))
+        infer = frames.InferStep(request=lost, reply_to=reply_to)
+        frame = frames.BatchFrame(plan_epoch=1, step=0, infer=infer)
+        onward = key_of(FrameTopic(fleet=FLEET, deployment=M, plan_epoch=1, stage=1))
+        stages.outside.put(onward, pack(frames.encode(frame), {}))
+        while [loop.malformed for loop in stages.loops] != [2, 1]:  # noqa: ASYNC110 - counted on other threads
+            await anyio.sleep(0.01)
+
+        assert len(await tokens(executor, asked("next"))) == 12
+
+    with stages_of(2, bus_of, log) as stages:
+        use(bus_of, log, stages, then)
+
+
+def test_answers_that_cannot_be_said_are_counted_and_the_others_go_on(
+    bus_of: Attach, log: FilteringBoundLogger, logged: io.StringIO
+) -> None:
+    async def then(executor: StagedExecutor, _: Pipeline) -> None:
+        for name in ("mute", "dumb"):
+            stages.loops[0].inbox.put(SubmitArrived(submit=frames.Submit(request=asked(name), reply_to="no/*/key")))
+
+        assert len(await tokens(executor, asked("next"))) == 12
+
+    with stages_of(1, bus_of, log) as stages:
+        use(bus_of, log, stages, then)
+
+    assert stages.loops[0].unsaid >= 12
+    assert logged.getvalue().count("reply.lost") == 1
 
 
 @pytest.mark.parametrize("count", [1, 2], ids=["alone", "two stages"])

@@ -25,6 +25,8 @@ class Replies:
 
     control: Bus
     log: FilteringBoundLogger
+    lost: int = 0
+    """Answers that could not be said."""
     _said: SimpleQueue[tuple[str, OutputDelta] | None] = field(default_factory=SimpleQueue)
     _thread: threading.Thread = field(init=False)
 
@@ -37,6 +39,15 @@ class Replies:
         """Send a piece of an answer soon; returns at once."""
         self._said.put((reply_to, delta))
 
+    def put(self, reply_to: str, payload: bytes) -> None:
+        """Send at once; a gateway that cannot be told anything must not end the answers of others."""
+        try:
+            self.control.put(reply_to, payload, lane=Lane.DECODE)
+        except ShoalError as error:
+            self.lost += 1
+            if self.lost == 1:
+                self.log.warning("reply.lost", reply_to=reply_to, error=error.message)
+
     def close(self) -> None:
         """Send what was said, then end."""
         self._said.put(None)
@@ -45,7 +56,4 @@ class Replies:
     def _run(self) -> None:
         while (said := self._said.get()) is not None:
             reply_to, delta = said
-            try:
-                self.control.put(reply_to, pack(frames.encode(frames.Delta(delta=delta)), {}), lane=Lane.DECODE)
-            except ShoalError as error:  # the session is being closed
-                self.log.warning("reply.lost", request=delta.request, error=error.message)
+            self.put(reply_to, pack(frames.encode(frames.Delta(delta=delta)), {}))

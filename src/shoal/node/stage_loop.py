@@ -22,7 +22,7 @@ import msgspec
 from structlog.typing import FilteringBoundLogger
 
 from shoal.clock import Clock
-from shoal.errors import MalformedFrameError, ShoalError, UntrustedError
+from shoal.errors import InvalidRequestError, MalformedFrameError, ShoalError, UntrustedError
 from shoal.fleet.report import ShardId
 from shoal.ids import NodeId, RequestId
 from shoal.node.replies import Replies
@@ -57,7 +57,7 @@ from shoal.runtime.request import OutputDelta
 from shoal.runtime.settings import StageSettings
 from shoal.transport.bus import Bus, Closable, Lane, Sample
 from shoal.transport.frame import pack, unpack
-from shoal.transport.keys import CreditTopic, FrameTopic, TokensTopic, WorkerTopic, key_of
+from shoal.transport.keys import CreditTopic, FrameTopic, TokensTopic, WorkerTopic, check_key, key_of
 from shoal.transport.pieces import Joiner, split
 
 _TICK_S = 0.25
@@ -128,6 +128,7 @@ class StageLoop:
     live_requests: int = 0
     waiting_requests: int = 0
     malformed: int = 0
+    """Pieces of answers that could not be said to whoever asked."""
     trouble: str = ""
     """Why the pipeline does not work as seen from here; empty while it does."""
     _behind: str = ""
@@ -148,6 +149,11 @@ class StageLoop:
     def __post_init__(self) -> None:
         self._replies = Replies(self.control, self.log)
         self._keys = _keys(self.fleet, self.shard, self.settings.stages)
+
+    @property
+    def unsaid(self) -> int:
+        """Answers that could not be said."""
+        return self._replies.lost
 
     def listen(self, submit_key: str) -> None:
         """Subscribe to everything that this stage is told; *submit_key* is where gateways send requests."""
@@ -275,7 +281,7 @@ class StageLoop:
             case Emit(reply_to=reply_to, delta=delta):
                 self._replies.say(reply_to, delta)
             case EmitResult(reply_to=reply_to, done=done, tensors=tensors):
-                self.control.put(reply_to, pack(frames.encode(done), tensors), lane=Lane.DECODE)
+                self._replies.put(reply_to, pack(frames.encode(done), tensors))
             case ReleaseSlot(slot=slot):
                 self.session.release(slot)
             case Suspect(trouble=trouble):
@@ -311,6 +317,8 @@ class StageLoop:
                 return
             header, tensors = unpack(whole)
             frame = frames.decode_stage_frame(header)
+            if isinstance(frame, frames.BatchFrame) and frame.infer is not None:
+                _check_reply_to(frame.infer.reply_to)
         except UntrustedError as error:
             self._drop(sample, error)
             return
@@ -336,6 +344,8 @@ class StageLoop:
         try:
             header, tensors = unpack(sample.payload)
             message = frames.decode_gateway_message(header)
+            if isinstance(message, frames.Submit | frames.SubmitInfer):
+                _check_reply_to(message.reply_to)
         except UntrustedError as error:
             self._drop(sample, error)
             return
@@ -357,6 +367,14 @@ class StageLoop:
             self.log.warning(
                 "frame.dropped", key=sample.key, bytes=len(sample.payload), error=error.message, dropped=self.malformed
             )
+
+
+def _check_reply_to(key: str) -> None:
+    """Raise MalformedFrameError unless something can be sent to *key*: the machine passes it on and never looks at it."""
+    try:
+        check_key(key)
+    except InvalidRequestError as error:
+        raise MalformedFrameError(f"an answer cannot be sent to {key!r}: {error.message}") from error
 
 
 def _requests(first: FirstStage) -> tuple[int, int]:

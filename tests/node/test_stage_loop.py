@@ -24,10 +24,11 @@ from shoal.runtime.executor.staged import StagedExecutor
 from shoal.runtime.request import GenerateRequest, SamplingParams
 from shoal.runtime.scheduler import SchedulerSettings
 from shoal.runtime.settings import StageSettings
-from shoal.transport.bus import Bus
-from shoal.transport.frame import pack
+from shoal.transport.bus import Bus, Sample
+from shoal.transport.frame import pack, unpack
 from shoal.transport.keys import CreditTopic, EventTopic, FrameTopic, TokensTopic, key_of
 from shoal.transport.memory import MemoryBus, MemoryFabric
+from shoal.transport.pieces import Joiner
 
 FLEET, NODE, M = "f", NodeId("n" * 32), DeploymentId("m")
 LAYERS, VOCABULARY, SLOTS, CONTEXT = 6, 64, 2, 256
@@ -55,6 +56,7 @@ def stages_of(
     step_s: float = 0.0,
     wait: Callable[[float], object] | None = None,
     heartbeat_s: float = 2.0,
+    wired: bool = True,
 ) -> Iterator[Stages]:
     data = MemoryFabric()
     wait = wait or threading.Event().wait
@@ -87,7 +89,7 @@ def stages_of(
         threads = []
         for index, loop in enumerate(loops):
             loop.listen(key_of(submit_topic(FLEET, NODE, loop.shard)))
-            if count > 1:
+            if count > 1 and wired:
                 outbound = data.attach(f"out{index}")
                 stack.callback(outbound.close)
                 loop.hear_next(outbound)
@@ -407,3 +409,43 @@ def test_a_pipeline_that_is_no_more_breaks_its_answers_off_and_no_others(
 
     with stages_of(2, bus_of, log, step_s=0.01) as stages:
         use(bus_of, log, stages, then)
+
+
+def test_a_stage_that_has_no_way_out_yet_loses_what_it_would_send_says_so_and_answers_when_it_is_wired(
+    bus_of: Attach, log: FilteringBoundLogger, logged: io.StringIO
+) -> None:
+    answered: SimpleQueue[int] = SimpleQueue()
+    said: SimpleQueue[str] = SimpleQueue()
+
+    def probe(step: int) -> None:
+        frame = frames.BatchFrame(plan_epoch=1, run=3, step=step, probe=True)
+        onward = key_of(FrameTopic(fleet=FLEET, deployment=M, plan_epoch=1, stage=1))
+        stages.outside.put(onward, pack(frames.encode(frame), {}))
+
+    def heard(sample: Sample) -> None:
+        match frames.decode_stage_frame(unpack(sample.payload)[0]):
+            case frames.CreditFrame(trouble=trouble):
+                said.put(trouble)
+            case other:
+                raise AssertionError(other)
+
+    def tokens_came(sample: Sample) -> None:
+        whole = Joiner().add(sample.payload)
+        assert whole is not None
+        answered.put(frames.decode_stage_frame(unpack(whole)[0]).step)  # type: ignore[union-attr]
+
+    with stages_of(2, bus_of, log, wired=False) as stages:
+        stages.outside.subscribe(key_of(CreditTopic(fleet=FLEET, deployment=M, plan_epoch=1, stage=0)), heard)
+        stages.outside.subscribe(key_of(TokensTopic(fleet=FLEET, deployment=M, plan_epoch=1)), tokens_came)
+        assert said.get(timeout=10) == "", "nobody has missed the way yet"
+
+        probe(0)
+        while said.get(timeout=10) != "stage 1 is not wired yet":
+            pass
+
+        stages.loops[1].inbox.put(Wired(stages.outside))
+        probe(1)
+        assert answered.get(timeout=10) == 1
+        while said.get(timeout=10):
+            pass
+    assert logged.getvalue().count("frame.lost") == 1

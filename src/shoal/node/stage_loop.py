@@ -139,6 +139,8 @@ class StageLoop:
     _audience: tuple[tuple[str, RequestId], ...] = ()
     _ended: threading.Event = field(default_factory=threading.Event)
     _outbound: Bus | None = None
+    _early: int = 0
+    """Frames that were lost because there was no way out yet."""
     _open: list[Closable] = field(default_factory=list)
     _messages: int = 0
     _hellos: int = 0
@@ -192,7 +194,7 @@ class StageLoop:
                     case Stopped():
                         return
                     case Wired(outbound=outbound, switched=switched):
-                        self._outbound = outbound
+                        self._outbound, self._early = outbound, 0
                         switched()
                     case _:
                         state = self._advance(state, item)
@@ -238,9 +240,13 @@ class StageLoop:
 
     def _say_credit(self, run: int, step: int) -> None:
         # Trouble travels up the pipeline and ends at the first stage: round the ring it would never end.
-        trouble = "" if self.settings.is_first else self.trouble or self._behind
+        trouble = "" if self.settings.is_first else self.trouble or self._unwired() or self._behind
         frame = frames.CreditFrame(plan_epoch=self.shard.plan_epoch, step=step, run=run, trouble=trouble)
         self.inbound.put(self._keys.credits_out, pack(frames.encode(frame), {}))
+
+    def _unwired(self) -> str:
+        """Trouble only where a frame was lost by it: every stage begins without a way, before anybody is told to ask."""
+        return f"stage {self.shard.stage} is not wired yet" if self._early else ""
 
     def _advance(self, state: stage.StageState, given: StageInput) -> stage.StageState:
         state, effects = stage.advance(state, given)
@@ -304,8 +310,12 @@ class StageLoop:
         return StepDone(outputs=outputs)
 
     def _send(self, key: str, payload: bytes) -> None:
+        """Send to the next stage; what comes before there is a way to it is lost as on any link."""
         if self._outbound is None:
-            raise ShoalError(f"stage {self.shard} sends before it is wired")
+            self._early += 1
+            if self._early == 1:
+                self.log.warning("frame.lost", shard=str(self.shard), key=key, reason=self._unwired())
+            return
         self._messages += 1
         for piece in split(payload, message_id=self._messages):
             self._outbound.put(key, piece, lane=Lane.DECODE)

@@ -449,3 +449,23 @@ def test_a_stage_that_has_no_way_out_yet_loses_what_it_would_send_says_so_and_an
         while said.get(timeout=10):
             pass
     assert logged.getvalue().count("frame.lost") == 1
+
+
+def test_the_first_request_counts_as_running_from_the_beginning_of_its_first_step(
+    bus_of: Attach, log: FilteringBoundLogger
+) -> None:
+    """A node that leaves waits for what runs, and a long prompt may take a minute."""
+    busy, free = threading.Event(), threading.Event()
+
+    def step(_seconds: float) -> None:
+        busy.set()
+        free.wait(20)
+
+    with stages_of(1, bus_of, log, step_s=0.001, wait=step) as stages:
+        submit = frames.Submit(request=asked("a", max_tokens=1), reply_to="answers")
+        stages.loops[0].inbox.put(SubmitArrived(submit=submit))
+        assert busy.wait(10)
+        try:
+            assert stages.loops[0].live_requests == 1
+        finally:
+            free.set()

@@ -262,6 +262,7 @@ class StageLoop:
         """
         if state.first is not None:
             self._audience = tuple(state.first.audience())
+        self._show(state)  # a node that leaves counts what runs, and the first step may be a long one
         began_s = self._step_began_s = self.clock.now_s()
         try:
             done = self._step(effect)

@@ -161,6 +161,38 @@ def test_a_link_that_lost_everything_and_comes_back_carries_answers_again(
     assert [m.slots.held for m in pipeline.machines] == [{}] * len(pipeline.machines)
 
 
+@pytest.mark.parametrize(
+    ("cuts", "lost"), [((3,), (0, 1)), ((2, 4), (0, 1)), ((2, 4), (1, 2)), ((2, 4), (2, 0))], ids=str
+)
+def test_a_pipeline_that_was_stuck_for_long_serves_again_when_its_frames_arrive_again(
+    last_delta: LastDelta,
+    make_pipeline: Pipelines,
+    make_request: Requests,
+    cuts: tuple[int, ...],
+    lost: tuple[int, int],
+) -> None:
+    """Every stage shows signs of life all the time; nobody plans anew, and nobody asks for anything meanwhile."""
+    broken = {"now": True}
+    pipeline = make_pipeline(cuts, slots=1, passes=lambda a, b: not (broken["now"] and (a, b) == lost))
+    pipeline.submit(make_request("a"))
+    pipeline.wait(180.0)
+    assert last_delta(pipeline, "a") == (FinishReason.ERROR, "shard_lost")
+    assert "no answer has come out" in pipeline.machines[0].trouble
+    assert len(pipeline.machines[0].first.flights) <= 1  # type: ignore[union-attr]
+    pipeline.submit(make_request("refused"))
+    pipeline.wait(0.25)
+    assert last_delta(pipeline, "refused") == (FinishReason.ERROR, "shard_lost")
+
+    broken["now"] = False
+    pipeline.wait(12.0)
+    pipeline.submit(make_request("next"))
+    pipeline.wait(5.0)
+
+    assert pipeline.tokens(RequestId("next")) == make_pipeline().generate(make_request("next"))
+    assert [m.trouble + m.behind for m in pipeline.machines] == [""] * len(pipeline.machines)
+    assert [m.slots.held for m in pipeline.machines] == [{}] * len(pipeline.machines)
+
+
 @pytest.mark.parametrize("silent", [1, 2])
 def test_a_silent_stage_ends_every_answer_and_refuses_others_until_it_shows_life(
     last_delta: LastDelta, make_pipeline: Pipelines, make_request: Requests, silent: int

@@ -162,11 +162,19 @@ class FirstStage:
             self.stuck = True
 
     def probe(self, unacked: Container[int]) -> BatchFrame | None:
-        """A frame that only wants to be answered, when one with work has been out for long and no probe is on its way."""
+        """A frame that only wants to be answered, when one with work has been out for long and no probe is on its way.
+
+        Also while the pipeline is stuck: what was out is given up by then, nothing new is let in, and so nothing else would
+        ever show that answers come again.
+        """
         probes = [(step, f.sent_s) for step, f in self.flights.items() if f.probe]
+        idle = len(probes) == len(self.flights)
         due_s = max([self._oldest_s(), *(sent_s for _, sent_s in probes)]) + self.settings.probe_s
-        if len(probes) == len(self.flights) or self.now_s < due_s or any(step in unacked for step, _ in probes):
+        early = bool(self.flights) and self.now_s < due_s
+        if early or (idle and not self.stuck) or any(step in unacked for step, _ in probes):
             return None
+        if idle:
+            self.flights.clear()  # one probe is enough: whichever is answered, even one of these, ends it
         step = self._take_step()
         self.flights[step] = Flight((), self.now_s, probe=True)
         return BatchFrame(plan_epoch=self.settings.plan_epoch, run=self.settings.run, step=step, probe=True)

@@ -179,6 +179,24 @@ def test_the_old_way_is_closed_when_a_new_one_has_replaced_it(bus_of: Attach, lo
         assert is_open(made.ways[1])
 
 
+def test_an_order_back_to_the_way_that_is_there_is_told_as_made_without_another_dial(
+    bus_of: Attach, log: FilteringBoundLogger
+) -> None:
+    with line(bus_of, log) as made, wirer_of(made, log, unreached_s=0.0) as wirer:
+        wirer.on_wire(order(wiring("tcp/there:1")))
+        first = made.outcome()
+        made.refuse = NodeUnreachableError("nothing answers")
+        wirer.on_wire(order(wiring("tcp/away:1")))
+        assert made.outcome().error is not None
+        wirer.on_wire(order(wiring("tcp/there:1")))
+
+        while (outcome := made.outcome()).error is not None:
+            pass
+        assert outcome == first
+        assert made.dialled.count("tcp/there:1") == 1
+        assert is_open(made.ways[0])
+
+
 def test_a_stage_alone_is_wired_without_dialling_anybody(bus_of: Attach, log: FilteringBoundLogger) -> None:
     with line(bus_of, log) as made, wirer_of(made, log, stages=1) as wirer:
         wirer.on_wire(order(wiring()))

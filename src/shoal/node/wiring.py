@@ -64,7 +64,7 @@ class Wirer:
     unreached_s: float = UNREACHED_S
     _inbox: "SimpleQueue[Wiring | _Replaced | _Closing]" = field(default_factory=SimpleQueue)
     _wanted: Wiring | None = None
-    _made: Wiring | None = None
+    _made: Outcome | None = None
     _way: Bus | None = None
     _failing_since_s: float | None = None
     _retry_at_s: float = 0.0
@@ -92,14 +92,12 @@ class Wirer:
     def _run(self) -> None:
         while True:
             try:
-                item = self._inbox.get(timeout=None if self._wanted == self._made else RETRY_S)
+                item = self._inbox.get(timeout=None if self._is_made() else RETRY_S)
             except Empty:
                 item = None
             match item:
                 case Wiring():
-                    if item != self._wanted:
-                        self._failing_since_s, self._complaint, self._retry_at_s = None, "", 0.0
-                    self._wanted = item
+                    self._want(item)
                 case _Replaced(way=way):
                     way.close()
                 case _Closing():
@@ -108,17 +106,28 @@ class Wirer:
                     pass
             self._attempt()
 
+    def _want(self, wiring: Wiring) -> None:
+        if wiring == self._wanted:
+            return
+        self._wanted, self._failing_since_s, self._complaint, self._retry_at_s = wiring, None, "", 0.0
+        # Back to the way that is still there: what was last told is of another.
+        if self._made is not None and self._is_made():
+            self.told(self._made)
+
+    def _is_made(self) -> bool:
+        return self._wanted == (self._made.wiring if self._made else None)
+
     def _attempt(self) -> None:
         wiring = self._wanted
-        if wiring is None or wiring == self._made or time.monotonic() < self._retry_at_s:
+        if wiring is None or self._is_made() or time.monotonic() < self._retry_at_s:
             return
         try:
             rtt_s = self._make(wiring) if self.spec.stages > 1 else None
         except Exception as error:  # noqa: BLE001 whatever it is, it is tried again and said
             self._failed(wiring, error)
             return
-        self._made, self._failing_since_s, self._complaint = wiring, None, ""
-        self.told(Outcome(wiring=wiring, rtt_s=rtt_s))
+        self._made, self._failing_since_s, self._complaint = Outcome(wiring=wiring, rtt_s=rtt_s), None, ""
+        self.told(self._made)
 
     def _make(self, wiring: Wiring) -> float:
         way = self.dial(wiring.next_locators)

@@ -79,9 +79,11 @@ class Reporter:
     def wired(self, outcome: Outcome) -> None:
         """Report what became of a wiring; a stage alone sends to nobody, old or new."""
         wiring, alone = outcome.wiring, self.spec.stages == 1
-        self.next_node, self.rtt_s = wiring.next_node, outcome.rtt_s
-        self.wired_to = () if alone else wiring.next_locators
-        self.tell(ShardState.READY if outcome.error else ShardState.WIRED, outcome.error)
+        with self._lock:  # another thread may be reporting: half of a wiring is none
+            self.next_node, self.rtt_s = wiring.next_node, outcome.rtt_s
+            self.wired_to = () if alone else wiring.next_locators
+            self.state, self.error = ShardState.READY if outcome.error else ShardState.WIRED, outcome.error
+            self._send()
 
     def remind(self) -> None:
         """Report again when the last report is old, or says busy of a shard that is idle or the reverse."""

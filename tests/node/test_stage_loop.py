@@ -469,3 +469,29 @@ def test_the_first_request_counts_as_running_from_the_beginning_of_its_first_ste
             assert stages.loops[0].live_requests == 1
         finally:
             free.set()
+
+
+def test_answers_to_hellos_that_were_not_said_are_dropped_and_the_true_one_counts_once(
+    bus_of: Attach, log: FilteringBoundLogger
+) -> None:
+    def answer(number: int) -> None:
+        hello = frames.HelloFrame(plan_epoch=1, number=number, back=True)
+        stages.outside.put(
+            key_of(CreditTopic(fleet=FLEET, deployment=M, plan_epoch=1, stage=0)), pack(frames.encode(hello), {})
+        )
+
+    with stages_of(2, bus_of, log) as stages:
+        first = stages.loops[0]
+        for number in (-1, 0, 1, 7):
+            answer(number)
+        while first.malformed < 4:
+            threading.Event().wait(0.01)
+        assert first.greeted.empty()
+
+        said = first.greet(stages.outside)
+        assert first.greeted.get(timeout=10) == said
+        answer(said)
+        answer(9)
+        while first.malformed < 5:
+            threading.Event().wait(0.01)
+        assert first.greeted.empty()

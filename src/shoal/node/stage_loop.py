@@ -144,6 +144,7 @@ class StageLoop:
     _open: list[Closable] = field(default_factory=list)
     _messages: int = 0
     _hellos: int = 0
+    _last_greeted: int = 0
     _joiner: Joiner = field(default_factory=Joiner)
     _keys: _Keys = field(init=False)
     _replies: Replies = field(init=False)
@@ -342,7 +343,7 @@ class StageLoop:
                 self._heard_s = self.clock.now_s()
                 self.inbox.put(CreditArrived(frame=frame))
             case frames.HelloFrame(number=number, back=True):
-                self.greeted.put(number)
+                self._greeted(sample, number)
             case frames.HelloFrame():
                 answer = msgspec.structs.replace(frame, back=True)
                 self.inbound.put(self._keys.credits_out, pack(frames.encode(answer), {}))
@@ -350,6 +351,14 @@ class StageLoop:
                 self.inbox.put(SentArrived(frame=frame))
             case _:
                 assert_never(frame)
+
+    def _greeted(self, sample: Sample, number: int) -> None:
+        """Each hello is answered once, whoever repeats it: nobody empties the queue of a stage that is wired."""
+        if not 0 < number <= self._hellos:
+            self._drop(sample, MalformedFrameError(f"an answer to hello {number}, and {self._hellos} were said"))
+        elif number > self._last_greeted:  # over an old and a new way to the same stage, it comes twice
+            self._last_greeted = number
+            self.greeted.put(number)
 
     def _from_gateway(self, sample: Sample) -> None:
         try:

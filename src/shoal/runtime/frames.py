@@ -98,7 +98,7 @@ class CreditFrame(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True,
     step: int
     run: int = 0
     trouble: str = ""
-    """Why the pipeline behind the sender does not work."""
+    """Why the pipeline from the sender on does not work; empty from the first stage, or it would go round for ever."""
 
 
 class SentFrame(msgspec.Struct, frozen=True, kw_only=True, tag="sent"):

@@ -336,7 +336,7 @@ def leaving(state: FleetState, node: NodeId, live_requests: int, at_s: float) ->
 def standing_of(state: FleetState, at_s: float) -> tuple[Phase, str]:
     """Phase of the deployment, and why its plan is broken."""
     deployment, reports, gone = state.deployments[CHAT], heard(state, at_s), drained(state, CHAT)
-    return phase(deployment, reports, drained=gone), broken(deployment, reports, drained=gone)
+    return phase(deployment, reports, is_drained=gone), broken(deployment, reports, is_drained=gone)
 
 
 @pytest.fixture

@@ -34,15 +34,15 @@ class Addressed(msgspec.Struct, frozen=True, kw_only=True):
     order: Order
 
 
-def phase(deployment: Deployment, reports: Mapping[NodeId, NodeReport], *, drained: bool = False) -> Phase:
-    """The deployment's phase, given the newest reports of the nodes that are heard; *drained*: see `state.drained`."""
+def phase(deployment: Deployment, reports: Mapping[NodeId, NodeReport], *, is_drained: bool = False) -> Phase:
+    """The deployment's phase, given the newest reports of the nodes that are heard; *is_drained*: see `state.drained`."""
     match deployment.answer:
         case None:
             return Phase.PLANNING
         case Infeasible():
             return Phase.REFUSED
         case Plan() as plan:
-            if broken(deployment, reports, drained=drained):
+            if broken(deployment, reports, is_drained=is_drained):
                 return Phase.RECOVERING
             shards = [_shard_of(deployment, plan, i, reports) for i in range(len(plan.stages))]
             if any(reports[s.node].leaving for s in plan.stages):
@@ -51,7 +51,7 @@ def phase(deployment: Deployment, reports: Mapping[NodeId, NodeReport], *, drain
             return Phase.SERVING if wired else Phase.LOADING
 
 
-def broken(deployment: Deployment, reports: Mapping[NodeId, NodeReport], *, drained: bool = False) -> str:
+def broken(deployment: Deployment, reports: Mapping[NodeId, NodeReport], *, is_drained: bool = False) -> str:
     """Why the current plan cannot go on and another is needed; empty when it can."""
     plan = deployment.answer
     if not isinstance(plan, Plan):
@@ -64,7 +64,7 @@ def broken(deployment: Deployment, reports: Mapping[NodeId, NodeReport], *, drai
             return f"stage {index} on {stage.node} failed: {shard.error}"
     shards = [_shard_of(deployment, plan, i, reports) for i in range(len(plan.stages))]
     leaving = [stage.node for stage in plan.stages if reports[stage.node].leaving]
-    if leaving and (drained or shards[0] is None):
+    if leaving and (is_drained or shards[0] is None):
         return f"node {leaving[0]} is leaving"
     for index, shard in enumerate(shards):
         follower = (index + 1) % len(shards)
@@ -81,7 +81,7 @@ def missing_orders(state: FleetState, fencing_epoch: int, now_s: float) -> tuple
     reports = heard(state, now_s)
     orders: list[Addressed] = []
     for name, deployment in state.deployments.items():
-        sound = not broken(deployment, reports, drained=drained(state, name))
+        sound = not broken(deployment, reports, is_drained=drained(state, name))
         if isinstance(deployment.answer, Plan) and sound:
             orders += _towards(deployment, deployment.answer, reports, fencing_epoch)
     wanted = {n: d.plan_epoch for n, d in state.deployments.items()}

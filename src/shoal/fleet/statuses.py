@@ -13,12 +13,12 @@ from shoal.plan.problem import Answer, Infeasible, Plan
 def phases(state: FleetState, now_s: float) -> dict[DeploymentId, Phase]:
     """Where every deployment stands."""
     reports = heard(state, now_s)
-    return {n: phase(d, reports, drained=drained(state, n)) for n, d in state.deployments.items()}
+    return {n: phase(d, reports, is_drained=drained(state, n)) for n, d in state.deployments.items()}
 
 
 def why_broken(state: FleetState, deployment: Deployment, now_s: float) -> str:
     """Why the plan of *deployment* cannot go on; empty when it can."""
-    return broken(deployment, heard(state, now_s), drained=drained(state, deployment.spec.deployment))
+    return broken(deployment, heard(state, now_s), is_drained=drained(state, deployment.spec.deployment))
 
 
 def statuses(state: FleetState, now_s: float) -> list[DeploymentStatus]:

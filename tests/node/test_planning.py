@@ -9,11 +9,13 @@ import pytest
 from structlog.typing import FilteringBoundLogger
 
 from shoal.clock import ManualClock
+from shoal.errors import DeadlineExceededError, NodeUnreachableError, ShoalError, UnavailableError
 from shoal.fleet.report import NodeFacts, NodeReport
-from shoal.ids import Digest, NodeId
+from shoal.fleet.spec import DeploymentSpec
+from shoal.ids import DeploymentId, Digest, NodeId
 from shoal.node.calls import CallDesk, Caller
 from shoal.node.messages import Links, ProbeLinks, Profiled
-from shoal.node.planning import LINKS_FRESH_S, MISSING_FRESH_S, FleetPlanner
+from shoal.node.planning import FAILED_FRESH_S, LINKS_FRESH_S, MISSING_FRESH_S, FleetPlanner
 from shoal.profile.fleet import DeviceProfile, LinkProfile
 from shoal.transport.memory import MemoryBus
 
@@ -35,17 +37,28 @@ class Site:
     reachable: set[str]
     profiled: list[NodeId] = field(default_factory=list)
     probed: list[tuple[NodeId, NodeId]] = field(default_factory=list)
+    faults: dict[NodeId, ShoalError] = field(default_factory=dict)
+    incarnation: int = 1
 
     def reports(self) -> dict[NodeId, NodeReport]:
-        return {n: NodeReport(node=n, incarnation=1, sequence=1, facts=facts) for n, facts in self.facts.items()}
+        return {
+            n: NodeReport(node=n, incarnation=self.incarnation, sequence=1, facts=facts)
+            for n, facts in self.facts.items()
+        }
 
     async def links(self) -> set[tuple[NodeId, NodeId]]:
         profile = await self.planner.profile(MODEL, A, self.reports())
         return {(link.source, link.target) for link in profile.links}
 
+    async def measured(self, *, again: bool = False) -> list[NodeId]:
+        profile = await self.planner.profile(MODEL, A, self.reports(), again=again)
+        return [device.node for device in profile.devices]
+
     def desk(self, bus: MemoryBus, node: NodeId) -> CallDesk:
         async def profile(_: bytes) -> bytes:
             self.profiled.append(node)
+            if node in self.faults:
+                raise self.faults[node]
             facts = self.facts[node]
             device = DeviceProfile(
                 node=node, fingerprint=facts.fingerprint, cores=facts.cores, threads=1, trials=(),
@@ -175,5 +188,69 @@ def test_a_profile_of_some_nodes_has_the_links_between_them(run: Callable[[Scena
         profile = await site.planner.profile(MODEL, A, without_source)
 
         assert {(link.source, link.target) for link in profile.links} == {(B, C), (C, B)}
+
+    run(scenario)
+
+
+SLOW = DeadlineExceededError("the trials took more than 150 s")
+
+
+@pytest.mark.parametrize(
+    ("fault", "limit_s"), [(SLOW, FAILED_FRESH_S), (NodeUnreachableError("no answer"), MISSING_FRESH_S)]
+)
+def test_a_device_that_could_not_be_measured_is_left_out_for_a_while_and_not_measured_with_every_plan(
+    fault: ShoalError, limit_s: float, run: Callable[[Scenario], None]
+) -> None:
+    async def scenario(site: Site) -> None:
+        site.faults[B] = fault
+        assert await site.measured() == [A]
+        site.clock.advance(limit_s - 0.1)
+        assert await site.measured() == [A]
+        assert sorted(site.profiled) == [A, B]
+
+        del site.faults[B]
+        site.clock.advance(0.1)
+        assert await site.measured() == [A, B]
+        assert sorted(site.profiled) == [A, B, B]
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("news", ["restarted", "asked again"])
+def test_a_device_that_could_not_be_measured_is_measured_at_once_when_it_was_restarted_or_somebody_asks(
+    news: str, run: Callable[[Scenario], None]
+) -> None:
+    async def scenario(site: Site) -> None:
+        site.faults[B] = SLOW
+        await site.measured()
+        del site.faults[B]
+        site.incarnation = 2 if news == "restarted" else 1
+
+        assert await site.measured(again=news == "asked again") == [A, B]
+
+    run(scenario)
+
+
+def test_plans_do_not_wait_for_trials_because_of_a_device_that_cannot_be_measured(
+    run: Callable[[Scenario], None],
+) -> None:
+    async def scenario(site: Site) -> None:
+        site.faults[B] = SLOW
+        await site.measured()
+
+        async with site.planner._measuring:  # somebody measures
+            assert await site.measured() == [A]
+
+    run(scenario)
+
+
+def test_a_source_that_could_not_be_measured_is_told_with_its_reason(run: Callable[[Scenario], None]) -> None:
+    async def scenario(site: Site) -> None:
+        site.faults[A] = SLOW
+        spec = DeploymentSpec(deployment=DeploymentId("chat"), model="m", manifest=MODEL, source=A)
+
+        for _ in range(2):
+            with pytest.raises(UnavailableError, match="source node a could not be measured: the trials took more"):
+                await site.planner.survey(spec, site.reports())
 
     run(scenario)

@@ -11,7 +11,7 @@ import msgspec
 from structlog.typing import FilteringBoundLogger
 
 from shoal.clock import Clock
-from shoal.errors import ShoalError, UnavailableError
+from shoal.errors import NodeUnreachableError, ShoalError, UnavailableError
 from shoal.fleet.reconcile import cut_pairs, sources
 from shoal.fleet.report import NodeFacts, NodeReport
 from shoal.fleet.spec import DeploymentSpec
@@ -31,6 +31,8 @@ LINK_TIMEOUT_S = 20.0
 LINKS_FRESH_S = 300.0
 MISSING_FRESH_S = 10.0
 """Until a target that could not be dialled is dialled again: each attempt holds up the plan for seconds."""
+FAILED_FRESH_S = 180.0
+"""Until a device that could not be measured is measured again: as long as an attempt may take at most, all others waiting."""
 PLAN_BUDGET_S = 5.0
 NEIGHBOURS = 3
 
@@ -49,6 +51,20 @@ class Measured:
         return self.locators == locators and now_s - self.at_s < limit_s
 
 
+@dataclass(frozen=True, slots=True)
+class Unmeasured:
+    """Why the trials of a device came to nothing; a node that was started again may be in better order."""
+
+    error: ShoalError
+    incarnation: int
+    at_s: float
+
+    def fresh(self, incarnation: int, now_s: float) -> bool:
+        """Whether it still counts; a node that did not answer is asked again as soon as one that could not be dialled."""
+        limit_s = MISSING_FRESH_S if isinstance(self.error, NodeUnreachableError) else FAILED_FRESH_S
+        return self.incarnation == incarnation and now_s - self.at_s < limit_s
+
+
 @dataclass(slots=True)
 class FleetPlanner:
     """Remembers trials by (node, fingerprint, model) and links for a while; measures what is missing."""
@@ -59,6 +75,7 @@ class FleetPlanner:
     budget_s: float = PLAN_BUDGET_S
     profile_epoch: int = 0
     _devices: dict[tuple[NodeId, str, Digest], DeviceProfile] = field(default_factory=dict)
+    _unmeasured: dict[tuple[NodeId, str, Digest], Unmeasured] = field(default_factory=dict)
     _links: dict[tuple[NodeId, NodeId], Measured] = field(default_factory=dict)
     _blocks: dict[Digest, BlocksOf] = field(default_factory=dict)
     _measuring: anyio.Lock = field(default_factory=anyio.Lock)
@@ -67,9 +84,7 @@ class FleetPlanner:
         """What a plan for *spec* must know; a node that cannot be measured is left out with a warning."""
         fleet = without(await self.profile(spec.manifest, spec.source, reports), cut_pairs(reports.values()))
         if spec.source in reports and all(device.node != spec.source for device in fleet.devices):
-            raise UnavailableError(
-                f"source node {reports[spec.source].facts.name} could not be measured", hint="its log says why"
-            )
+            raise self._source_unmeasured(reports[spec.source], spec.manifest)
         if spec.source in reports:
             await self._blocks_of(spec.manifest, spec.source)
         return fleet
@@ -124,23 +139,42 @@ class FleetPlanner:
         )
 
     def _knows(self, manifest: Digest, source: NodeId, reports: Mapping[NodeId, NodeReport]) -> bool:
-        """Whether nothing is missing, and no link stale."""
-        pairs = probe_pairs(list(reports), source, NEIGHBOURS) if len(reports) > 1 else ()
-        devices = all((n, r.facts.fingerprint, manifest) in self._devices for n, r in reports.items())
-        known = [pair for pair in pairs if pair[0] in reports and pair[1] in reports]
-        return devices and all(self._fresh(pair, probe_target(reports[pair[1]])) for pair in known)
+        """Whether nothing is missing that may be had now, and no link stale."""
+        measured = {n: r for n, r in reports.items() if (n, r.facts.fingerprint, manifest) in self._devices}
+        if any(self._failed(reports[node], manifest) is None for node in reports.keys() - measured.keys()):
+            return False
+        pairs = probe_pairs(list(measured), source, NEIGHBOURS) if len(measured) > 1 else ()
+        known = [pair for pair in pairs if measured.keys() >= set(pair)]
+        return all(self._fresh(pair, probe_target(measured[pair[1]])) for pair in known)
 
     async def _device(self, report: NodeReport, wanted: ProfileModel) -> DeviceProfile | None:
         key = (report.node, report.facts.fingerprint, wanted.manifest)
         if key in self._devices and not wanted.again:
             return with_facts(self._devices[key], report.facts)
+        if not wanted.again and self._failed(report, wanted.manifest) is not None:
+            return None
         try:
             told = await self.caller.call(report.node, "profile", wanted, Profiled, timeout_s=PROFILE_TIMEOUT_S)
         except ShoalError as error:
             self.log.warning("profile.failed", node=report.facts.name, error=str(error))
+            self._unmeasured[key] = Unmeasured(error, report.incarnation, self.clock.now_s())
             return None
+        self._unmeasured.pop(key, None)
         self._devices[key] = msgspec.structs.replace(told.device, cached=True)
         return with_facts(told.device, report.facts)
+
+    def _failed(self, report: NodeReport, manifest: Digest) -> Unmeasured | None:
+        """The failure of this device to be measured that still counts."""
+        failed = self._unmeasured.get((report.node, report.facts.fingerprint, manifest))
+        return failed if failed is not None and failed.fresh(report.incarnation, self.clock.now_s()) else None
+
+    def _source_unmeasured(self, source: NodeReport, manifest: Digest) -> UnavailableError:
+        failed = self._failed(source, manifest)
+        why = f": {failed.error.message}" if failed is not None else ""
+        return UnavailableError(
+            f"source node {source.facts.name} could not be measured{why}",
+            hint="its log says more; restart it, or try `shoal profile --refresh`",
+        )
 
     async def _blocks_of(self, manifest: Digest, source: NodeId) -> BlocksOf:
         if manifest not in self._blocks:

@@ -260,9 +260,14 @@ class Coordinator:
         for name, stands in phases(self.state, now_s).items():
             match stands:
                 case Phase.PLANNING | Phase.RECOVERING | Phase.REFUSED:
+                    self._patience.breaks(name, now_s)
                     if self._patience.allows(name, now_s):
                         found.append(self.state.deployments[name])
-                case Phase.LOADING | Phase.SERVING | Phase.DRAINING:
+                case Phase.SERVING:
+                    self._patience.serves(name, now_s)
+                case Phase.DRAINING:
+                    self._patience.drains(name)
+                case Phase.LOADING:
                     pass
         return found
 
@@ -341,8 +346,6 @@ class Coordinator:
         before, self._phases = self._phases, {s.deployment.spec.deployment: s.phase for s in view.deployments}
         for status in view.deployments:
             name = status.deployment.spec.deployment
-            if status.phase is Phase.SERVING:
-                self._patience.serves(name)
             if before.get(name) is not status.phase:
                 self.note(f"deployment.{status.phase.value}", status.reason or "as planned", deployment=name)
 

@@ -21,6 +21,7 @@ from shoal.fleet.state import (
     PlanMade,
     Standing,
     apply,
+    lost_in_haste,
     standing,
 )
 from shoal.ids import DeploymentId, Digest, NodeId
@@ -153,17 +154,27 @@ def vanished(at_s: float = 10.1, incarnation: int = 1) -> FleetState:
         (VANISHED_LOST_AFTER_S, Standing.LOST),
     ],
 )
-def test_a_node_whose_process_was_seen_to_end_is_suspect_at_once_and_lost_within_half_a_second(
+def test_a_node_whose_process_was_seen_to_end_is_suspect_at_once_and_lost_within_a_second(
     silent_s: float, expected: Standing
 ) -> None:
     assert standing(vanished().members[A], 10.0 + silent_s) is expected
+    assert VANISHED_LOST_AFTER_S < 1
+
+
+def test_a_node_whose_link_was_seen_to_end_is_lost_in_haste_until_its_silence_alone_proves_it() -> None:
+    hint, silence = vanished(), apply(FleetState(), NodeHeard(report=report(A), at_s=10.0))
+
+    assert not lost_in_haste(hint, 10.0 + VANISHED_LOST_AFTER_S - 0.01), "not lost"
+    assert lost_in_haste(hint, 10.0 + VANISHED_LOST_AFTER_S)
+    assert not lost_in_haste(hint, 10.0 + LOST_AFTER_S)
+    assert not lost_in_haste(silence, 10.0 + LOST_AFTER_S)
 
 
 def test_a_node_that_is_heard_again_was_only_cut_off_for_a_moment() -> None:
     state = apply(vanished(at_s=10.1), NodeHeard(report=report(A, sequence=6), at_s=10.3))
 
     assert standing(state.members[A], 10.4) is Standing.ALIVE
-    assert standing(state.members[A], 10.3 + VANISHED_LOST_AFTER_S) is Standing.ALIVE
+    assert standing(state.members[A], 10.3 + VANISHED_LOST_AFTER_S) is not Standing.LOST
 
 
 def test_a_last_heartbeat_that_was_under_way_does_not_bring_a_dead_node_back() -> None:

@@ -14,9 +14,10 @@ from shoal.fleet.order import Accepted, Hold, Refused, Reply, Retire, Wire
 from shoal.fleet.reconcile import Addressed, Phase
 from shoal.fleet.report import NodeFacts, NodeReport, ShardId, ShardReport, ShardState
 from shoal.fleet.spec import DeploymentSpec
+from shoal.fleet.state import LOST_AFTER_S
 from shoal.fleet.view import LEASE_S, CoordinatorView, Lease
 from shoal.ids import DeploymentId, Digest, NodeId
-from shoal.node.coordinator import Coordinator
+from shoal.node.coordinator import AWAY_AFTER_S, Coordinator
 from shoal.node.journal import Journal
 from shoal.node.last_plan import remember
 from shoal.node.patience import RETRY_PLAN_S
@@ -57,6 +58,7 @@ class Nodes:
     answer: Callable[[list[NodeId]], Answer] = lambda usable: plan(*sorted(usable))
     orders: list[Addressed] = field(default_factory=list)
     sequence: int = 0
+    incarnation: int = 1
     coordinating: frozenset[NodeId] = frozenset()
     manifests: tuple[Digest, ...] = ()
 
@@ -90,7 +92,7 @@ class Nodes:
         return [
             NodeReport(
                 node=node,
-                incarnation=1,
+                incarnation=self.incarnation,
                 sequence=self.sequence,
                 facts=msgspec.structs.replace(FACTS, coordinates=node in self.coordinating),
                 shards=tuple(self.shards.get(node, {}).values()),
@@ -235,6 +237,68 @@ def test_a_lost_node_costs_a_new_plan_with_a_higher_epoch_on_the_others(journal:
 
         assert office.said[-1].find(CHAT).deployment.plan_epoch > first
         assert [n for n in office.noted if n in {"node.suspect", "node.lost"}] == ["node.suspect", "node.lost"]
+
+    run(journal, use)
+
+
+def test_a_node_whose_link_flaps_keeps_its_plan_though_no_other_fits_without_it(journal: Journal) -> None:
+    async def use(office: Office) -> None:
+        answers: list[float] = []
+
+        def answer(usable: list[NodeId]) -> Answer:
+            answers.append(office.clock.now_s())
+            return plan(A, B) if B in usable else NO_ROOM
+
+        office.nodes.answer = answer
+        await office.leads()
+        await office.coordinator.want(SPEC)
+        await office.until(Phase.SERVING)
+        before, orders, asked = office.said[-1].find(CHAT).deployment, len(office.nodes.orders), len(answers)
+
+        office.nodes.alive = {A}
+        office.coordinator.hear_vanished(B, 1)
+        await office.see(lambda: len(answers) > asked)
+        office.nodes.alive = {A, B}
+        await office.until(Phase.SERVING)
+        assert office.said[-1].find(CHAT).deployment == before
+        assert office.nodes.orders[orders:] == [], "nothing was unloaded"
+
+        office.nodes.alive = {A}
+        office.coordinator.hear_vanished(B, 1)
+        await office.until(Phase.REFUSED)
+        assert answers[-1] - office.coordinator.state.members[B].heard_s >= LOST_AFTER_S
+
+    run(journal, use)
+
+
+@pytest.mark.parametrize("came", ["restarted", "after a while", "after a moment"])
+def test_a_node_that_was_restarted_or_long_away_ends_the_pauses_between_plans_and_a_link_that_flaps_does_not(
+    came: str, journal: Journal
+) -> None:
+    async def use(office: Office) -> None:
+        tries: list[float] = []
+
+        def answer(_: list[NodeId]) -> Answer:
+            tries.append(office.clock.now_s())
+            raise UnavailableError("not measured")
+
+        office.nodes.answer = answer
+        await office.leads()
+        await office.coordinator.want(SPEC)
+        await office.see(lambda: len(tries) == 4)
+
+        office.nodes.alive = {A}
+        office.coordinator.hear_vanished(B, 1)
+        await office.see(lambda: office.noted[-1] == "node.lost")
+        if came == "after a while":
+            office.coordinator._patience._not_before_s[CHAT] = float("inf")
+            await office.pass_s(AWAY_AFTER_S + 1)
+        office.nodes.incarnation += came == "restarted"
+        office.nodes.alive = {A, B}
+        came_s = office.clock.now_s()
+        await office.see(lambda: len(tries) == 5)
+
+        assert (tries[4] - came_s < RETRY_PLAN_S) is (came != "after a moment")
 
     run(journal, use)
 

@@ -16,8 +16,11 @@ from shoal.plan.problem import Answer, Plan
 
 SUSPECT_AFTER_S = 0.8
 LOST_AFTER_S = 2.5
-VANISHED_LOST_AFTER_S = 0.5
-"""As `LOST_AFTER_S`, for a node whose process, or link, was seen to end: it was killed, or has two heartbeats to show itself."""
+VANISHED_LOST_AFTER_S = 0.9
+"""As `LOST_AFTER_S`, for a node whose process, or link, was seen to end: it was killed, or has four heartbeats to show itself.
+
+A link that only flaps is up again within that time more often than not, and a killed node is still given up within a second.
+"""
 HINT_RACE_S = 0.1
 """A heartbeat that comes so soon after that sight may have been under way before it."""
 DRAINED_AFTER_S = 1.0
@@ -156,6 +159,14 @@ def standing(member: Member, now_s: float) -> Standing:
     if member.report.leaving:
         return Standing.LEAVING
     return Standing.SUSPECT if vanished or silent_s >= SUSPECT_AFTER_S else Standing.ALIVE
+
+
+def lost_in_haste(state: FleetState, now_s: float) -> bool:
+    """Whether a node counts as lost that may only be cut off for a moment: its silence alone would not prove it yet."""
+    return any(
+        standing(member, now_s) is Standing.LOST and now_s - member.heard_s < LOST_AFTER_S
+        for member in state.members.values()
+    )
 
 
 def unheard(state: FleetState) -> bool:

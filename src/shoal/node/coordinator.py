@@ -33,6 +33,7 @@ from shoal.fleet.state import (
     Standing,
     apply,
     highest_plan_epoch,
+    lost_in_haste,
     standing,
     unheard,
 )
@@ -50,6 +51,8 @@ from shoal.profile.fleet import FleetProfile
 TICK_S = 0.1
 VIEW_EVERY_S = 0.5
 FORGET_AFTER_S = 600.0
+AWAY_AFTER_S = 30.0
+"""A node that was lost for that long has come anew when it is heard, restarted or not."""
 RETRY_DISK_S = 2.0
 """Until the journal is asked again that did not take a record."""
 
@@ -89,6 +92,8 @@ class Coordinator:
     _ordering: Ordering = field(default_factory=Ordering)
     _disk_rests_until_s: float = float("-inf")
     _standings: dict[NodeId, Standing] = field(default_factory=dict)
+    _lives: dict[NodeId, int] = field(default_factory=dict)
+    """The incarnation in which a node last came."""
     _phases: dict[DeploymentId, Phase] = field(default_factory=dict)
     _one_plan: anyio.Lock = field(default_factory=anyio.Lock)
     """Two plans at once would both count on the same free memory."""
@@ -245,10 +250,14 @@ class Coordinator:
             now = standing(member, now_s)
             if self._standings.get(node) is not now:
                 self.note(f"node.{now.value}", member.report.facts.name, node=node)
-                if now is Standing.ALIVE and self._standings.get(node) is not Standing.SUSPECT:
-                    # It has come, or come back: what had no place may have one now.
-                    self._patience.forget_all()
                 self._standings[node] = now
+            if now is Standing.ALIVE and self._lives.get(node) != member.report.incarnation:
+                # It has come, or was restarted: what had no place may have one now.  Not so when its link is back: one that
+                # flaps would let what fails be tried again and again at full speed.
+                self._patience.forget_all()
+                self._lives[node] = member.report.incarnation
+            elif now_s - member.heard_s > AWAY_AFTER_S:
+                self._lives.pop(node, None)
             if now_s - member.heard_s > (LOST_AFTER_S if member.report.leaving else FORGET_AFTER_S):
                 forgotten = NodeForgotten(node=node, incarnation=member.report.incarnation)
                 self.state = apply(self.state, forgotten)
@@ -292,8 +301,11 @@ class Coordinator:
             return
         if isinstance(answer, Infeasible) and current.answer == answer:
             return
-        if isinstance(current.answer, Plan) and self._sound(current):
-            return  # what it lacked has come back in the meantime
+        if isinstance(current.answer, Plan):
+            if self._sound(current):
+                return  # what it lacked has come back in the meantime
+            if isinstance(answer, Infeasible) and lost_in_haste(self.state, self.clock.now_s()):
+                return  # it would unload what still stands, and the node may be back before that is done
         epoch = await self._number("plan", above=highest_plan_epoch(self.state))
         if self.state.deployments.get(name) is not current:
             return

@@ -333,13 +333,16 @@ def test_whoever_hears_a_greater_lease_steps_down_and_of_two_equal_ones_one_goes
     run(journal, use)
 
 
-def test_an_order_that_is_refused_for_a_newer_lease_ends_ours(journal: Journal) -> None:
+def test_an_order_that_is_refused_for_a_newer_lease_ends_ours_and_our_next_is_above_it(journal: Journal) -> None:
     async def use(office: Office) -> None:
         await office.leads()
-        office.nodes.fence = 7
+        office.nodes.fence = 50
         await office.coordinator.want(SPEC)
         await office.see(lambda: "coordinator.fenced" in office.noted)
         assert not any(office.nodes.shards.values())
+
+        await office.see(lambda: office.noted.count("coordinator.leads") == 2)
+        assert office.coordinator.lease == Lease(holder=A, fencing_epoch=51)
 
     run(journal, use)
 

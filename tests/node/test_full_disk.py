@@ -225,3 +225,29 @@ async def test_a_coordinator_that_leads_goes_on_and_tells_who_asks_for_more(jour
             await mine.want(DeploymentSpec(deployment=CHAT, model="m", manifest=Digest("d"), source=ME))
         await anyio.sleep(0.05)
         assert mine.leading
+
+
+async def test_a_plan_that_the_disk_does_not_take_is_in_force_and_counts_once(
+    journal: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    noted: list[str] = []
+    mine = coordinator(journal, noted)
+    take = journal.next_number
+
+    def number(name: str, *, above: int) -> int:
+        found = take(name, above=above)
+        if name == "plan":
+            fill(journal)
+        return found
+
+    monkeypatch.setattr(journal, "next_number", number)
+    async with running(mine.run):
+        await until(lambda: mine.leading)
+        mine.hear_report(NodeReport(node=ME, incarnation=1, sequence=1, facts=FACTS))
+        await mine.want(DeploymentSpec(deployment=CHAT, model="m", manifest=Digest("d"), source=ME))
+        await until(lambda: any(line.startswith("coordinator.not_written: journal ") for line in noted))
+        await until(lambda: CHAT not in mine._patience._under_way)
+
+        assert mine.state.deployments[CHAT].answer is not None
+        assert not [line for line in noted if line.startswith("plan.failed")]
+        assert mine._patience._vain[CHAT] == 0

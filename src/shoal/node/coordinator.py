@@ -313,7 +313,10 @@ class Coordinator:
         self.state = apply(self.state, made)
         self._patience.counted(name)
         self.note("plan.made", named(describe_answer(answer), self.state.members), deployment=name)
-        await self._remember(self.state.deployments[name])
+        try:
+            await self._remember(self.state.deployments[name])
+        except ShoalError as error:  # the plan is in force all the same: it did not fail
+            self.note("coordinator.not_written", error.message, deployment=name)
         self.show()
 
     def _failed(self, name: DeploymentId, why: str) -> None:
@@ -352,7 +355,7 @@ class Coordinator:
             return  # lost, or refused by a node of another version: its reports say what it does; the order is given again
         if isinstance(reply, Refused) and self.lease is not None and reply.fencing_epoch > self.lease.fencing_epoch:
             self.note("coordinator.fenced", f"lease {reply.fencing_epoch} is newer", node=addressed.node)
-            self._tenure.lease = None
+            self._tenure.fenced(reply.fencing_epoch)
 
     def _note_phases(self, view: CoordinatorView) -> None:
         before, self._phases = self._phases, {s.deployment.spec.deployment: s.phase for s in view.deployments}

@@ -38,6 +38,8 @@ class Tenure:
     _heard_holder: bool = False
     _peer: NodeId | None = None
     _peer_kept: bool = True
+    _fenced_by: int = 0
+    """The newest fencing epoch for which a node refused ours."""
     _sequence: int = 0
 
     def begin(self, now_s: float) -> None:
@@ -60,6 +62,10 @@ class Tenure:
             self.lease = None
         return ends
 
+    def fenced(self, fencing_epoch: int) -> None:
+        """A node has obeyed a newer lease, whose views we may never have heard: ours ends, and our next is above it."""
+        self.lease, self._fenced_by = None, max(self._fenced_by, fencing_epoch)
+
     async def write(self) -> None:
         """Make durable that another may coordinate."""
         if self._peer is not None and not self._peer_kept:
@@ -74,7 +80,7 @@ class Tenure:
 
     async def next_epoch(self) -> int:
         """A fencing epoch above every one that is known here, durably."""
-        known = self.view.lease.fencing_epoch if self.view is not None else 0
+        known = max(self._fenced_by, self.view.lease.fencing_epoch if self.view is not None else 0)
         # The other holder's were taken from its own journal.
         return await anyio.to_thread.run_sync(lambda: self.journal.next_number("fencing", above=known))
 

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 
 import anyio
 import anyio.abc
@@ -14,6 +15,8 @@ from shoal.node.worker_spec import WorkerSpec
 
 _STOP_S = 3.0
 _HEAP_BYTES = 32 * 2**20
+HUGE_PAGE_SIZE = Path("/sys/kernel/mm/transparent_hugepage/hpage_pmd_size")
+_HUGE_PAGE_AT_MOST_BYTES = 4 * 2**20
 
 
 class WorkerProcess:
@@ -46,16 +49,30 @@ class WorkerProcess:
         await self._process.wait()
 
 
-def engine_environment(inherited: Mapping[str, str], threads: int) -> dict[str, str]:
+def engine_environment(
+    inherited: Mapping[str, str], threads: int, huge_page_size: Path = HUGE_PAGE_SIZE
+) -> dict[str, str]:
     """What a process that runs an engine must find in its environment before it starts.
 
     Weights packed by the engine are read once per token, so huge pages matter.  glibc asks for them in its
     heap, but gives each array of more than 128 KB a mapping of its own, too small for a huge page: such arrays go to the heap, too
     (up to 32 MB, the most it allows).  SmolLM2 decodes 20 % faster so.  A freed end of the heap above that size goes back at once.
+
+    The size of a huge page follows that of a page: 2 MiB on most machines, but 32 or 512 MiB where pages have 16 or 64 KiB
+    (aarch64), and one touched byte commits a whole one.  Such large ones are not asked for.  Who sets tunables has the last word.
     """
-    asked = ("hugetlb=1", f"mmap_threshold={_HEAP_BYTES}", f"trim_threshold={_HEAP_BYTES}")
-    tunables = [inherited.get("GLIBC_TUNABLES", ""), *(f"glibc.malloc.{setting}" for setting in asked)]
+    asked = [f"mmap_threshold={_HEAP_BYTES}", f"trim_threshold={_HEAP_BYTES}"]
+    if _huge_pages_are_small(huge_page_size):
+        asked.insert(0, "hugetlb=1")
+    tunables = [*(f"glibc.malloc.{setting}" for setting in asked), inherited.get("GLIBC_TUNABLES", "")]
     return {"OMP_NUM_THREADS": str(threads), "GLIBC_TUNABLES": ":".join(filter(None, tunables))}
+
+
+def _huge_pages_are_small(size_file: Path) -> bool:
+    try:
+        return int(size_file.read_text()) <= _HUGE_PAGE_AT_MOST_BYTES
+    except (OSError, ValueError):
+        return False  # a kernel without huge pages, or one that does not say how large they are
 
 
 async def launch(spec: WorkerSpec, module: str = "shoal.node.worker") -> WorkerProcess:

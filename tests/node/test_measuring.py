@@ -12,6 +12,7 @@ import msgspec
 import pytest
 
 from shoal.clock import SystemClock
+from shoal.errors import UnavailableError
 from shoal.fleet.report import NodeFacts, ShardId
 from shoal.ids import DeploymentId, Digest, NodeId
 from shoal.node.artifacts import Artifacts, open_artifact
@@ -28,7 +29,7 @@ from shoal.runtime.backend.onnx import OnnxBackend
 from shoal.runtime.ports import SequenceStep, Session, Shard
 from shoal.runtime.request import Array
 from shoal.store.fetch import Fetcher
-from shoal.store.home import Store, missing_bytes, open_store
+from shoal.store.home import Store, fetching, missing_bytes, open_store
 from shoal.store.pace import Pacer
 from shoal.store.peer import serve_chunks
 from shoal.transport.memory import MemoryBus, MemoryFabric, Weather
@@ -166,6 +167,28 @@ def test_a_model_too_big_for_a_device_is_timed_block_by_block(tiny_store: tuple[
     assert scales.now_bytes == 0
 
 
+def measurer_of(store: Store, bus: MemoryBus, facts: NodeFacts) -> Measurer:
+    return Measurer(
+        me=B, fleet="f", dial=partial(dial_agent, NodeOptions(home="", name="b"), B), store=store,
+        artifacts=Artifacts(store), fetcher=Fetcher(bus, "f", store, pacer=Pacer(clock=SystemClock())),
+        clock=SystemClock(), threads=1, facts=lambda: facts,
+    )  # fmt: skip
+
+
+def test_a_node_that_fetches_a_whole_model_says_so_instead_of_keeping_a_plan_waiting(
+    tiny_store: tuple[Store, Digest], tmp_path: Path, bus_of: Attach, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shoal.node.measuring.SAMPLES_TURN_WITHIN_S", 0.2)
+    source, manifest = tiny_store
+    serve_chunks(bus_of("a"), "f", A, source.chunks)
+    store = open_store(tmp_path)
+    facts = NodeFacts(name="b", version="1", locators=(), cores=1, memory_total_bytes=9, memory_budget_bytes=9)
+    measurer = measurer_of(store, bus_of("b"), facts)
+
+    with fetching(store), pytest.raises(UnavailableError, match="another fetch"):
+        anyio.run(measurer.profile, msgspec.msgpack.encode(ProfileModel(manifest=manifest, sources=(A,))))
+
+
 def test_a_node_profiles_a_model_that_it_cannot_hold_and_says_what_that_took_and_what_it_kept(
     tiny_store: tuple[Store, Digest], tmp_path: Path, bus_of: Attach
 ) -> None:
@@ -179,11 +202,7 @@ def test_a_node_profiles_a_model_that_it_cannot_hold_and_says_what_that_took_and
         name="b", version="1", locators=(), cores=1, fingerprint="b",
         memory_total_bytes=model_bytes, memory_budget_bytes=model_bytes // 2,
     )  # fmt: skip
-    measurer = Measurer(
-        me=B, fleet="f", dial=partial(dial_agent, NodeOptions(home="", name="b"), B), store=store,
-        artifacts=Artifacts(store), fetcher=Fetcher(bus_of("b"), "f", store, pacer=Pacer(clock=SystemClock())), clock=SystemClock(),
-        threads=1, facts=lambda: facts,
-    )  # fmt: skip
+    measurer = measurer_of(store, bus_of("b"), facts)
     asked = msgspec.msgpack.encode(ProfileModel(manifest=manifest, sources=(A,)))
 
     first, second = (msgspec.msgpack.decode(anyio.run(measurer.profile, asked), type=Profiled).device for _ in range(2))

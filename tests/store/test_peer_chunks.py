@@ -20,7 +20,7 @@ from shoal.ids import Digest, NodeId
 from shoal.model.spec import ImportedModel
 from shoal.store.chunk import digest_of, ref_of
 from shoal.store.garbage import collect
-from shoal.store.home import Store, missing_bytes, open_store
+from shoal.store.home import Store, fetching, missing_bytes, open_store
 from shoal.store.manifest import Manifest
 from shoal.store.memory import MemoryTier
 from shoal.store.pace import FAST, PIECE_BYTES
@@ -303,6 +303,17 @@ def test_a_node_gets_a_model_by_its_version_and_only_the_tensors_it_chose(
     held = {manifest.graph.digest, manifest.tensors[0].chunk.digest}
     assert missing_bytes(room.store, got).keys() == manifest.chunks().keys() - held
     assert collect(room.store).total_bytes == 0
+
+
+def test_a_fetch_whose_turn_does_not_come_in_time_says_so_and_succeeds_afterwards(room: Room) -> None:
+    node = room.serve("one", holding(DATA))
+    hasty = room.fetcher().with_turn_within(0.2)
+
+    with fetching(room.store), pytest.raises(UnavailableError, match="another fetch, or `shoal gc`, is still at work"):
+        hasty.chunks([ref_of(DATA)], [node])
+    hasty.chunks([ref_of(DATA)], [node])
+
+    assert bytes(room.store.chunks.get(digest_of(DATA))) == DATA
 
 
 def test_bytes_that_only_claim_to_be_a_manifest_are_refused(room: Room) -> None:

@@ -29,6 +29,11 @@ from shoal.store.fetch import Fetcher
 from shoal.store.home import Store
 
 _TRIALS_TIMEOUT_S = 150.0
+SAMPLES_TURN_WITHIN_S = 10.0
+"""Until the samples of a model may be fetched; another fetch may take hours, and a plan waits for us.
+
+With the trials it is less than the asker waits (`planning.PROFILE_TIMEOUT_S`), so that it is told the reason.
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,11 +76,12 @@ class Measurer:
 
     def _fetch_samples(self, wanted: ProfileModel) -> None:
         """Weights to time: of each kind as many blocks as take turns, no more than half of what this node may hold."""
-        artifact = fetch_artifact(self.fetcher, self.artifacts, wanted.manifest, wanted.sources)
+        fetcher = self.fetcher.with_turn_within(SAMPLES_TURN_WITHIN_S)
+        artifact = fetch_artifact(fetcher, self.artifacts, wanted.manifest, wanted.sources)
         names = _sample_tensors(artifact, self.facts().memory_budget_bytes)
         chunks = [entry.chunk for entry in artifact.manifest.tensors if entry.name in names]
         arrived = anyio.from_thread.check_cancelled  # a node that stops does not wait for the rest
-        self.fetcher.model(wanted.manifest, wanted.sources, lambda _: chunks, arrived=lambda _: arrived())
+        fetcher.model(wanted.manifest, wanted.sources, lambda _: chunks, arrived=lambda _: arrived())
 
     async def _run_trials(self, manifest: Digest) -> TrialResult:
         facts = self.facts()

@@ -12,6 +12,7 @@ anew from the next.  A node that does not answer costs a timeout: from then on i
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -39,7 +40,17 @@ class Fetcher:
         self._store = store
         self._pacer = pacer
         self._timeout_s = timeout_s
+        self._turn_within_s = float("inf")
         self._silent: set[NodeId] = set()
+
+    def with_turn_within(self, limit_s: float) -> "Fetcher":
+        """The same, but it raises UnavailableError when another fetch is not done within *limit_s*.
+
+        For what others wait for: a whole model that is fetched gently may take hours.
+        """
+        hasty = copy(self)
+        hasty._turn_within_s = limit_s  # noqa: SLF001 of our own class
+        return hasty
 
     def model(
         self,
@@ -53,7 +64,7 @@ class Fetcher:
 
         *arrived* gets the bytes of each piece.  Blocks: run it on a thread.  Raises what `chunks` raises.
         """
-        with fetching(self._store):
+        with fetching(self._store, limit_s=self._turn_within_s):
             manifest = self.manifest(digest, sources)
             self._store.library.adopt(manifest)
             self._fetch(wanted(manifest), sources, arrived)
@@ -72,7 +83,7 @@ class Fetcher:
         NodeUnreachableError or DigestMismatchError when one that might have it is silent or gave something else,
         StorageFullError.
         """
-        with fetching(self._store):
+        with fetching(self._store, limit_s=self._turn_within_s):
             self._fetch(wanted, sources, arrived)
 
     def manifest(self, digest: Digest, sources: Sequence[NodeId]) -> Manifest:

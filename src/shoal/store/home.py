@@ -106,21 +106,32 @@ def writing(store: Store, name: str, *, waiting: Callable[[], None] | None = Non
 
 
 @contextlib.contextmanager
-def fetching(store: Store) -> Iterator[None]:
-    """Be the only one who fetches for the block: partial files have one writer, and the link is not shared with ourselves."""
-    with _alone(store, _FETCHES, None):
+def fetching(store: Store, *, limit_s: float = float("inf")) -> Iterator[None]:
+    """Be the only one who fetches for the block: partial files have one writer, and the link is not shared with ourselves.
+
+    Raises UnavailableError when it is not our turn within *limit_s*.
+    """
+    with _alone(store, _FETCHES, None, limit_s=limit_s):
         yield
 
 
 @contextlib.contextmanager
-def _alone(store: Store, name: str, waiting: Callable[[], None] | None) -> Iterator[Path]:
-    path = store.home / "locks" / f"{name}.lock"
+def _alone(
+    store: Store, name: str, waiting: Callable[[], None] | None, *, limit_s: float = float("inf")
+) -> Iterator[Path]:
+    path, waited_s = store.home / "locks" / f"{name}.lock", 0.0
     with home_named(store.home), contextlib.ExitStack() as held:
         while not _enter(store, path, held):
             if waiting is not None:
                 waiting()
                 waiting = None
+            if waited_s >= limit_s:
+                raise UnavailableError(
+                    f"another fetch, or `shoal gc`, is still at work in {store.home} after {limit_s:.0f} s",
+                    hint="wait until it is done, then try again",
+                )
             time.sleep(_POLL_S)
+            waited_s += _POLL_S
         folder = store.tmp / name
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)

@@ -25,8 +25,10 @@ class Relaxed:
 
     bound: float
     to_go: Floats
+    path: Chain | None
+    """The relaxed path; None when nothing reaches the end."""
     chain: Chain | None
-    """The relaxed path, when it satisfies every constraint: it is optimal then."""
+    """The same, when it satisfies every constraint: it is optimal then."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,10 +50,9 @@ def relax(tables: Tables, search: Pass) -> Relaxed:
     for cut in range(stop - 1, 0, -1):
         to_go[cut] = _leave(search, to_go, cut).min(axis=1)
     totals = search.start + to_go[:, search.first]
-    chain = _follow(search, to_go, int(np.argmin(totals))) if np.isfinite(totals.min()) else None
-    return Relaxed(
-        bound=float(totals.min()), to_go=to_go, chain=chain if chain and _allowed(tables, search, chain) else None
-    )
+    path = _follow(search, to_go, int(np.argmin(totals))) if np.isfinite(totals.min()) else None
+    chain = path if path and allowed(tables, search, path) else None
+    return Relaxed(bound=float(totals.min()), to_go=to_go, path=path, chain=chain)
 
 
 def sweep(tables: Tables, search: Pass, budget: Budget) -> Iterator[Final]:
@@ -125,7 +126,8 @@ def _follow(search: Pass, to_go: Floats, cut: int) -> Chain:
     return tuple(chain)
 
 
-def _allowed(tables: Tables, search: Pass, chain: Chain) -> bool:
+def allowed(tables: Tables, search: Pass, chain: Chain) -> bool:
+    """Does the chain repeat no device but a closing one, in a number of stages that may be?"""
     used = [device for device, _, _ in chain]
     repeats = len(used) - len(set(used))
     closes = search.close is not None and len(used) > 1

@@ -14,9 +14,11 @@ from shoal.ids import NodeId
 from shoal.plan.budget import Budget
 from shoal.plan.chain import trace
 from shoal.plan.cost import Priced, Span, barred, free_bytes, objective_value, owners, price, shard_memory
+from shoal.plan.elementary import LABELS
 from shoal.plan.figures import duration, share, size
+from shoal.plan.found import Choice, Found
 from shoal.plan.problem import Alternative, DeviceSpec, Estimate, Objective, Problem, Reason, Stage
-from shoal.plan.search import EXACT, RELAXATION, Choice, Found, best_final, demanded, solve
+from shoal.plan.search import EXACT, RELAXATION, best_final, demanded, solve
 from shoal.plan.tables import Tables, spans_of
 
 EXPLAINED_DEVICES = 8
@@ -102,7 +104,8 @@ def _rival(case: Case, choice: Choice) -> Priced | str:
     if case.found.finals:
         final = best_final(case.found.finals, choice)
         return price(case.problem, spans_of(case.tables, trace(final), final.found_in.via)) if final else ""
-    if case.found.solver == RELAXATION and case.problem.objective is Objective.LATENCY:
+    proven = case.found.solver == RELAXATION or (case.found.solver == LABELS and case.found.bound >= case.found.cost)
+    if proven and case.problem.objective is Objective.LATENCY:
         return "the chosen plan is proven best without trying every set of devices"
     if case.found.solver != EXACT or len(case.tables.nodes) > EXPLAINED_DEVICES:
         return "other sets of devices were not all tried"

@@ -12,8 +12,9 @@ from msgspec.structs import replace
 from shoal.plan.budget import Budget
 from shoal.plan.cost import barred, owners
 from shoal.plan.figures import size
+from shoal.plan.found import Found
 from shoal.plan.problem import DeviceSpec, Infeasible, Problem, RequestShape, Residency
-from shoal.plan.search import EXACT, Found, cheapest, demanded
+from shoal.plan.search import cheapest, demanded
 from shoal.plan.tables import Tables, build_tables, cost_passes, missing_passes
 
 CONTEXT_STEP_TOKENS = 64
@@ -54,10 +55,9 @@ def _memory(problem: Problem, tables: Tables, missing: Found, budget: Budget) ->
         f"and has {size(tables.free_bytes[device])}"
         for device, start, stop in chain
     )
-    about = "" if missing.solver == EXACT else "about "
-    verdict = (
-        "the model does not fit" if missing.solver == EXACT else "no placement was found, not proven that none exists"
-    )
+    proven = missing.bound >= missing.cost
+    about = "" if proven else "about "
+    verdict = "the model does not fit" if proven else "no placement was found, not proven that none exists"
     return Infeasible(
         reason=f"{verdict}: {about}{size(missing.cost)} of memory are missing; the nearest placement: {stages}",
         needed_bytes=needed,

@@ -8,9 +8,10 @@ from shoal.plan.budget import Budget
 from shoal.plan.check import check
 from shoal.plan.cost import barred, objective_value, owners, prefill_rounds, prefill_steps, price
 from shoal.plan.explain import Case, alternatives, reasons
+from shoal.plan.found import Found
 from shoal.plan.infeasible import infeasible
 from shoal.plan.problem import Answer, Objective, Plan, Problem
-from shoal.plan.search import Found, demanded, solve
+from shoal.plan.search import demanded, solve
 from shoal.plan.tables import Tables, build_tables
 
 ROUNDING = 1e-9

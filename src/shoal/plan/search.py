@@ -1,21 +1,22 @@
 """The portfolio: which solver answers, and what its answer proves.
 
 Few devices: all sets of them (`chain.sweep`), exact.  More: the relaxation, exact when its path happens to be a plan;
-else a beam, whose distance from the relaxation's bound is stated.  Throughput is a parametric search over latency
+else a beam, and from there moves, better bounds and label setting (`elementary`) until it is proven or time is up, when the
+distance from the bound is stated.  Throughput is a parametric search over latency
 problems (see `most_tokens`).
 """
 
 import dataclasses
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from math import nextafter
 
 from shoal.plan.beam import beam
 from shoal.plan.budget import Budget
 from shoal.plan.chain import Final, relax, sweep, trace
-from shoal.plan.cost import Span
+from shoal.plan.elementary import elementary
+from shoal.plan.found import FREE, Choice, Found, mask_of
 from shoal.plan.problem import Objective, Problem
-from shoal.plan.tables import INF, LATENCY, Chain, Pass, Tables, Weights, Whole, busy_s, cost_passes, spans_of
+from shoal.plan.tables import INF, LATENCY, Chain, Pass, Tables, Weights, busy_s, cost_passes
 
 SWEEP_LIMIT = 16_384
 """Array operations that one exact search may take; about 25 us each at 70 blocks.  Throughput needs some 25 searches."""
@@ -23,40 +24,6 @@ SWEEP_LIMIT = 16_384
 EXACT = "exact-subsets"
 RELAXATION = "layered-shortest-path"
 BEAM = "beam"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Choice:
-    """Bit masks of devices that must, or must not, take part."""
-
-    require: int = 0
-    forbid: int = 0
-
-    def admits(self, mask: int) -> bool:
-        return not (self.require & ~mask or self.forbid & mask)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Found:
-    """A chain (or none), its cost, a proven lower bound of the cost, and who found it.
-
-    `finals` holds the cheapest chain of each set of devices, where the exact solver went through all of them.
-    """
-
-    cost: float
-    chain: Chain | None
-    bound: float
-    solver: str
-    finals: tuple[Final, ...] = ()
-    via: Whole | None = None
-    """The relays of the search that found the chain."""
-
-    def spans(self, tables: Tables) -> tuple[Span, ...]:
-        """The chain in the problem's words; no spans where there is none."""
-        return spans_of(tables, self.chain, self.via) if self.chain and self.via is not None else ()
-
-
-FREE = Choice()
 
 
 def demanded(problem: Problem, tables: Tables, *, besides: Choice = FREE) -> Choice:
@@ -97,7 +64,10 @@ def cheapest(tables: Tables, passes: list[Pass], budget: Budget, choice: Choice 
         swept = _swept(tables, passes, budget, choice)
         if not budget.spent():
             return swept
-    return _bounded(tables, passes, budget, choice)
+    found = _bounded(tables, passes, budget, choice)
+    if found.bound >= found.cost or budget.spent():
+        return found
+    return elementary(tables, passes, budget, choice, hint=found)
 
 
 def most_tokens(tables: Tables, find: Callable[[float], Found], tolerance: float) -> Found:
@@ -158,16 +128,9 @@ def _bounded(tables: Tables, passes: list[Pass], budget: Budget, choice: Choice)
         bound = min(bound, relaxed.bound)
         if relaxed.bound >= best[0]:
             continue
-        chosen = relaxed.chain if relaxed.chain and choice.admits(_mask(relaxed.chain)) else None
+        chosen = relaxed.chain if relaxed.chain and choice.admits(mask_of(relaxed.chain)) else None
         found = (relaxed.bound, chosen) if chosen else beam(tables, search, relaxed, budget)
-        if found and found[0] < best[0] and choice.admits(_mask(found[1])):
+        if found and found[0] < best[0] and choice.admits(mask_of(found[1])):
             best, solver = found, RELAXATION if chosen else BEAM
     via = passes[0].via if passes else None
     return Found(cost=best[0], chain=best[1], bound=min(bound, best[0]), solver=solver, via=via)
-
-
-def _mask(chain: Chain) -> int:
-    mask = 0
-    for device, _, _ in chain:
-        mask |= 1 << device
-    return mask

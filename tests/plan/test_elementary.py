@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
@@ -14,14 +15,17 @@ from shoal.plan.cost import price
 from shoal.plan.elementary import elementary
 from shoal.plan.exact import enumerate_best, satisfies
 from shoal.plan.found import FREE, Choice, Found, mask_of
+from shoal.plan.labels import Search, run
 from shoal.plan.memory import learnt, path_of, remember
+from shoal.plan.moves import cut_best
+from shoal.plan.multipliers import Asked, limits_of, priced
 from shoal.plan.placement import place
 from shoal.plan.problem import Plan, Problem
 from shoal.plan.search import best_final
 from shoal.plan.tables import Pass, Tables, build_tables, cost_passes
 
 Fleet = Callable[..., Problem]
-LAWS = settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+LAWS = settings(max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 PLENTY = 10**9
 
 families = st.sampled_from(["star", "clusters", "mesh"])
@@ -142,6 +146,42 @@ def test_a_relaxation_that_remembers_more_is_never_lower_and_never_above_the_opt
             assert raised >= bound * (1 - 1e-12)
             bound = raised
         assert bound <= optimum * (1 + 1e-9)
+        if not tables.stages_exactly and tables.max_stages > len(tables.nodes):
+            assert bound == pytest.approx(optimum)
+
+
+@LAWS
+@given(data=st.data(), choice=choices, width=st.sampled_from([1, 2, 5, 20, PLENTY]))
+def test_labels_are_a_beam_with_a_true_bound_and_exact_when_none_is_dropped(
+    fleet: Fleet, data: st.DataObject, choice: Choice, width: int
+) -> None:
+    """Under any prices, also where nothing is remembered and no plan is known."""
+    problem = drawn(fleet, data, 7)
+    tables = build_tables(problem)
+    for search in cost_passes(tables):
+        free = Choice(require=choice.require)
+        optimum = best_of_all_sets(tables, [search], free)
+        limits = limits_of(tables, search, free)
+        some = st.lists(st.floats(0, 0.1), min_size=len(tables.nodes) + 1, max_size=len(tables.nodes) + 1)
+        paid = priced(
+            Asked(tables=tables, search=search, limits=limits),
+            limits.clip(np.array(data.draw(some))),
+            ((),) * len(tables.nodes),
+        )
+        table = remember(paid.search, paid.neighbours)
+        labels = Search(
+            asked=Asked(tables=tables, search=search, limits=limits), priced=paid, table=table, best_cost=math.inf
+        )
+
+        run(labels, width, StepBudget(PLENTY))
+
+        assert min(labels.dropped, labels.best_cost) <= optimum * (1 + 1e-9)
+        assert labels.best_cost >= optimum * (1 - 1e-9)
+        assert (labels.order is None) == math.isinf(labels.best_cost)
+        if labels.order:
+            assert cut_best(search, labels.order)[0] <= labels.best_cost * (1 + 1e-9)
+        if width == PLENTY:
+            assert labels.best_cost == pytest.approx(optimum)
 
 
 @pytest.mark.parametrize(

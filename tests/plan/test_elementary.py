@@ -184,6 +184,19 @@ def test_labels_are_a_beam_with_a_true_bound_and_exact_when_none_is_dropped(
             assert labels.best_cost == pytest.approx(optimum)
 
 
+def test_a_cheap_beginning_that_used_the_device_for_the_end_drops_no_other(chain: Callable[..., Problem]) -> None:
+    """The last block fits on device 1 alone, and 1 is the quickest for the second block too: 0, 1, 2 is cheap and stuck."""
+    tables = build_tables(chain([1, 1, 1, 3], [1, 1, 9], [1, 3, 2], {(0, 1): 1, (0, 2): 1, (1, 2): 1}))
+    (search,) = cost_passes(tables)
+    asked = Asked(tables=tables, search=search, limits=limits_of(tables, search, FREE))
+    free = priced(asked, np.zeros(4), ((),) * 3)
+    labels = Search(asked=asked, priced=free, table=remember(free.search, free.neighbours), best_cost=math.inf)
+
+    run(labels, PLENTY, StepBudget(PLENTY))
+
+    assert labels.order == (0, 2, 1)
+
+
 @pytest.mark.parametrize(
     ("sizes", "times", "memory", "links", "cost"),
     [

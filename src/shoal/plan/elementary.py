@@ -2,7 +2,7 @@
 
 A chain is an elementary path: no device twice.  In turn, each step with a better plan and a better bound to start from:
 
-1. Local moves on the plan that is given (`shoal.plan.moves`).
+1. Local moves on the plan that is given (`shoal.plan.moves`): few at first, all once there is a bound to state with it.
 2. A price for each device, found by subgradient steps on the relaxation that lets devices repeat (`shoal.plan.multipliers`).
 3. The same relaxation made to remember more and more of what it used (`shoal.plan.memory`).  Its path is often a chain by then,
    which gives a better plan too.
@@ -30,6 +30,8 @@ MOVES = "local-moves"
 
 LEVELS = ((80, 0, 64), (30, 2, 256), (40, 4, 1024), (40, 6, 4096), (40, 8, 16384), (30, 10, 65536))
 """Subgradient steps, how many neighbours each device may learn during them, and how many labels may go on from each cut then."""
+FIRST_MOVES = 100
+"""Questions that the first moves may ask; with hundreds of devices all of them take longer than the bound."""
 WORK = 1 << 26
 """Numbers that one relaxation may go through, 0.1 s or so."""
 
@@ -57,6 +59,18 @@ class _State:
         return bound >= self.cost - ROUNDING * abs(self.cost) if np.isfinite(self.cost) else bound == INF
 
 
+@dataclass(slots=True)
+class _Share:
+    """A part of a budget."""
+
+    whole: Budget
+    steps: int
+
+    def spent(self) -> bool:
+        self.steps -= 1
+        return self.steps < 0 or self.whole.spent()
+
+
 def elementary(
     tables: Tables, passes: list[Pass], budget: Budget, choice: Choice = FREE, *, hint: Found | None = None
 ) -> Found:
@@ -66,7 +80,7 @@ def elementary(
     state = _State(tables=tables, choice=choice, budget=budget)
     if hint is not None and hint.chain is not None:
         state.offer(hint.cost, hint.chain, hint.solver)
-        _polish(state, passes)
+        _polish(state, passes, _Share(budget, FIRST_MOVES))
     known: Priced | None = None
     for index in sorted(range(len(passes)), key=lambda index: bounds[index]):
         if state.proves(bounds[index]) or budget.spent():
@@ -96,6 +110,8 @@ def _prove(state: _State, search: Pass, known: Priced | None) -> tuple[Priced, f
         if work(search, most) <= WORK:
             best = _tightened(state, asked, best, (steps, most))
             bound = max(bound, best.bound)
+        if state.solver == MOVES and not state.proves(bound):
+            _polish(state, [search], state.budget)
         if not state.proves(bound) and not state.budget.spent():
             bound = max(bound, _labelled(state, asked, best, width))
         if state.proves(bound) or state.budget.spent():
@@ -134,14 +150,14 @@ def _offer_order(state: _State, search: Pass, order: tuple[int, ...]) -> None:
         state.offer(cost, chain, LABELS)
 
 
-def _polish(state: _State, passes: list[Pass]) -> None:
+def _polish(state: _State, passes: list[Pass], budget: Budget) -> None:
     """Improve the plan that was given by moves, within the pass that it belongs to."""
     assert state.chain is not None
     start = state.chain
     search = min(passes, key=lambda search: chain_cost(search, start), default=None)
     if search is not None and np.isfinite(chain_cost(search, start)):
         rules = Rules(tables=state.tables, search=search, choice=state.choice)
-        cost, chain = improve(rules, start, state.budget)
+        cost, chain = improve(rules, start, budget)
         state.offer(cost, chain, MOVES)
 
 

@@ -21,8 +21,8 @@ ROUNDING = 1e-9
 def place(problem: Problem, budget: Budget) -> Answer:
     """Choose devices and cuts; raises InvalidRequestError when the problem makes no sense.
 
-    Exact (gap 0) for up to a dozen devices; beyond, when the budget is spent, or when several chunks of a prompt are in flight
-    (`shoal.plan.cost`), the best found with its gap stated.
+    Exact (gap 0) for up to a dozen devices, and for more where the budget allows; else, or when several chunks of a prompt are in
+    flight (`shoal.plan.cost`), the best found with its gap stated.
     """
     check(problem)
     out, wanted = barred(problem), {*owners(problem).values(), *problem.require}

@@ -2,8 +2,7 @@
 
 Few devices: all sets of them (`chain.sweep`), exact.  More: the relaxation, exact when its path happens to be a plan;
 else a beam, and from there moves, better bounds and label setting (`elementary`) until it is proven or time is up, when the
-distance from the bound is stated.  Throughput is a parametric search over latency
-problems (see `most_tokens`).
+distance from the bound is stated.  Throughput is a parametric search over latency problems (see `most_tokens`).
 """
 
 import dataclasses

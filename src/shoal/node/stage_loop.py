@@ -7,7 +7,7 @@ on it.
 An engine call may take longer than anybody should be silent.  So a second thread, the pulse, says the last credit again every
 second, to the stage before, and has signs of life sent to those who wait for an answer while a step runs.  It touches nothing
 that the loop owns: the loop leaves values for it.  A step that takes longer than `lost_s` is taken for a hanging engine: those
-who wait get no more signs of life, so that their gateways give up, and the credits go on and carry the trouble to the stages before.
+who wait get no more signs of life, so that their gateways give up; the credits go on, and carry the trouble up the pipeline.
 """
 
 import contextlib

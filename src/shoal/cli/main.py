@@ -26,6 +26,7 @@ COMMANDS: dict[str, str] = {
     "nodes": "List the machines of the fleet.",
     "profile": "Measure devices and links for a model, or show what was measured.",
     "plan": "Show where a model would go, before anything is loaded.",
+    "simulate": "Run a plan in virtual time, and hold what was predicted against it.",
     "ps": "List what is served, and by whom.",
     "stop": "Stop serving a deployment.",
     "logs": "Show what happened in the fleet.",

@@ -16,7 +16,7 @@ from shoal.ids import NodeId
 from shoal.plan.budget import DeadlineBudget
 from shoal.plan.document import answer_json, parse_problem
 from shoal.plan.placement import place
-from shoal.plan.problem import Answer, Infeasible, Objective, RequestShape
+from shoal.plan.problem import Answer, Infeasible, Objective, Problem, RequestShape
 
 NO_PLAN = 2
 """Exit code when nothing fits: the caller must change the question."""
@@ -59,10 +59,19 @@ def plan(
 
 def solve_file(path: Path, limit_s: float = 10.0) -> Answer:
     """Solve a problem file offline; raises InvalidRequestError when it cannot be read or makes no sense."""
+    return place(read_problem(path), DeadlineBudget(time.monotonic, limit_s))
+
+
+def read_problem(path: Path) -> Problem:
+    """A problem file, checked."""
+    return parse_problem(read_file(path, "problem"))
+
+
+def read_file(path: Path, param: str) -> bytes:
+    """What is in *path*, which the user named as *param*."""
     try:
-        document = path.read_bytes()
+        return path.read_bytes()
     except OSError as error:
         raise InvalidRequestError(
-            f"cannot read {path}: {error.strerror}", hint="give the path of a problem file", param="problem"
+            f"cannot read {path}: {error.strerror}", hint=f"give the path of a {param} file", param=param
         ) from error
-    return place(parse_problem(document), DeadlineBudget(time.monotonic, limit_s))

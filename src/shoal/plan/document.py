@@ -7,9 +7,11 @@ import msgspec
 from shoal.errors import InvalidRequestError, UnsupportedVersionError
 from shoal.ids import NodeId
 from shoal.plan.check import check
-from shoal.plan.problem import PROBLEM_VERSION, Answer, Problem
+from shoal.plan.problem import PROBLEM_VERSION, Answer, Infeasible, Plan, Problem
 
 JSON_HINT = "docs/reference/problem.md lists every field; examples/problems has files that work"
+
+PLAN_HINT = "`shoal plan --problem FILE --json` writes one"
 
 
 def parse_problem(document: bytes) -> Problem:
@@ -26,6 +28,17 @@ def parse_problem(document: bytes) -> Problem:
     check(problem)
     _check_names(problem)
     return problem
+
+
+def parse_plan(document: bytes) -> Plan:
+    """Read a plan as `answer_json` writes it; raises InvalidRequestError when it is none."""
+    try:
+        answer: Answer = msgspec.json.decode(document, type=Answer)
+    except msgspec.MsgspecError as error:
+        raise InvalidRequestError(f"this is not a plan: {error}", hint=PLAN_HINT, param="plan") from error
+    if isinstance(answer, Infeasible):
+        raise InvalidRequestError(f"this says that there is no plan: {answer.reason}", hint=PLAN_HINT, param="plan")
+    return answer
 
 
 def answer_json(answer: Answer) -> bytes:

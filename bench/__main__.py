@@ -18,6 +18,7 @@ MODULES = {
     "memory": "bench.memory.claim",
     "cold_start": "bench.cold_start.claim",
     "planner": "bench.planner.claim",
+    "edgeshard": "bench.edgeshard.claim",
 }
 
 

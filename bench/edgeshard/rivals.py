@@ -21,6 +21,8 @@ Spans = tuple[Span, ...]
 Walk = tuple[float, tuple[int, ...], tuple[int, ...]]
 """Seconds, the device of each block, and the bytes that each device holds then."""
 INF = float("inf")
+ROUNDING = 1e-9
+"""Equal runs of equal blocks differ in their last digits."""
 
 
 def best_single(problem: Problem) -> Spans | None:
@@ -62,7 +64,7 @@ def edgeshard_throughput(problem: Problem) -> Spans | None:
     while low < high:
         middle = (low + high) // 2
         low, high = (low, middle) if table.possible(values[middle]) else (middle + 1, high)
-    return _cheapest(problem, [table.least_lap(values[low])])
+    return _cheapest(problem, [table.least_lap(values[low] * (1 + ROUNDING))])
 
 
 def worth(problem: Problem, chain: Spans | None) -> float:

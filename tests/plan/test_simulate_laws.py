@@ -18,8 +18,11 @@ Case = tuple[Problem, list[Span]]
 
 
 @st.composite
-def chains(draw: st.DrawFn, shapes: st.SearchStrategy[RequestShape], *, visit: bool = False) -> Case:
-    """A problem and a chain of it, relays included; every pair has a link.  *visit*: prompts may enter elsewhere."""
+def chains(draw: st.DrawFn, shapes: st.SearchStrategy[RequestShape], *, visit: bool = False, air: bool = True) -> Case:
+    """A problem and a chain of it, relays included; every pair has a link.  *visit*: prompts may enter elsewhere.
+
+    *air*: some links may share a medium.
+    """
     blocks = draw(st.integers(1, 6))
     nodes = [NodeId(name) for name in "abcd"]
     count = draw(st.integers(1, min(blocks, 4)))
@@ -49,7 +52,7 @@ def chains(draw: st.DrawFn, shapes: st.SearchStrategy[RequestShape], *, visit: b
                 target=b,
                 latency_s=draw(times),
                 bytes_per_s=draw(st.sampled_from([2e5, 1e6, 1e9])),
-                medium="" if visit else draw(st.sampled_from(["", "", "", "air"])),
+                medium="" if visit or not air else draw(st.sampled_from(["", "", "", "air"])),
             )
             for a in nodes
             for b in nodes
@@ -139,14 +142,14 @@ def test_no_load_gets_more_out_of_a_chain_than_was_predicted(case: Case) -> None
 
 
 @LAWS
-@given(chains(shape(streams=st.integers(2, 6), rows=1, batch=1)))
+@given(chains(shape(streams=st.integers(2, 6), rows=1, batch=1), air=False))
 def test_steps_of_one_kind_come_as_fast_as_the_closed_loop_law_says(case: Case) -> None:
     problem, spans = case
     predicted = price(problem, spans).estimate
 
     seen = simulate(problem, spans, Load(streams=problem.shape.in_flight, requests=60))
 
-    assert seen.tokens_per_s == pytest.approx(predicted.tokens_per_s, rel=0.03)
+    assert seen.tokens_per_s == pytest.approx(predicted.tokens_per_s, rel=0.01)
 
 
 @LAWS

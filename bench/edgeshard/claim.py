@@ -5,10 +5,10 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from bench.edgeshard import rivals
 from bench.edgeshard.printed import LATENCY_MS, TOKENS_PER_S, Printed
 from bench.edgeshard.testbed import CLOUD, MODELS, SOURCE, Model, decoding, only, problem_of
 from bench.measure import Cell, Finding, Options, Values, values_of
+from shoal.plan import baselines as rivals
 from shoal.plan.budget import StepBudget
 from shoal.plan.cost import Priced, Span, price
 from shoal.plan.placement import place

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterable
 
 from shoal.errors import InvalidRequestError
-from shoal.plan.problem import BatchTimes, DeviceSpec, LinkSpec, Problem, RequestShape, SharedTensor
+from shoal.plan.problem import BatchTimes, DeviceSpec, Limits, LinkSpec, Problem, RequestShape, SharedTensor
 
 LARGEST = 1e18
 """No figure is larger: beyond that sums lose their seconds, and products leave the numbers that there are."""
@@ -34,6 +34,7 @@ def check(problem: Problem) -> None:
         _check_device(device, 0 if untimed else len(problem.blocks))
     for link in problem.links:
         _check_link(link)
+    _check_limits(problem.limits)
     _check_pins(problem)
     _check_counts(problem)
     _check_size(problem)
@@ -115,6 +116,13 @@ def _check_link(link: LinkSpec) -> None:
             "links.bytes_per_s",
             hint="leave out a link that carries nothing",
         )
+
+
+def _check_limits(limits: Limits) -> None:
+    for name in limits.__struct_fields__:
+        value = getattr(limits, name)
+        if value is not None:
+            _not_negative((value,), f"limits.{name}", f"limits.{name}")
 
 
 def _check_pins(problem: Problem) -> None:

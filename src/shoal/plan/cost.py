@@ -34,11 +34,13 @@ import msgspec
 
 from shoal.errors import InfeasibleError
 from shoal.ids import NodeId
-from shoal.plan.problem import DeviceSpec, Estimate, LinkSpec, Objective, Problem, RequestShape, Stage
+from shoal.plan.problem import DeviceSpec, Estimate, Limits, LinkSpec, Objective, Problem, RequestShape, Stage
 
 TOKEN_BYTES = 4
 TOKEN_FRAME_BYTES = 64
 """A token with its envelope, from the last stage to the first."""
+ROUNDING = 1e-9
+"""Relative; solvers add the terms of a price in another order than `price` does."""
 
 
 class Span(msgspec.Struct, frozen=True):
@@ -87,6 +89,24 @@ def objective_value(objective: Objective, estimate: Estimate) -> float:
             return estimate.latency_s
         case Objective.THROUGHPUT:
             return 1 / estimate.tokens_per_s if estimate.tokens_per_s else 0.0
+
+
+def meets(limits: Limits, estimate: Estimate) -> bool:
+    """Whether figures keep to *limits*; terms are added in several orders, so a billionth more is no breach."""
+    return not breaches(limits, estimate)
+
+
+def breaches(limits: Limits, estimate: Estimate) -> tuple[str, ...]:
+    """Names of the limits that figures do not keep to."""
+    most = {
+        name: limit
+        for name in ("latency_s", "time_to_first_token_s", "joules", "price")
+        if (limit := getattr(limits, name)) is not None
+    }
+    found = [name for name, limit in most.items() if getattr(estimate, name) > limit * (1 + ROUNDING)]
+    if limits.tokens_per_s is not None and estimate.tokens_per_s < limits.tokens_per_s * (1 - ROUNDING):
+        found.append("tokens_per_s")
+    return tuple(found)
 
 
 def shard_memory(problem: Problem, device: DeviceSpec, start: int, stop: int) -> ShardMemory:

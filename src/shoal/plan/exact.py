@@ -10,8 +10,19 @@ from itertools import combinations, pairwise, permutations, product
 
 from shoal.errors import InfeasibleError
 from shoal.ids import NodeId
-from shoal.plan.cost import Priced, Span, barred, free_bytes, objective_value, owners, price, shard_joules, shard_memory
-from shoal.plan.problem import Problem
+from shoal.plan.cost import (
+    Priced,
+    Span,
+    barred,
+    free_bytes,
+    meets,
+    objective_value,
+    owners,
+    price,
+    shard_joules,
+    shard_memory,
+)
+from shoal.plan.problem import Limits, Problem
 
 
 def enumerate_best(problem: Problem) -> Priced | None:
@@ -34,7 +45,7 @@ def placements(problem: Problem) -> Iterator[tuple[Span, ...]]:
 
 
 def satisfies(problem: Problem, spans: Sequence[Span]) -> bool:
-    """Do pins, stage counts, exclusions and memory allow it?  (Links are priced.)"""
+    """Do pins, stage counts, exclusions, memory and limits allow it?  (Links are priced.)"""
     shards = [span for span in spans if span.start < span.stop]
     homes = {block: span.node for span in shards for block in range(span.start, span.stop)}
     owned, out = owners(problem), barred(problem)
@@ -44,7 +55,8 @@ def satisfies(problem: Problem, spans: Sequence[Span]) -> bool:
     both_pinned = {owned.get(0), owned.get(len(problem.blocks) - 1)} == {problem.source}
     repeats_ok = len(there) == len(shards) or both_pinned
     allowed = not any(span.node in out for span in spans) and all(node in there for node in problem.require)
-    return count_ok and pins_ok and allowed and repeats_ok and fits(problem, spans) and _within_battery(problem, spans)
+    demands_ok = count_ok and pins_ok and allowed and repeats_ok
+    return demands_ok and fits(problem, spans) and _within_battery(problem, spans) and _within_limits(problem, spans)
 
 
 def fits(problem: Problem, spans: Sequence[Span]) -> bool:
@@ -90,6 +102,14 @@ def _within_battery(problem: Problem, spans: Sequence[Span]) -> bool:
         for span in spans
         if span.start < span.stop
     )
+
+
+def _within_limits(problem: Problem, spans: Sequence[Span]) -> bool:
+    """Do the figures keep to the limits?  A chain without links has none."""
+    if problem.limits == Limits():
+        return True
+    priced = _priced(problem, spans)
+    return priced is None or meets(problem.limits, priced.estimate)
 
 
 def _priced(problem: Problem, spans: Sequence[Span]) -> Priced | None:

@@ -17,8 +17,9 @@ from shoal.plan.cost import Priced, Span, barred, free_bytes, objective_value, o
 from shoal.plan.elementary import LABELS
 from shoal.plan.figures import duration, share, size
 from shoal.plan.found import Choice, Found
-from shoal.plan.problem import Alternative, DeviceSpec, Estimate, Objective, Problem, Reason, Stage
-from shoal.plan.search import EXACT, RELAXATION, best_final, demanded, solve
+from shoal.plan.limited import VECTORS, best
+from shoal.plan.problem import Alternative, DeviceSpec, Estimate, Limits, Objective, Problem, Reason, Stage
+from shoal.plan.search import EXACT, RELAXATION, best_final, demanded
 from shoal.plan.tables import Tables, spans_of
 
 EXPLAINED_DEVICES = 8
@@ -85,7 +86,15 @@ def _without(case: Case, node: NodeId) -> str:
         case Priced(estimate=estimate):
             return f"the best plan without it takes {_compare(case.problem.objective, estimate, case.chosen.estimate)}"
         case str():
-            return rival or "no plan without it fits"
+            return rival or f"no plan without it {_fits(case.problem)}"
+
+
+def _fits(problem: Problem) -> str:
+    return "fits" if problem.limits == Limits() else "fits and keeps to the limits"
+
+
+def _limits(problem: Problem) -> str:
+    return "" if problem.limits == Limits() else " within the limits"
 
 
 def _with(case: Case, node: NodeId) -> str:
@@ -95,7 +104,10 @@ def _with(case: Case, node: NodeId) -> str:
             compared = _compare(case.problem.objective, estimate, case.chosen.estimate)
             return f"the best plan with it takes {compared}{_links(rival, node)}"
         case str():
-            return rival or "no chain with it satisfies memory, links, pins and the number of stages"
+            return (
+                rival
+                or f"no chain with it satisfies memory, links, pins and the number of stages{_limits(case.problem)}"
+            )
 
 
 def _rival(case: Case, choice: Choice) -> Priced | str:
@@ -107,9 +119,9 @@ def _rival(case: Case, choice: Choice) -> Priced | str:
     proven = case.found.solver == RELAXATION or (case.found.solver == LABELS and case.found.bound >= case.found.cost)
     if proven and case.problem.objective is Objective.LATENCY:
         return "the chosen plan is proven best without trying every set of devices"
-    if case.found.solver != EXACT or len(case.tables.nodes) > EXPLAINED_DEVICES:
+    if case.found.solver not in {EXACT, VECTORS} or len(case.tables.nodes) > EXPLAINED_DEVICES:
         return "other sets of devices were not all tried"
-    rival = solve(case.tables, case.problem.objective, case.budget, choice, RIVAL_TOLERANCE)
+    rival = best(case.problem, case.tables, case.budget, choice, RIVAL_TOLERANCE)
     if case.budget.spent():
         return "the time to plan was up before other sets of devices were tried"
     return price(case.problem, rival.spans(case.tables)) if rival.chain else ""

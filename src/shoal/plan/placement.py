@@ -6,16 +6,14 @@ from msgspec.structs import replace
 
 from shoal.plan.budget import Budget
 from shoal.plan.check import check
-from shoal.plan.cost import barred, objective_value, owners, prefill_rounds, prefill_steps, price
+from shoal.plan.cost import ROUNDING, barred, objective_value, owners, prefill_rounds, prefill_steps, price
 from shoal.plan.explain import Case, alternatives, reasons
 from shoal.plan.found import Found
 from shoal.plan.infeasible import infeasible
-from shoal.plan.problem import Answer, Objective, Plan, Problem
+from shoal.plan.limited import best, blocked
+from shoal.plan.problem import Answer, Limits, Objective, Plan, Problem
 from shoal.plan.search import demanded, solve
 from shoal.plan.tables import Tables, build_tables
-
-ROUNDING = 1e-9
-"""Solvers add the terms of a price in another order."""
 
 
 def place(problem: Problem, budget: Budget) -> Answer:
@@ -31,14 +29,17 @@ def place(problem: Problem, budget: Budget) -> Answer:
     tables = build_tables(problem)
     found = _search(problem, tables, budget)
     if found.chain is None:
-        return infeasible(problem, tables, budget)
+        limits = blocked(problem, tables, budget) if problem.limits != Limits() else None
+        return limits or infeasible(problem, tables, budget)
     return _plan(problem, tables, found, budget)
 
 
 def _search(problem: Problem, tables: Tables, budget: Budget) -> Found:
     """The better of two chains where chunks overlap: the bound's price is kind to few stages, that of no overlap to many."""
-    found = solve(tables, problem.objective, budget, demanded(problem, tables))
+    found = best(problem, tables, budget, demanded(problem, tables))
     shape = problem.shape
+    if problem.limits != Limits():
+        return found
     if problem.objective in {Objective.ENERGY, Objective.PRICE}:
         return found
     if found.chain is None or prefill_rounds(shape) == prefill_steps(shape):

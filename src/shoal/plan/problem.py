@@ -130,6 +130,21 @@ class Residency(msgspec.Struct, frozen=True, kw_only=True):
     trusts: tuple[str, ...] = ()
 
 
+class Limits(msgspec.Struct, frozen=True, kw_only=True):
+    """What a plan must keep to whatever it is judged by; None: no limit.  All are of predicted figures (`Estimate`)."""
+
+    latency_s: float | None = None
+    """Of one request, at most."""
+    time_to_first_token_s: float | None = None
+    """At most."""
+    tokens_per_s: float | None = None
+    """Of all streams together, at least."""
+    joules: float | None = None
+    """Of one request, at most."""
+    price: float | None = None
+    """Of one request, at most."""
+
+
 class Pin(msgspec.Struct, frozen=True, kw_only=True):
     """Block *block* runs on *node*."""
 
@@ -164,6 +179,7 @@ class Problem(msgspec.Struct, frozen=True, kw_only=True):
     require: tuple[NodeId, ...] = ()
     """Nodes that must take at least one."""
     residency: Residency = Residency()
+    limits: Limits = Limits()
     relay: bool = False
     """Between two stages frames may pass through one node that holds no block."""
     shared: tuple[SharedTensor, ...] = ()

@@ -181,7 +181,7 @@ def cost_passes(tables: Tables, cap_s: float = INF, weights: Weights = LATENCY) 
         busy_s = tables.run_s[first, 0, stop] + tables.run_s[first, :, -1]
         return np.where((need <= tables.free_bytes[first]) & (busy_s <= cap_s), cost[first, :, -1], INF)
 
-    return _passes(tables, (run, hop, via), ends, close)
+    return passes_of(tables, (run, hop, via), ends, close)
 
 
 def _ways(tables: Tables, cap_s: float, weights: Weights) -> tuple[Floats, Whole]:
@@ -218,7 +218,7 @@ def missing_passes(tables: Tables) -> Iterator[Pass]:
         return np.where(np.isfinite(run[first, :, -1]), np.maximum(both, 0) - run[first, 0, stop], INF)
 
     reach, via = _ways(tables, INF, Weights(latency=0.0))
-    return _passes(tables, (run, reach, via), (_reach(tables.entry_s), _reach(tables.return_s)), close)
+    return passes_of(tables, (run, reach, via), (_reach(tables.entry_s), _reach(tables.return_s)), close)
 
 
 def busy_s(tables: Tables, chain: Chain, via: Whole) -> float:
@@ -240,12 +240,13 @@ def busy_s(tables: Tables, chain: Chain, via: Whole) -> float:
     return max(taken.values())
 
 
-def _passes(
+def passes_of(
     tables: Tables,
     costs: tuple[Floats, Floats, Whole],
     ends: tuple[Floats, Floats],
     close: Callable[[int, int], Floats],
 ) -> Iterator[Pass]:
+    """Searches by (run, hop, via) and (entry, return) costs; *close*(first, stop) are those of coming back to the source."""
     (run, hop, via), (entry, back) = costs, ends
     for first in tables.firsts:
         start = entry[first] + run[first, 0]

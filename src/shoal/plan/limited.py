@@ -1,0 +1,273 @@
+"""The best plan that keeps to limits, or which limit stands in the way.
+
+Every limit bounds a measure (`shoal.plan.parts`).  First Lagrange: a limit's excess is priced into an additive search, which
+gives a true lower bound at any price; prices follow the excess of the chain found (Polyak's step), and every chain found
+on the way that keeps to the limits is a candidate.  On small fleets label setting (`shoal.plan.vectors`) then closes what
+gap is left, or proves that nothing keeps to the limits; on larger ones, and when the budget is spent, the gap is stated.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+
+import msgspec
+import numpy as np
+
+from shoal.plan.budget import Budget
+from shoal.plan.cost import ROUNDING, price
+from shoal.plan.figures import duration
+from shoal.plan.found import FREE, NOTHING, Choice, Found
+from shoal.plan.ground import Ask, Flags, Mixture, build_ground
+from shoal.plan.parts import MEASURE_OF, Measure, Parts, bounds_of, build_parts, mixture_passes, values_of
+from shoal.plan.problem import Infeasible, Limits, Objective, Problem
+from shoal.plan.search import cheapest, demanded, most_tokens, solve
+from shoal.plan.tables import INF, Floats, Tables, build_tables
+from shoal.plan.vectors import Route, explore
+
+VECTORS = "exact-labels"
+LAGRANGE = "lagrangian"
+SMALL_FLEET = 14
+"""Devices up to which label setting is tried: it goes through all sets of them."""
+PRICES = 12
+"""Rounds of Lagrange's prices; more close little of what label setting would not."""
+TOLERANCE = 1e-4
+TIE = 1e-12
+"""Relative; a chain this little better is the same chain added up in another order."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Aim:
+    """Keep *target* small, and other measures within *bounds*."""
+
+    target: Measure
+    bounds: Mapping[Measure, float]
+    choice: Choice = FREE
+
+    def keeps(self, values: Mapping[Measure, float]) -> bool:
+        """Whether a chain of these figures is within the bounds."""
+        return all(values[measure] <= bound * (1 + ROUNDING) for measure, bound in self.bounds.items())
+
+
+def best(problem: Problem, tables: Tables, budget: Budget, choice: Choice = FREE, tolerance: float = 0.0) -> Found:
+    """The best chain of the problem's objective, limits kept."""
+    if problem.limits == Limits():
+        return solve(tables, problem.objective, budget, choice, tolerance)
+    aim = Aim(target=MEASURE_OF[problem.objective], bounds=bounds_of(problem), choice=choice)
+    return least(build_parts(problem, tables), aim, budget)
+
+
+def least(parts: Parts, aim: Aim, budget: Budget) -> Found:
+    """The chain of least *target* within the bounds; its cost is the measure's value."""
+    found, prices = _priced_out(parts, aim, budget)
+    if found.bound >= found.cost * (1 - TIE) or budget.spent() or len(parts.tables.nodes) > SMALL_FLEET:
+        return found
+    wish = _Least(aim=aim, prices=prices, found=found, parts=parts)
+    ask = Ask(measures=wish.measures, mixtures=wish.mixtures, require=aim.choice.require, forbid=aim.choice.forbid)
+    complete = all([explore(build_ground(parts, ask, first), wish, budget) for first in parts.tables.firsts])
+    bound = wish.found.cost if complete else found.bound
+    return replace(wish.found, bound=bound, solver=VECTORS if complete else LAGRANGE)
+
+
+class _Least:
+    """A wish for the one best chain; holds the best so far."""
+
+    def __init__(self, *, aim: Aim, prices: list[Mixture], found: Found, parts: Parts) -> None:
+        self.found = found
+        self.measures = (aim.target, *(m for m in aim.bounds if m is not aim.target))
+        self.mixtures = tuple(prices)
+        self._parts = parts
+        self._bounds = np.array([aim.bounds.get(measure, INF) for measure in self.measures]) * (1 + ROUNDING)
+        self._paid = np.array([_paid(aim, mixture) for mixture in prices])
+
+    def hopeless(self, lower: Floats) -> Flags:
+        """Breaks a limit, or costs as much as what is known, by itself or at Lagrange's prices."""
+        count, cost = len(self.measures), self.found.cost * (1 - TIE)
+        late = (lower[:, :count] > self._bounds).any(axis=1) | (lower[:, 0] >= cost)
+        return np.asarray(late | (lower[:, count:] - self._paid >= cost).any(axis=1))
+
+    def offer(self, values: Floats, route: Callable[[int], Route]) -> None:
+        """Keep a chain that is better than the best."""
+        cost = np.where((values <= self._bounds).all(axis=1), values[:, 0], INF)
+        if cost.size and cost.min() < self.found.cost * (1 - TIE):
+            index, shape = int(np.argmin(cost)), self._parts.allowed.shape
+            won = route(index)
+            self.found = replace(
+                self.found, cost=float(cost[index]), chain=won.chain, via=won.via(shape[0], shape[1] - 1)
+            )
+
+
+def _paid(aim: Aim, mixture: Mixture) -> float:
+    """What the prices of a mixture come to at the limits themselves."""
+    of_limits = {m: weight - (m is aim.target) for m, weight in mixture.items()}
+    return sum(weight * aim.bounds[m] for m, weight in of_limits.items() if m in aim.bounds)
+
+
+def _priced_out(parts: Parts, aim: Aim, budget: Budget) -> tuple[Found, list[Mixture]]:
+    """Lagrange's answer, and the prices of limits that gave its bound."""
+    limit_s = aim.bounds.get(Measure.PERIOD, INF) * (1 + ROUNDING)
+    search = _Lagrange(parts=parts, aim=aim, cap_s=limit_s, budget=budget)
+    answer = search.answer()
+    if aim.target is not Measure.PERIOD or answer.chain is None or len(parts.tables.nodes) <= SMALL_FLEET:
+        return answer, search.best_prices
+
+    def find(cap_s: float) -> Found:
+        """The least lap, times what is in flight, of chains that keep nothing busy for longer than *cap_s*."""
+        capped = _Lagrange(parts=parts, aim=aim, cap_s=min(cap_s, limit_s), budget=budget, laps_only=True)
+        found, streams = capped.answer(), parts.problem.shape.in_flight
+        return replace(found, cost=found.cost * streams, bound=found.bound * streams)
+
+    looped = most_tokens(parts.tables, find, TOLERANCE)
+    return replace(looped, bound=max(looped.bound, min(answer.bound, looped.cost)), solver=LAGRANGE), search.best_prices
+
+
+@dataclass(slots=True, kw_only=True)
+class _Lagrange:
+    """Prices on limits, and what was found at them."""
+
+    parts: Parts
+    aim: Aim
+    cap_s: float
+    budget: Budget
+    laps_only: bool = False
+    """The target is the period; leave out of it what is busiest."""
+    cost: float = INF
+    bound: float = 0.0
+    chosen: Found = NOTHING
+    best_prices: list[Mixture] = field(default_factory=list)
+
+    def answer(self) -> Found:
+        """Search at rising prices, after one look at what each limit leaves."""
+        prices: dict[Measure, float] = dict.fromkeys(self.aim.bounds, 0.0)
+        for _ in range(PRICES):
+            values = self._at(prices)
+            if values is None or self.bound >= self.cost * (1 - TIE) or self.budget.spent():
+                break
+            if not any(self._excess(values).values()):
+                break
+            prices = self._repriced(prices, values)
+        for measure, limit in self.aim.bounds.items():
+            if self.chosen.chain is None and not self.budget.spent():
+                alone = self._search({measure: 1.0})
+                self.bound = INF if alone.bound > limit * (1 + ROUNDING) else self.bound
+        solver = self.chosen.solver if self.chosen.chain and self.bound >= self.cost * (1 - TIE) else LAGRANGE
+        bound = self.cost if self.bound >= self.cost * (1 - ROUNDING) else self.bound
+        return replace(self.chosen, cost=self.cost, bound=bound, solver=solver, finals=())
+
+    def _at(self, prices: Mapping[Measure, float]) -> dict[Measure, float] | None:
+        mixture = {self.aim.target: 1.0}
+        for measure, price_ in prices.items():
+            mixture[measure] = mixture.get(measure, 0.0) + price_
+        found = self._search(mixture)
+        bound = found.bound - sum(price_ * self.aim.bounds[measure] for measure, price_ in prices.items())
+        if bound > self.bound or not self.best_prices:
+            self.bound, self.best_prices = max(bound, self.bound), [mixture]
+        return self._figures(found) if found.chain else None
+
+    def _search(self, mixture: Mixture) -> Found:
+        """The cheapest chain of a mixture; kept when it is within the bounds."""
+        passes = list(mixture_passes(self.parts, mixture, self.cap_s))
+        found = cheapest(self.parts.tables, passes, self.budget, self.aim.choice)
+        if found.chain:
+            values = self._figures(found)
+            if self.aim.keeps(values) and values[self.aim.target] < self.cost:
+                self.cost, self.chosen = values[self.aim.target], found
+        return found
+
+    def _figures(self, found: Found) -> dict[Measure, float]:
+        problem = self.parts.problem
+        estimate = price(problem, found.spans(self.parts.tables)).estimate
+        values = values_of(problem, estimate)
+        if self.laps_only:
+            shape = problem.shape
+            laps_s = (shape.tokens_out - 1) * estimate.time_per_output_token_s
+            values[Measure.PERIOD] = (shape.batch * estimate.time_to_first_token_s + laps_s) / shape.in_flight
+        return values
+
+    def _excess(self, values: Mapping[Measure, float]) -> dict[Measure, float]:
+        """By how much of a limit each is broken (below 0: kept)."""
+        return {m: values[m] / limit - 1 if limit else values[m] for m, limit in self.aim.bounds.items()}
+
+    def _repriced(self, prices: Mapping[Measure, float], values: Mapping[Measure, float]) -> dict[Measure, float]:
+        """Polyak's step towards a bound that meets the best chain; where there is none yet, half as much again."""
+        excess = self._excess(values)
+        goal = self.cost if self.cost < INF else 1.5 * max(values[self.aim.target], self.bound)
+        step = (goal - self.bound) / sum(part * part for part in excess.values())
+        return {m: max(0.0, prices[m] + step * excess[m] / (limit or 1.0)) for m, limit in self.aim.bounds.items()}
+
+
+def blocked(problem: Problem, tables: Tables, budget: Budget) -> Infeasible | None:
+    """Which limit stands in the way, and the best that is reachable; None when it is something else."""
+    free = msgspec.structs.replace(problem, limits=Limits())
+    if solve(tables, problem.objective, budget, demanded(problem, tables)).chain is None:
+        return None
+    bounds = bounds_of(problem)
+    for measure in bounds:
+        if told := _told(free, measure, {}, bounds[measure], budget):
+            return told
+    kept: dict[Measure, float] = {}
+    for measure, limit in bounds.items():
+        if kept and (told := _told(free, measure, kept, limit, budget)):
+            return told
+        kept[measure] = limit
+    return Infeasible(
+        reason="no plan within the limits was found before the search ended; it is not proven that none exists",
+        needed_bytes=0, available_bytes=0, hint="allow more time to plan, or wider limits",
+    )  # fmt: skip
+
+
+def _told(
+    problem: Problem, measure: Measure, kept: Mapping[Measure, float], limit: float, budget: Budget
+) -> Infeasible | None:
+    """The least of *measure* within *kept*, in words, when that is beyond *limit*."""
+    objective = next((goal for goal, its in MEASURE_OF.items() if its is measure), Objective.LATENCY)
+    nearby = msgspec.structs.replace(problem, objective=objective)
+    tables = build_tables(nearby)
+    aim = Aim(target=measure, bounds=kept, choice=demanded(nearby, tables))
+    found = least(build_parts(nearby, tables), aim, budget)
+    if found.chain is None or found.bound <= limit * (1 + ROUNDING):
+        return None
+    return Infeasible(
+        reason=_reason(problem, measure, kept, (limit, found.bound, found.cost)),
+        needed_bytes=0,
+        available_bytes=0,
+        hint=f"set the limit to {shown(problem, measure, _outward(found.cost))}, or drop it",
+    )
+
+
+def _reason(
+    problem: Problem, measure: Measure, kept: Mapping[Measure, float], values: tuple[float, float, float]
+) -> str:
+    limit, bound, cost = values
+    name, most = LIMIT_NAMES[measure], "at least" if measure is Measure.PERIOD else "at most"
+    within = " and ".join(f"{LIMIT_NAMES[m]} of {shown(problem, m, value)}" for m, value in kept.items())
+    asked = f"{name} of {most} {shown(problem, measure, limit)} is out of reach" + (f" with {within}" if within else "")
+    if cost <= bound * (1 + ROUNDING):
+        return f"{asked}: the best is {shown(problem, measure, cost)}"
+    return f"{asked}: the best found is {shown(problem, measure, cost)}, nothing beyond {shown(problem, measure, bound)} exists"
+
+
+LIMIT_NAMES = {
+    Measure.LATENCY: "a request's latency",
+    Measure.FIRST_TOKEN: "time to first token",
+    Measure.PERIOD: "throughput",
+    Measure.JOULES: "energy",
+    Measure.PRICE: "price",
+}
+
+
+def shown(problem: Problem, measure: Measure, value: float) -> str:
+    """A measure's value with its unit, for people."""
+    match measure:
+        case Measure.LATENCY | Measure.FIRST_TOKEN:
+            return f"{value:.4g} s" if value >= 1 else duration(value)
+        case Measure.PERIOD:
+            tokens = problem.shape.batch * problem.shape.tokens_out
+            return f"{tokens / value:.4g} tok/s" if value else "any number of tok/s"
+        case Measure.JOULES:
+            return f"{value:.4g} J"
+        case Measure.PRICE:
+            return f"{value:.4g}"
+
+
+def _outward(value: float) -> float:
+    """A little more, so that what is shown with four digits is reachable."""
+    return value * 1.001

@@ -19,7 +19,7 @@ from shoal.node.importing import import_files
 from shoal.node.pull import PullRequest
 from shoal.node.pull import pull as pull_model
 from shoal.node.settings import Settings
-from shoal.plan.problem import Infeasible, Objective, Pin, Plan, RequestShape
+from shoal.plan.problem import Infeasible, Objective, Pin, Plan, RequestShape, Residency
 from shoal.store.home import open_store
 
 Context = Annotated[int, typer.Option(help="Positions that one request may use, prompt and answer.", min=16)]
@@ -27,6 +27,15 @@ Slots = Annotated[int, typer.Option(help="Requests whose cache is held at once."
 Stages = Annotated[int, typer.Option(help="Exactly this many stages; 0: the planner decides.", min=0)]
 Pins = Annotated[list[str] | None, typer.Option("--pin", help="BLOCK=NODE: run this block there; may be repeated.")]
 Goal = Annotated[Objective, typer.Option("--objective", help="What the plan is judged by.")]
+MaxLatency = Annotated[float | None, typer.Option(help="Seconds that a typical request may take.", min=0.0)]
+MaxFirstToken = Annotated[float | None, typer.Option(help="Seconds until its first token, at most.", min=0.0)]
+MinTokens = Annotated[
+    float | None, typer.Option("--min-tokens-per-s", help="Of all streams together, at least.", min=0.0)
+]
+MaxJoules = Annotated[float | None, typer.Option(help="Energy of a request, from declared watts.", min=0.0)]
+MaxPrice = Annotated[float | None, typer.Option(help="Money of a request, from declared prices.", min=0.0)]
+Regions = Annotated[str, typer.Option(help="Regions that activations may enter, with commas; empty: all.")]
+Trusts = Annotated[str, typer.Option(help="Trust classes that activations may enter, with commas; empty: all.")]
 
 _LOADING_LIMIT_S = 300.0
 
@@ -47,6 +56,15 @@ def options(
     return PlanOptions(
         shape=shape, objective=objective, stages=stages, pins=tuple(parse_pin(text, nodes) for text in pins)
     )
+
+
+def residency(regions: str, trusts: str) -> Residency:
+    """Comma-separated lists as a rule."""
+    return Residency(regions=_words(regions), trusts=_words(trusts))
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(word.strip() for word in text.split(",") if word.strip())
 
 
 def parse_pin(text: str, nodes: Sequence[NodeView]) -> Pin:

@@ -10,12 +10,17 @@ from shoal.cli.start import (
     ApiKeys,
     Discover,
     Expose,
+    JoulesPerMb,
     Links,
     Listen,
     Memory,
     Name,
+    PricePerHour,
+    Region,
     Slowdown,
     Threads,
+    Trust,
+    Watts,
     run,
 )
 
@@ -39,6 +44,11 @@ def join(
     threads: Threads = 0,
     slowdown: Slowdown = 1.0,
     link: Links = None,
+    watts: Watts = 0.0,
+    price_per_hour: PricePerHour = 0.0,
+    joules_per_mb: JoulesPerMb = 0.0,
+    region: Region = "",
+    trust: Trust = "",
 ) -> None:
     """Add this machine to a fleet."""
     del token  # part of the command's final form; there is nothing yet to check it against
@@ -55,6 +65,11 @@ def join(
             "threads": threads,
             "slowdown": slowdown,
             "links": link,
+            "watts": watts,
+            "price_per_hour": price_per_hour,
+            "joules_per_mb": joules_per_mb,
+            "region": region,
+            "trust": trust,
             "discover": discover,
             "coordinates": standby,
         },

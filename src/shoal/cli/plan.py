@@ -2,21 +2,42 @@
 
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
+import msgspec
 import typer
 from rich.console import Console
 
 from shoal.cli.connect import URL_HELP, connect
-from shoal.cli.deploy import Context, Goal, Pins, Slots, Stages, options
+from shoal.cli.deploy import (
+    Context,
+    Goal,
+    MaxFirstToken,
+    MaxJoules,
+    MaxLatency,
+    MaxPrice,
+    MinTokens,
+    Pins,
+    Regions,
+    Slots,
+    Stages,
+    Trusts,
+    options,
+    residency,
+)
+from shoal.cli.front_picture import picture as front_picture
+from shoal.cli.front_table import render_front
 from shoal.cli.plan_table import render_plan
 from shoal.errors import InvalidRequestError
 from shoal.ids import NodeId
 from shoal.plan.budget import DeadlineBudget
 from shoal.plan.document import answer_json, parse_problem
+from shoal.plan.pareto import Front
+from shoal.plan.pareto import pareto as front_of
 from shoal.plan.placement import place
-from shoal.plan.problem import Answer, Infeasible, Objective, Problem, RequestShape
+from shoal.plan.problem import Answer, Infeasible, Limits, Objective, Plan, Problem, RequestShape, Residency
 
 NO_PLAN = 2
 """Exit code when nothing fits: the caller must change the question."""
@@ -33,14 +54,39 @@ def plan(
     stages: Stages = 0,
     pin: Pins = None,
     objective: Goal = Objective.LATENCY,
+    max_latency: MaxLatency = None,
+    max_first_token: MaxFirstToken = None,
+    min_tokens_per_s: MinTokens = None,
+    max_joules: MaxJoules = None,
+    max_price: MaxPrice = None,
+    regions: Regions = "",
+    trusts: Trusts = "",
+    pareto: Annotated[
+        bool, typer.Option("--pareto", help="Show all plans that no other beats in every objective.")
+    ] = False,
+    objectives: Annotated[
+        str,
+        typer.Option(help="Of --pareto: two or more of latency, throughput, energy, price, with commas."),
+    ] = "",
+    picture: Annotated[Path | None, typer.Option(help="Of --pareto: draw the plans into this SVG file.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the answer as JSON.")] = False,
     seconds: Annotated[float, typer.Option(help="How long to search a problem file at most.")] = 10.0,
     url: Annotated[str, typer.Option(help=URL_HELP)] = "",
 ) -> None:
     """Show which devices would run which blocks, and the predicted speed."""
     names: dict[NodeId, str] = {}
+    limits = Limits(
+        latency_s=max_latency,
+        time_to_first_token_s=max_first_token,
+        tokens_per_s=min_tokens_per_s,
+        joules=max_joules,
+        price=max_price,
+    )
+    rule = residency(regions, trusts)
+    answer: Answer | Front
     if problem is not None:
-        answer = solve_file(problem, seconds)
+        stated = with_demands(read_problem(problem), limits, rule)
+        answer = answered(stated, seconds, objectives, pareto=pareto)
     elif not model:
         raise InvalidRequestError("name a model, or a problem file with --problem", hint="`shoal models` lists models")
     else:
@@ -48,11 +94,18 @@ def plan(
             machines = shoal.nodes()
             names = {n.id: n.name for n in machines}
             shape = RequestShape(context_tokens=context, slots=slots)
-            answer = shoal.plan(model, **options(shape, objective, stages, pin or (), machines))
+            asked = options(shape, objective, stages, pin or (), machines)
+            asked |= {"limits": limits, "residency": rule}
+            if pareto:
+                answer = answered(shoal.problem(model, **asked), seconds, objectives, pareto=True)
+            else:
+                answer = shoal.plan(model, **asked)
+    if picture is not None:
+        draw(answer, picture, names)
     if json:
         sys.stdout.buffer.write(answer_json(answer) + b"\n")
     else:
-        Console().print(render_plan(answer, names))
+        Console().print(render_front(answer, names) if isinstance(answer, Front) else render_plan(answer, names))
     if isinstance(answer, Infeasible):
         raise typer.Exit(NO_PLAN)
 
@@ -60,6 +113,45 @@ def plan(
 def solve_file(path: Path, limit_s: float = 10.0) -> Answer:
     """Solve a problem file offline; raises InvalidRequestError when it cannot be read or makes no sense."""
     return place(read_problem(path), DeadlineBudget(time.monotonic, limit_s))
+
+
+def answered(stated: Problem, limit_s: float, objectives: str, *, pareto: bool) -> Answer | Front:
+    """One plan, or the front of *objectives*."""
+    budget = DeadlineBudget(time.monotonic, limit_s)
+    return front_of(stated, budget, parse_objectives(objectives)) if pareto else place(stated, budget)
+
+
+def with_demands(stated: Problem, limits: Limits, rule: Residency) -> Problem:
+    """A file's problem with what flags demand besides; a flag replaces what the file says."""
+    kept = {name: getattr(limits, name) for name in limits.__struct_fields__ if getattr(limits, name) is not None}
+    changed = msgspec.structs.replace(stated, limits=msgspec.structs.replace(stated.limits, **kept))
+    return changed if rule == Residency() else msgspec.structs.replace(changed, residency=rule)
+
+
+def parse_objectives(text: str) -> tuple[Objective, ...]:
+    """`latency,joules` as objectives; raises InvalidRequestError."""
+    words = [word.strip() for word in text.split(",") if word.strip()]
+    known = {"joules": Objective.ENERGY, **{objective.value: objective for objective in Objective}}
+    wrong = next((word for word in words if word not in known), None)
+    if wrong is not None:
+        raise InvalidRequestError(
+            f"{wrong!r} is no objective", hint=f"choose from {', '.join(known)}", param="objectives"
+        )
+    return tuple(known[word] for word in words)
+
+
+def draw(answer: Answer | Front, path: Path, names: Mapping[NodeId, str]) -> None:
+    """Write the picture of a front; raises InvalidRequestError when there is none, or when the file cannot be written."""
+    match answer:
+        case Front():
+            try:
+                path.write_text(front_picture(answer, names), encoding="utf-8")
+            except OSError as error:
+                raise InvalidRequestError(f"cannot write {path}: {error.strerror}", param="picture") from error
+        case Plan():
+            raise InvalidRequestError("--picture draws what --pareto finds", hint="add --pareto", param="picture")
+        case Infeasible():
+            return
 
 
 def read_problem(path: Path) -> Problem:

@@ -76,16 +76,36 @@ def _prediction(plan: Plan) -> Text:
         f"for {shape.tokens_in} tokens in, {shape.tokens_out} out, a context of {shape.context_tokens}, "
         f"{shape.slots} slot{'s' * (shape.slots > 1)}, {shape.in_flight} in flight"
     )
-    goal = {Objective.LATENCY: "latency", Objective.THROUGHPUT: "throughput"}[plan.objective]
-    value = duration(plan.lower_bound) + (" per token" if plan.objective is Objective.THROUGHPUT else " per request")
+    value = _bound(plan)
     proof = "proven optimal" if plan.gap <= PROVEN else f"at most {plan.gap:.1%} above the optimum"
     return Text.assemble(
         ("predicted  ", "bold"),
         _figures(plan.estimate),
         f"\n           {asked}\n",
+        _charges(plan.estimate),
         ("certificate  ", "bold"),
-        f"best {goal} {proof} (lower bound {value}, {plan.solver})",
+        f"best {plan.objective.value} {proof} (lower bound {value}, {plan.solver})",
     )
+
+
+def _bound(plan: Plan) -> str:
+    match plan.objective:
+        case Objective.LATENCY:
+            return f"{duration(plan.lower_bound)} per request"
+        case Objective.THROUGHPUT:
+            return f"{duration(plan.lower_bound)} per token"
+        case Objective.ENERGY:
+            return f"{plan.lower_bound:.4g} J per request"
+        case Objective.PRICE:
+            return f"{plan.lower_bound:.3g} per request"
+
+
+def _charges(estimate: Estimate) -> str:
+    """What nothing measures: it follows from what owners declared."""
+    found = [f"{estimate.joules:.4g} J"] * bool(estimate.joules) + [f"{estimate.price:.3g} of money"] * bool(
+        estimate.price
+    )
+    return f"           {' and '.join(found)} a request (from declared rates, not measured)\n" if found else ""
 
 
 PROVEN = 1e-9

@@ -9,7 +9,7 @@ from rich.text import Text
 from shoal.ids import NodeId
 from shoal.plan.figures import duration, share, size
 from shoal.profile.fit import KindFit, fit
-from shoal.profile.fleet import BlockTrial, DeviceProfile, FleetProfile, LinkProfile
+from shoal.profile.fleet import BlockTrial, Declared, DeviceProfile, FleetProfile, LinkProfile
 from shoal.profile.trial import CHUNKS, LONG_CONTEXT
 
 Names = Mapping[NodeId, str]
@@ -19,6 +19,8 @@ def render_profile(profile: FleetProfile, names: Names | None = None) -> Rendera
     """Devices, trials and links as tables."""
     known = names or {}
     parts: list[RenderableType] = [Text(f"profile epoch {profile.profile_epoch}"), Text(), _devices(profile, known)]
+    if any(device.declared != Declared() for device in profile.devices):
+        parts += [Text(), Text("declared, not measured"), _declared(profile, known)]
     if any(device.trials for device in profile.devices):
         parts += [Text(), _trials(profile, known)]
     if profile.links:
@@ -63,6 +65,20 @@ def _devices(profile: FleetProfile, names: Names) -> Table:
             _took(device.trials_took_s, cached=device.cached),
             ", ".join(device.providers) or "-",
             device.fingerprint[:8],
+        )
+    return table
+
+
+def _declared(profile: FleetProfile, names: Names) -> Table:
+    table = _table("NODE", "WATTS", "PRICE PER HOUR", "J PER MB SENT", "REGION", "TRUST")
+    for device in profile.devices:
+        said = device.declared
+        rates = (said.watts, said.price_per_hour, said.joules_per_byte * 1e6)
+        table.add_row(
+            _name(device.node, names),
+            *(f"{rate:.4g}" if rate else "-" for rate in rates),
+            said.region or "-",
+            said.trust or "-",
         )
     return table
 

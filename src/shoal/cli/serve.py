@@ -12,13 +12,21 @@ from shoal.cli.connect import URL_HELP, api_key, find_url, local_node
 from shoal.cli.deploy import (
     Context,
     Goal,
+    MaxFirstToken,
+    MaxJoules,
+    MaxLatency,
+    MaxPrice,
+    MinTokens,
     Pins,
+    Regions,
     Slots,
     Stages,
+    Trusts,
     curl_line,
     deploy_and_wait,
     have_model,
     options,
+    residency,
     show_plan,
 )
 from shoal.cli.start import AllowHosts, AllowOrigins, Expose, Listen, Memory, Stop, check_start, run
@@ -28,7 +36,7 @@ from shoal.node.assemble import Running
 from shoal.node.fleet_api import check_name
 from shoal.node.options import DEFAULT_HTTP_PORT, DEFAULT_LISTEN
 from shoal.node.settings import read_settings
-from shoal.plan.problem import Objective, RequestShape
+from shoal.plan.problem import Limits, Objective, RequestShape
 
 
 def serve(
@@ -48,6 +56,13 @@ def serve(
     memory: Memory = "",
     allow_host: AllowHosts = None,
     allow_origin: AllowOrigins = None,
+    max_latency: MaxLatency = None,
+    max_first_token: MaxFirstToken = None,
+    min_tokens_per_s: MinTokens = None,
+    max_joules: MaxJoules = None,
+    max_price: MaxPrice = None,
+    regions: Regions = "",
+    trusts: Trusts = "",
     url: Annotated[str, typer.Option(help=URL_HELP)] = "",
 ) -> None:
     """Measure, plan and deploy a model; shows the plan and its prediction before anything is loaded."""
@@ -56,6 +71,13 @@ def serve(
     console = Console()
     shape = RequestShape(context_tokens=context, slots=slots)
     flags = _node_flags(port, listen, memory, allow_host, allow_origin)
+    limits = Limits(
+        latency_s=max_latency,
+        time_to_first_token_s=max_first_token,
+        tokens_per_s=min_tokens_per_s,
+        joules=max_joules,
+        price=max_price,
+    )
     remote = bool(url or os.environ.get("SHOAL_URL"))
     here = not remote and local_node() is None
     if here:
@@ -70,6 +92,7 @@ def serve(
 
     def deploy(shoal: Shoal, where: str) -> None:
         asked = options(shape, objective, stages, pin or (), shoal.nodes())
+        asked |= {"limits": limits, "residency": residency(regions, trusts)}
         show_plan(shoal, wanted, asked, console)
         view = deploy_and_wait(shoal, wanted, name, asked, console)
         console.print(f"API at {where}/v1; try:")

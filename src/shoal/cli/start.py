@@ -20,6 +20,7 @@ from shoal.node.assemble import Running, run_node
 from shoal.node.options import NodeOptions, check_exposed, check_reachable, host_name, locator, parse_link, web_origin
 from shoal.node.settings import read_settings
 from shoal.observe.log import LogStyle, set_up_logs
+from shoal.profile.fleet import Declared
 
 ApiKeys = Annotated[str, typer.Option(help="File with one API key a line; demanded beyond loopback.")]
 AllowHosts = Annotated[
@@ -39,6 +40,20 @@ Threads = Annotated[int, typer.Option(help="Engine threads per shard; 0: all cor
 Slowdown = Annotated[
     float, typer.Option(help="Emulate a device this many times slower, for demos.", min=1.0, max=1000.0)
 ]
+Watts = Annotated[
+    float, typer.Option(help="Power above idle while it answers, as you know it; plans weigh it.", min=0.0, max=1e6)
+]
+PricePerHour = Annotated[
+    float, typer.Option(help="Money for an hour of work here, in one currency for the fleet.", min=0.0, max=1e6)
+]
+JoulesPerMb = Annotated[
+    float,
+    typer.Option(
+        help="Energy of its network per MB it sends; 0.3 is a common estimate, nothing measures it.", min=0.0, max=1e6
+    ),
+]
+Region = Annotated[str, typer.Option(help="Where it stands, for `shoal serve --regions`.")]
+Trust = Annotated[str, typer.Option(help="How far it is trusted, in a word of yours, for `shoal serve --trusts`.")]
 Links = Annotated[
     list[str] | None, typer.Option(help="Emulate a link, for demos: NODE_ID=10ms,50mbit; may be repeated.")
 ]
@@ -125,6 +140,7 @@ def options_from(flags: Mapping[str, Any]) -> NodeOptions:
         eager=bool(flags.get("eager")),
         discover=flags["discover"],
         slowdown=flags["slowdown"],
+        declared=declared_from(flags),
         links=tuple(parse_link(text) for text in flags["links"] or ()),
     )
 
@@ -139,6 +155,17 @@ def _budget_bytes(text: str) -> int:
             param="memory",
         )
     return budget
+
+
+def declared_from(flags: Mapping[str, Any]) -> Declared:
+    """What the owner says of the node; commands without these flags say nothing."""
+    return Declared(
+        watts=flags.get("watts", 0.0),
+        price_per_hour=flags.get("price_per_hour", 0.0),
+        joules_per_byte=flags.get("joules_per_mb", 0.0) / 1e6,
+        region=flags.get("region", ""),
+        trust=flags.get("trust", ""),
+    )
 
 
 def parse_size(text: str) -> int:

@@ -10,12 +10,17 @@ from shoal.cli.start import (
     ApiKeys,
     Discover,
     Expose,
+    JoulesPerMb,
     Links,
     Listen,
     Memory,
     Name,
+    PricePerHour,
+    Region,
     Slowdown,
     Threads,
+    Trust,
+    Watts,
     run,
 )
 from shoal.node.options import DEFAULT_HTTP_PORT, DEFAULT_LISTEN
@@ -36,6 +41,11 @@ def up(
     threads: Threads = 0,
     slowdown: Slowdown = 1.0,
     link: Links = None,
+    watts: Watts = 0.0,
+    price_per_hour: PricePerHour = 0.0,
+    joules_per_mb: JoulesPerMb = 0.0,
+    region: Region = "",
+    trust: Trust = "",
 ) -> None:
     """Start this machine's node with a gateway."""
     run(
@@ -50,6 +60,11 @@ def up(
             "threads": threads,
             "slowdown": slowdown,
             "links": link,
+            "watts": watts,
+            "price_per_hour": price_per_hour,
+            "joules_per_mb": joules_per_mb,
+            "region": region,
+            "trust": trust,
             "discover": discover,
             "coordinates": True,
             "eager": True,

@@ -19,7 +19,7 @@ from shoal.fleet.views import (
     ProfileRequest,
 )
 from shoal.ids import NodeId
-from shoal.plan.problem import Answer, Infeasible, Objective, Pin, Plan, RequestShape
+from shoal.plan.problem import Answer, Infeasible, Limits, Objective, Pin, Plan, Problem, RequestShape, Residency
 from shoal.profile.fleet import FleetProfile
 
 T = TypeVar("T")
@@ -34,6 +34,8 @@ class PlanOptions(TypedDict, total=False):
     stages: int
     pins: tuple[Pin, ...]
     exclude: tuple[NodeId, ...]
+    limits: Limits
+    residency: Residency
 
 
 class Call(msgspec.Struct, Generic[T], frozen=True, kw_only=True):
@@ -60,6 +62,11 @@ def list_nodes() -> Call[tuple[NodeView, ...]]:
 def plan(model: str, options: PlanOptions) -> Call[Answer]:
     wanted = PlanRequest(model=model, **options)
     return Call(method="POST", path="/shoal/v1/plan", body=wanted, answer=Plan | Infeasible, slow=True)
+
+
+def problem(model: str, options: PlanOptions) -> Call[Problem]:
+    wanted = PlanRequest(model=model, **options)
+    return Call(method="POST", path="/shoal/v1/problem", body=wanted, answer=Problem, slow=True)
 
 
 def deploy(model: str, name: str, options: PlanOptions) -> Call[DeploymentView]:

@@ -9,7 +9,7 @@ import httpx
 from shoal.client import calls
 from shoal.client.calls import DEFAULT_URL, Call, PlanOptions
 from shoal.fleet.views import DeploymentView, EventView, HealthView, JoinView, NodeView
-from shoal.plan.problem import Answer
+from shoal.plan.problem import Answer, Problem
 from shoal.profile.fleet import FleetProfile
 
 T = TypeVar("T")
@@ -53,6 +53,10 @@ class AsyncShoal:
     async def plan(self, model: str, **options: Unpack[PlanOptions]) -> Answer:
         """Where *model* would go, or why it cannot; nothing is loaded."""
         return await self._do(calls.plan(model, options))
+
+    async def problem(self, model: str, **options: Unpack[PlanOptions]) -> Problem:
+        """What `plan` would answer, as a value to solve offline; measures what is not known yet."""
+        return await self._do(calls.problem(model, options))
 
     async def deploy(self, model: str, *, name: str = "", **options: Unpack[PlanOptions]) -> DeploymentView:
         """Begin to serve *model*; raises InfeasibleError when no plan fits."""

@@ -5,6 +5,7 @@ from enum import StrEnum
 import msgspec
 
 from shoal.ids import DeploymentId, Digest, NodeId
+from shoal.profile.fleet import Declared
 
 
 class ShardId(msgspec.Struct, frozen=True, kw_only=True):
@@ -77,6 +78,7 @@ class NodeFacts(msgspec.Struct, frozen=True, kw_only=True):
     """May hold the coordinator's lease."""
     slowdown: float = 1.0
     """Factor by which an emulated device is slower than this machine; 1 on real ones."""
+    declared: Declared = Declared()
 
 
 class NodeReport(msgspec.Struct, frozen=True, kw_only=True):

@@ -3,7 +3,7 @@
 import msgspec
 
 from shoal.ids import DeploymentId, Digest, NodeId
-from shoal.plan.problem import Objective, Pin, RequestShape
+from shoal.plan.problem import Limits, Objective, Pin, RequestShape, Residency
 
 
 class DeploymentSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -19,4 +19,6 @@ class DeploymentSpec(msgspec.Struct, frozen=True, kw_only=True):
     stages_exactly: int = 0
     pins: tuple[Pin, ...] = ()
     exclude: tuple[NodeId, ...] = ()
+    limits: Limits = Limits()
+    residency: Residency = Residency()
     generation: int = 1

@@ -10,7 +10,7 @@ import msgspec
 
 from shoal.fleet.state import Standing
 from shoal.ids import DeploymentId, NodeId
-from shoal.plan.problem import Objective, Pin, Plan, RequestShape
+from shoal.plan.problem import Limits, Objective, Pin, Plan, RequestShape, Residency
 
 
 class LinkView(msgspec.Struct, frozen=True, kw_only=True):
@@ -129,6 +129,8 @@ class PlanRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """0: the planner decides; else exactly this many."""
     pins: tuple[Pin, ...] = ()
     exclude: tuple[NodeId, ...] = ()
+    limits: Limits = Limits()
+    residency: Residency = Residency()
 
 
 class DeployRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

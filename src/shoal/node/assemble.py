@@ -344,6 +344,7 @@ def node_facts(options: NodeOptions, fabric: ZenohBus, gateway: str) -> NodeFact
         gateway=gateway,
         coordinates=options.coordinates,
         slowdown=options.slowdown,
+        declared=options.declared,
     )
 
 

@@ -45,7 +45,7 @@ from shoal.node.ordering import Ordering
 from shoal.node.patience import Patience
 from shoal.node.placing import Placing, Planner
 from shoal.node.tenure import Tenure
-from shoal.plan.problem import Answer, Infeasible, Plan
+from shoal.plan.problem import Answer, Infeasible, Plan, Problem
 from shoal.profile.fleet import FleetProfile
 
 TICK_S = 0.1
@@ -163,6 +163,10 @@ class Coordinator:
     async def preview(self, spec: DeploymentSpec) -> Answer:
         """The plan that *spec* would get now; nothing is loaded."""
         return await self._placing.place(spec, await self._placing.survey(spec))
+
+    async def state_problem(self, spec: DeploymentSpec) -> Problem | Infeasible:
+        """What `preview` would be answered from."""
+        return await self._placing.problem(spec, await self._placing.survey(spec))
 
     def view(self) -> CoordinatorView | None:
         """The newest view, ours or heard; None before the first."""

@@ -17,6 +17,7 @@ from shoal.node.events import EventRing
 from shoal.node.messages import (
     AskEvents,
     AskNodes,
+    AskProblem,
     AskProfile,
     Deploy,
     Drop,
@@ -25,8 +26,10 @@ from shoal.node.messages import (
     Nothing,
     Preview,
     Previewed,
+    Stated,
 )
 from shoal.node.planning import FleetPlanner
+from shoal.plan.problem import Infeasible, Problem
 from shoal.profile.fleet import FleetProfile
 
 Q = TypeVar("Q", bound=msgspec.Struct)
@@ -55,6 +58,7 @@ class CoordinatorDesk:
             "deploy": handler(Deploy, self._deploy),
             "drop": handler(Drop, self._drop),
             "preview": handler(Preview, self._preview),
+            "problem": handler(AskProblem, self._problem),
             "nodes": handler(AskNodes, self._nodes),
             "fleet_profile": handler(AskProfile, self._profile),
             "events": handler(AskEvents, self._events),
@@ -67,6 +71,14 @@ class CoordinatorDesk:
     async def _drop(self, asked: Drop) -> Nothing:
         await self.coordinator.drop(asked.deployment)
         return Nothing()
+
+    async def _problem(self, asked: AskProblem) -> Stated:
+        stated = await self.coordinator.state_problem(asked.spec)
+        match stated:
+            case Problem():
+                return Stated(problem=stated)
+            case Infeasible():
+                return Stated(refused=stated)
 
     async def _preview(self, asked: Preview) -> Previewed:
         return Previewed(answer=await self.coordinator.preview(asked.spec))

@@ -37,6 +37,7 @@ from shoal.node.calls import Caller
 from shoal.node.messages import (
     AskEvents,
     AskNodes,
+    AskProblem,
     AskProfile,
     Deploy,
     Drop,
@@ -46,8 +47,9 @@ from shoal.node.messages import (
     Nothing,
     Preview,
     Previewed,
+    Stated,
 )
-from shoal.plan.problem import Answer, Infeasible, Plan, RequestShape
+from shoal.plan.problem import Answer, Infeasible, Plan, Problem, RequestShape
 from shoal.profile.fleet import FleetProfile
 from shoal.store.home import Store
 
@@ -109,6 +111,16 @@ class FleetApi:
             self._coordinator(), "preview", Preview(spec=spec), Previewed, timeout_s=_MEASURING_S
         )
         return told.answer
+
+    async def problem(self, wanted: PlanRequest) -> Problem:
+        """What a plan would be made from; raises InfeasibleError when it cannot even be stated."""
+        spec = await self._spec(wanted, DeploymentId(wanted.model))
+        asked = AskProblem(spec=spec)
+        told = await self.caller.call(self._coordinator(), "problem", asked, Stated, timeout_s=_MEASURING_S)
+        if told.problem is None:
+            refused = told.refused or Infeasible(reason="no problem was stated", needed_bytes=0, available_bytes=0)
+            raise InfeasibleError(refused.reason, hint=refused.hint)
+        return told.problem
 
     async def deploy(self, wanted: DeployRequest) -> DeploymentView:
         """Declare a deployment; raises InfeasibleError when no plan fits now."""
@@ -195,6 +207,8 @@ class FleetApi:
             stages_exactly=wanted.stages,
             pins=wanted.pins,
             exclude=wanted.exclude,
+            limits=wanted.limits,
+            residency=wanted.residency,
         )
 
     def _kind(self, model: str) -> str:

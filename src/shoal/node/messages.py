@@ -9,7 +9,7 @@ from shoal.fleet.views import EventView, NodeView
 from shoal.ids import DeploymentId, Digest, NodeId
 from shoal.model.frontier import Block
 from shoal.model.spec import ModelSpec
-from shoal.plan.problem import Answer, Plan
+from shoal.plan.problem import Answer, Infeasible, Plan, Problem
 from shoal.profile.fleet import DeviceProfile, LinkProfile
 
 VIEW: Final = "view"
@@ -99,6 +99,19 @@ class Previewed(msgspec.Struct, frozen=True, kw_only=True):
     """The plan, or why there is none."""
 
     answer: Answer
+
+
+class AskProblem(msgspec.Struct, frozen=True, kw_only=True):
+    """Asked of the coordinator: what would a plan of this deployment be made from?"""
+
+    spec: DeploymentSpec
+
+
+class Stated(msgspec.Struct, frozen=True, kw_only=True):
+    """The problem, or why it cannot even be stated."""
+
+    problem: Problem | None = None
+    refused: Infeasible | None = None
 
 
 class AskNodes(msgspec.Struct, frozen=True, kw_only=True):

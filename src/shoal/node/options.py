@@ -9,6 +9,7 @@ import msgspec
 from shoal.errors import SettingsError
 from shoal.ids import NodeId
 from shoal.node.worker_spec import LinkShape
+from shoal.profile.fleet import Declared
 
 DEFAULT_LISTEN = "tcp/127.0.0.1:7400"
 DEFAULT_HTTP_PORT = 8400
@@ -43,6 +44,8 @@ class NodeOptions(msgspec.Struct, frozen=True, kw_only=True):
     """Takes the lease at once when nobody is heard (`up`); a standby waits."""
     discover: bool = False
     slowdown: float = 1.0
+    declared: Declared = Declared()
+    """What the owner says of the node, for plans that weigh joules, money, and where activations may be."""
     links: tuple[LinkShape, ...] = ()
 
 

@@ -19,7 +19,7 @@ from shoal.fleet.spec import DeploymentSpec
 from shoal.fleet.state import LOST_AFTER_S, FleetState, Standing, standing
 from shoal.fleet.statuses import named
 from shoal.ids import NodeId
-from shoal.plan.problem import Answer, Infeasible
+from shoal.plan.problem import Answer, Infeasible, Problem
 from shoal.profile.fleet import FleetProfile
 
 LOOK_S = 0.1
@@ -34,6 +34,12 @@ class Planner(Protocol):
 
     async def plan(self, spec: DeploymentSpec, surveyed: FleetProfile, promised: Mapping[NodeId, int]) -> Answer:
         """A plan on the surveyed nodes that *promised* names with the bytes that are not to be had there; takes seconds."""
+        ...
+
+    async def state(
+        self, spec: DeploymentSpec, surveyed: FleetProfile, promised: Mapping[NodeId, int]
+    ) -> Problem | Infeasible:
+        """What `plan` would answer."""
         ...
 
 
@@ -64,15 +70,24 @@ class Placing:
 
     async def place(self, spec: DeploymentSpec, surveyed: FleetProfile) -> Answer:
         """The plan, counting on what no other deployment holds now."""
+        answer = await self.planner.plan(spec, surveyed, self._promised(spec))
+        return self._with_names(answer) if isinstance(answer, Infeasible) else answer
+
+    async def problem(self, spec: DeploymentSpec, surveyed: FleetProfile) -> Problem | Infeasible:
+        """What `place` would answer."""
+        stated = await self.planner.state(spec, surveyed, self._promised(spec))
+        return self._with_names(stated) if isinstance(stated, Infeasible) else stated
+
+    def _promised(self, spec: DeploymentSpec) -> Mapping[NodeId, int]:
+        """Nodes to plan on, and what others hold of them."""
         state = self.state()
         # Surveyed nodes that are silent for a moment count; only those that are lost by now, or leave, do not.
         staying = [r for r in heard(state, self.clock.now_s()).values() if not r.leaving]
-        promised = promised_bytes(staying, state.deployments.values(), spec.deployment)
-        answer = await self.planner.plan(spec, surveyed, promised)
-        if isinstance(answer, Infeasible):
-            reason, hint = (named(text, state.members) for text in (answer.reason, answer.hint))
-            return msgspec.structs.replace(answer, reason=reason, hint=hint)
-        return answer
+        return promised_bytes(staying, state.deployments.values(), spec.deployment)
+
+    def _with_names(self, answer: Infeasible) -> Infeasible:
+        reason, hint = (named(text, self.state().members) for text in (answer.reason, answer.hint))
+        return msgspec.structs.replace(answer, reason=reason, hint=hint)
 
     def _standings(self) -> dict[NodeId, Standing]:
         now_s = self.clock.now_s()

@@ -91,16 +91,17 @@ class FleetPlanner:
 
     async def plan(self, spec: DeploymentSpec, surveyed: FleetProfile, promised: Mapping[NodeId, int]) -> Answer:
         """Place *spec* on the surveyed nodes that *promised* names; measures nothing, and so waits for no node."""
-        stated = await self.state(spec, _only(surveyed, promised), promised)
+        stated = await self.state(spec, surveyed, promised)
         if isinstance(stated, Infeasible):
             return stated
         budget = DeadlineBudget(self.clock.now_s, self.budget_s)
         return await anyio.to_thread.run_sync(partial(place, stated, budget))
 
     async def state(
-        self, spec: DeploymentSpec, fleet: FleetProfile, promised: Mapping[NodeId, int]
+        self, spec: DeploymentSpec, surveyed: FleetProfile, promised: Mapping[NodeId, int]
     ) -> Problem | Infeasible:
-        """The problem that *spec* poses to this fleet."""
+        """The problem that *spec* poses to the surveyed nodes that *promised* names."""
+        fleet = _only(surveyed, promised)
         if all(device.node != spec.source for device in fleet.devices):
             return Infeasible(
                 reason=f"source node {spec.source} is not there",
@@ -109,7 +110,13 @@ class FleetPlanner:
                 hint="see `shoal nodes`",
             )
         known = await self._blocks_of(spec.manifest, spec.source)
-        demands = Demands(pins=spec.pins, stages_exactly=spec.stages_exactly, exclude=spec.exclude)
+        demands = Demands(
+            pins=spec.pins,
+            stages_exactly=spec.stages_exactly,
+            exclude=spec.exclude,
+            limits=spec.limits,
+            residency=spec.residency,
+        )
         setting = Setting(objective=spec.objective, promised_bytes=dict(promised), demands=demands)
         return problem(known.blocks, fleet, spec.shape, spec.source, setting)
 
@@ -225,6 +232,7 @@ def with_facts(device: DeviceProfile, facts: NodeFacts) -> DeviceProfile:
         memory_total_bytes=facts.memory_total_bytes,
         memory_budget_bytes=facts.memory_budget_bytes,
         providers=facts.providers,
+        declared=facts.declared,
     )
 
 

@@ -13,9 +13,20 @@ import msgspec
 from shoal.errors import InvalidRequestError
 from shoal.ids import NodeId
 from shoal.model.frontier import Block
-from shoal.plan.problem import BlockSpec, DeviceSpec, LinkSpec, Objective, Pin, Problem, RequestShape, SharedTensor
+from shoal.plan.problem import (
+    BlockSpec,
+    DeviceSpec,
+    Limits,
+    LinkSpec,
+    Objective,
+    Pin,
+    Problem,
+    RequestShape,
+    Residency,
+    SharedTensor,
+)
 from shoal.profile.fit import KindFit, fit
-from shoal.profile.fleet import BlockTrial, DeviceProfile, FleetProfile, LinkProfile
+from shoal.profile.fleet import BlockTrial, Declared, DeviceProfile, FleetProfile, LinkProfile
 
 
 class MemoryModel(msgspec.Struct, frozen=True, kw_only=True):
@@ -40,6 +51,8 @@ class Demands(msgspec.Struct, frozen=True, kw_only=True):
     max_stages: int = 0
     stages_exactly: int = 0
     exclude: tuple[NodeId, ...] = ()
+    limits: Limits = Limits()
+    residency: Residency = Residency()
 
 
 class Setting(msgspec.Struct, frozen=True, kw_only=True):
@@ -62,10 +75,11 @@ def problem(
     """State the problem; raises InvalidRequestError naming a device and a block kind that was never timed there."""
     chosen = setting or Setting()
     demands = chosen.demands
+    declared = {device.node: device.declared for device in fleet.devices}
     return Problem(
         blocks=tuple(_block(block, shape, chosen.memory) for block in blocks),
         devices=tuple(_device(blocks, fleet, device, shape, chosen) for device in fleet.devices),
-        links=tuple(_link(link) for link in fleet.links),
+        links=tuple(_link(link, declared) for link in fleet.links),
         shape=shape,
         objective=chosen.objective,
         source=source,
@@ -75,6 +89,8 @@ def problem(
         max_stages=demands.max_stages,
         stages_exactly=demands.stages_exactly,
         exclude=demands.exclude,
+        limits=demands.limits,
+        residency=demands.residency,
         shared=shared_tensors(blocks),
     )
 
@@ -138,6 +154,10 @@ def _device(
         step_overhead_s=device.step_overhead_s,
         decode_s=tuple(decode_s[block.kind] for block in timed),
         prefill_s=tuple(prefill_s[block.kind] for block in timed),
+        active_watts=device.declared.watts,
+        price_per_hour=device.declared.price_per_hour,
+        region=device.declared.region,
+        trust=device.declared.trust,
     )
 
 
@@ -166,11 +186,12 @@ def _trials(devices: Iterable[DeviceProfile], device: DeviceProfile) -> tuple[Bl
     return (*device.trials, *(trial for trials in lent.values() for trial in trials))
 
 
-def _link(link: LinkProfile) -> LinkSpec:
+def _link(link: LinkProfile, declared: Mapping[NodeId, Declared]) -> LinkSpec:
     return LinkSpec(
         source=link.source,
         target=link.target,
         latency_s=link.latency_s,
         bytes_per_s=link.bytes_per_s,
         relayed=link.relayed,
+        joules_per_byte=declared[link.source].joules_per_byte if link.source in declared else 0.0,
     )

@@ -7,6 +7,7 @@ import msgspec
 from shoal.errors import InvalidRequestError, UnsupportedVersionError
 from shoal.ids import NodeId
 from shoal.plan.check import check
+from shoal.plan.pareto import Front
 from shoal.plan.problem import PROBLEM_VERSION, Answer, Infeasible, Plan, Problem
 
 JSON_HINT = "docs/reference/problem.md lists every field; examples/problems has files that work"
@@ -41,8 +42,8 @@ def parse_plan(document: bytes) -> Plan:
     return answer
 
 
-def answer_json(answer: Answer) -> bytes:
-    """An answer as indented JSON; its `type` is `plan` or `infeasible`."""
+def answer_json(answer: Answer | Front) -> bytes:
+    """An answer as indented JSON; its `type` is `plan`, `front` or `infeasible`."""
     return msgspec.json.format(msgspec.json.encode(answer), indent=2)
 
 

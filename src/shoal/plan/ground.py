@@ -176,21 +176,14 @@ def build_ground(parts: Parts, ask: Ask, first: int) -> Ground:
     hops = [np.stack([parts.hop(form) for form in UNITS], axis=3)]
     for relay in parts.relays:
         hops.append(np.stack([parts.relayed(hops[0][..., i], form, relay) for i, form in enumerate(UNITS)], axis=3))
-    uses = [
-        (parts.busy(phase), parts.wire(phase), parts.overhead @ np.array(parts.use_forms[phase])) for phase in phases
-    ]
-    devices, _, size = parts.allowed.shape
-    empty = (np.zeros((devices, size, size)), np.zeros((devices, devices, size)), np.zeros(devices))
-    busy_s, wire_s, relay_s = (
-        np.stack([use[i] for use in uses], axis=-1) if uses else empty[i][..., None][..., :0] for i in range(3)
-    )
+    busy_s, wire_s, relay_s = _uses(parts, phases)
     return Ground(
         parts=parts,
         ask=ask,
         first=first,
         closes=parts.tables.closing == first,
         phases=phases,
-        slots=slots if phases else 1,
+        slots=slots,
         device_slot=device_slot,
         link_slot=link_slot,
         open=np.isfinite(parts.allowed),
@@ -204,6 +197,17 @@ def build_ground(parts: Parts, ask: Ask, first: int) -> Ground:
         busiest_s=_busiest(parts, first),
         dominance=_dominance(parts, ask.measures),
     )
+
+
+def _uses(parts: Parts, phases: Sequence[int]) -> tuple[Floats, Floats, Floats]:
+    """[.., phases] seconds that shards, links and relays are taken."""
+    devices, _, size = parts.allowed.shape
+    shapes = ((devices, size, size), (devices, devices, size), (devices,))
+    busy_s, wire_s, relay_s = (np.zeros((*shape, len(phases))) for shape in shapes)
+    for place, phase in enumerate(phases):
+        busy_s[..., place], wire_s[..., place] = parts.busy(phase), parts.wire(phase)
+        relay_s[..., place] = parts.overhead @ np.array(parts.use_forms[phase])
+    return busy_s, wire_s, relay_s
 
 
 def _phases(parts: Parts, measures: Sequence[Measure]) -> tuple[int, ...]:

@@ -15,11 +15,11 @@ import numpy as np
 from shoal.plan.budget import Budget
 from shoal.plan.cost import ROUNDING, price
 from shoal.plan.figures import duration
-from shoal.plan.found import FREE, NOTHING, Choice, Found
+from shoal.plan.found import FREE, Choice, Found
 from shoal.plan.ground import Ask, Flags, Mixture, build_ground
 from shoal.plan.parts import MEASURE_OF, Measure, Parts, bounds_of, build_parts, mixture_passes, values_of
 from shoal.plan.problem import Infeasible, Limits, Objective, Problem
-from shoal.plan.search import cheapest, demanded, most_tokens, solve
+from shoal.plan.search import NOTHING, cheapest, demanded, most_tokens, solve
 from shoal.plan.tables import INF, Floats, Tables, build_tables
 from shoal.plan.vectors import Route, explore
 
@@ -62,7 +62,7 @@ def least(parts: Parts, aim: Aim, budget: Budget) -> Found:
         return found
     wish = _Least(aim=aim, prices=prices, found=found, parts=parts)
     ask = Ask(measures=wish.measures, mixtures=wish.mixtures, require=aim.choice.require, forbid=aim.choice.forbid)
-    complete = all([explore(build_ground(parts, ask, first), wish, budget) for first in parts.tables.firsts])
+    complete = all(explore(build_ground(parts, ask, first), wish, budget) for first in parts.tables.firsts)
     bound = wish.found.cost if complete else found.bound
     return replace(wish.found, bound=bound, solver=VECTORS if complete else LAGRANGE)
 

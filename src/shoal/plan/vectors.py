@@ -55,7 +55,7 @@ class Wish(Protocol):
         ...
 
 
-def explore(ground: Ground, wish: Wish, budget: Budget) -> bool:
+def explore(ground: Ground, wish: Wish, budget: Budget, most_labels: int | None = None) -> bool:
     """Offer every chain that *wish* could want; True when all sets of devices were gone through."""
     kept: dict[int, Labels] = {}
     waiting: dict[int, list[Labels]] = {1 << ground.first: [_start(ground)]}
@@ -63,7 +63,7 @@ def explore(ground: Ground, wish: Wish, budget: Budget) -> bool:
     for mask in range(1 << ground.first, full):
         if mask not in waiting:
             continue
-        if budget.spent() or total > MOST_LABELS:
+        if budget.spent() or total > (most_labels or MOST_LABELS):
             return False
         labels = _kept(ground, wish, _joined(waiting.pop(mask)))
         kept[mask], total = labels, total + len(labels)
@@ -77,16 +77,18 @@ def explore(ground: Ground, wish: Wish, budget: Budget) -> bool:
 
 def nondominated(keys: Floats, group: Whole) -> Whole:
     """Rows of which no other row of their group is at most as large in every column; one of equal rows stays."""
+    if not group.size:
+        return np.zeros(0, np.int64)
     order = np.lexsort((*keys.T[::-1], group))
     keys, group = keys[order], group[order]
-    starts = np.flatnonzero(np.r_[True, group[1:] != group[:-1]]) if group.size else np.zeros(0, np.int64)
+    starts = np.flatnonzero(np.r_[True, group[1:] != group[:-1]])
     if keys.shape[1] == 1:
         return np.asarray(order[starts])
     if keys.shape[1] == 2:
         return np.asarray(order[_falling(keys[:, 1], starts)])
     ends = np.r_[starts[1:], group.size]
     parts = [start + _minimal(keys[start:end]) for start, end in zip(starts, ends, strict=True)]
-    return np.asarray(order[np.concatenate(parts)]) if parts else order
+    return np.asarray(order[np.concatenate(parts)])
 
 
 def _falling(values: Floats, starts: Whole) -> Flags:
@@ -151,8 +153,8 @@ def _step(ground: Ground, labels: Labels, device: int, way: tuple[int, int], som
     place, relay = way
     hop = ground.hop[place][labels.device[some], device, labels.cut[some]]
     at = np.flatnonzero(np.isfinite(hop[:, 0]))
-    place, stop = np.nonzero(ground.open[device, labels.cut[some[at]]])
-    hop, row = hop[at[place]], some[at[place]]
+    which, stop = np.nonzero(ground.open[device, labels.cut[some[at]]])
+    hop, row = hop[at[which]], some[at[which]]
     cut = labels.cut[row]
     taken_s = labels.taken_s[row]
     if ground.phases:

@@ -20,6 +20,19 @@ class BlockTrial(msgspec.Struct, frozen=True, kw_only=True):
     """Half the distance between the 25th and the 75th percentile."""
 
 
+class Declared(msgspec.Struct, frozen=True, kw_only=True):
+    """What a node's owner says of it: nothing here is measured, and nothing checks it."""
+
+    watts: float = 0.0
+    """Above idle while its engine works; 0: unknown, and counted as nothing."""
+    price_per_hour: float = 0.0
+    """Of busy time, in one currency for the whole fleet."""
+    joules_per_byte: float = 0.0
+    """Of frames that it sends, both ends together."""
+    region: str = ""
+    trust: str = ""
+
+
 class DeviceProfile(msgspec.Struct, frozen=True, kw_only=True):
     """What one node can do.  `fingerprint` names hardware, engine and version: equal fingerprints share trials."""
 
@@ -38,7 +51,7 @@ class DeviceProfile(msgspec.Struct, frozen=True, kw_only=True):
     """Seconds of loading and timing that the trials cost when they were made; 0 when that was not noted."""
     cached: bool = False
     """The trials were made before and kept; nothing was timed for this profile."""
-    region: str = ""
+    declared: Declared = Declared()
 
 
 class LinkProfile(msgspec.Struct, frozen=True, kw_only=True):

@@ -19,7 +19,7 @@ from shoal.fleet.views import (
     ProfileRequest,
 )
 from shoal.ids import DeploymentId, NodeId
-from shoal.plan.problem import Infeasible, Plan
+from shoal.plan.problem import Infeasible, Plan, Problem
 from shoal.profile.fleet import FleetProfile
 from shoal.serve.closing import closed_after
 from shoal.serve.live import EVENTS, Connection, LiveAnswer
@@ -75,6 +75,17 @@ def placement_routes(placement: Placement) -> list[HTTPRouteHandler]:
     async def preview_plan(data: JSONBody[PlanRequest]) -> Plan | Infeasible:
         return await placement.plan(data)
 
+    @post(
+        "/shoal/v1/problem",
+        status_code=200,
+        dto=strict(PlanRequest),
+        return_dto=None,
+        summary="What a plan would be made from: a problem to solve offline",
+        tags=["Deployments"],
+    )
+    async def state_problem(data: JSONBody[PlanRequest]) -> Problem:
+        return await placement.problem(data)
+
     @get("/shoal/v1/deployments", summary="What is served or will be", tags=["Deployments"])
     async def list_deployments() -> list[DeploymentView]:
         return list(await placement.deployments())
@@ -94,7 +105,7 @@ def placement_routes(placement: Placement) -> list[HTTPRouteHandler]:
     async def stop_deployment(name: FromPath[str]) -> None:
         await placement.stop(DeploymentId(name.removeprefix("/")))
 
-    return [preview_plan, list_deployments, deploy_model, stop_deployment]
+    return [preview_plan, state_problem, list_deployments, deploy_model, stop_deployment]
 
 
 def event_routes(log: EventLog) -> list[HTTPRouteHandler]:

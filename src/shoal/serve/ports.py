@@ -17,7 +17,7 @@ from shoal.fleet.views import (
 )
 from shoal.ids import DeploymentId, NodeId
 from shoal.model.spec import ModelSpec
-from shoal.plan.problem import Answer
+from shoal.plan.problem import Answer, Problem
 from shoal.profile.fleet import FleetProfile
 from shoal.runtime.ports import Executor
 
@@ -124,6 +124,10 @@ class Placement(Protocol):
 
     async def plan(self, wanted: PlanRequest) -> Answer:
         """What would be done; nothing is loaded."""
+        ...
+
+    async def problem(self, wanted: PlanRequest) -> Problem:
+        """The question that `plan` would answer; raises InfeasibleError when it cannot even be asked."""
         ...
 
     async def deploy(self, wanted: DeployRequest) -> DeploymentView:

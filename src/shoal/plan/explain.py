@@ -24,6 +24,8 @@ from shoal.plan.tables import Tables, spans_of
 
 EXPLAINED_DEVICES = 8
 """Above this, a throughput plan is not searched for again with and without each device."""
+EXPLAINED_WITHIN_LIMITS = 6
+"""The same for plans within limits: with a device that is of no use, each search has little to prune by."""
 RIVAL_TOLERANCE = 0.01
 
 
@@ -119,7 +121,8 @@ def _rival(case: Case, choice: Choice) -> Priced | str:
     proven = case.found.solver == RELAXATION or (case.found.solver == LABELS and case.found.bound >= case.found.cost)
     if proven and case.problem.objective is Objective.LATENCY:
         return "the chosen plan is proven best without trying every set of devices"
-    if case.found.solver not in {EXACT, VECTORS} or len(case.tables.nodes) > EXPLAINED_DEVICES:
+    most = EXPLAINED_DEVICES if case.problem.limits == Limits() else EXPLAINED_WITHIN_LIMITS
+    if case.found.solver not in {EXACT, VECTORS} or len(case.tables.nodes) > most:
         return "other sets of devices were not all tried"
     rival = best(case.problem, case.tables, case.budget, choice, RIVAL_TOLERANCE)
     if case.budget.spent():

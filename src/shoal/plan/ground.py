@@ -261,11 +261,10 @@ def _to_go(parts: Parts, mixture: Mixture, first: int) -> Floats:
     return relax(parts.tables, search).to_go
 
 
-def one_pass(parts: Parts, mixture: Mixture, first: int) -> Pass:
+def one_pass(parts: Parts, mixture: Mixture, first: int, cap_s: float = INF) -> Pass:
     """A search that may end anywhere: good for bounds only, as memory for two shards of *first* is not looked at."""
     form, end = mixed(parts, mixture), mixed_ends(parts, mixture, first)
-    run = parts.run(form)
-    direct = parts.hop(form)
+    run, direct = parts.run(form, cap_s), parts.hop(form, cap_s)
     hop = np.minimum.reduce([direct, *(parts.relayed(direct, form, relay) for relay in parts.relays)])
     close = run[first, :, -1] + end[first] if parts.tables.closing == first else None
     return Pass(

@@ -1,22 +1,23 @@
 """The best plan that keeps to limits, or which limit stands in the way.
 
 Every limit bounds a measure (`shoal.plan.parts`).  First Lagrange: a limit's excess is priced into an additive search, which
-gives a true lower bound at any price; prices follow the excess of the chain found (Polyak's step), and every chain found
-on the way that keeps to the limits is a candidate.  On small fleets label setting (`shoal.plan.vectors`) then closes what
+gives a true lower bound at any price; the relaxation finds the prices of the highest one, and chains found at those prices
+and around them are candidates when they keep to the limits.  On small fleets label setting (`shoal.plan.vectors`) then closes what
 gap is left, or proves that nothing keeps to the limits; on larger ones, and when the budget is spent, the gap is stated.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import msgspec
 import numpy as np
 
 from shoal.plan.budget import Budget
+from shoal.plan.chain import relax
 from shoal.plan.cost import ROUNDING, price
 from shoal.plan.figures import duration
 from shoal.plan.found import FREE, Choice, Found
-from shoal.plan.ground import Ask, Flags, Mixture, build_ground
+from shoal.plan.ground import Ask, Flags, Mixture, build_ground, one_pass
 from shoal.plan.parts import MEASURE_OF, Measure, Parts, bounds_of, build_parts, mixture_passes, values_of
 from shoal.plan.problem import Infeasible, Limits, Objective, Problem
 from shoal.plan.search import NOTHING, cheapest, demanded, most_tokens, solve
@@ -27,8 +28,12 @@ VECTORS = "exact-labels"
 LAGRANGE = "lagrangian"
 SMALL_FLEET = 14
 """Devices up to which label setting is tried: it goes through all sets of them."""
-PRICES = 12
-"""Rounds of Lagrange's prices; more close little of what label setting would not."""
+TRIES, FEW_TRIES = 8, 3
+"""Searches for chains at different prices; the few are for each step of a search over periods."""
+SECTIONS = 16
+"""Steps of a golden section: a price to a thousandth of its range."""
+FARTHEST = 2.0**20
+"""How far a price is raised: a bound that still grows there has no chain to meet."""
 TOLERANCE = 1e-4
 TIE = 1e-12
 """Relative; a chain this little better is the same chain added up in another order."""
@@ -41,6 +46,8 @@ class Aim:
     target: Measure
     bounds: Mapping[Measure, float]
     choice: Choice = FREE
+    tolerance: float = TIE
+    """Relative; what is better by less is not looked for."""
 
     def keeps(self, values: Mapping[Measure, float]) -> bool:
         """Whether a chain of these figures is within the bounds."""
@@ -51,19 +58,22 @@ def best(problem: Problem, tables: Tables, budget: Budget, choice: Choice = FREE
     """The best chain of the problem's objective, limits kept."""
     if problem.limits == Limits():
         return solve(tables, problem.objective, budget, choice, tolerance)
-    aim = Aim(target=MEASURE_OF[problem.objective], bounds=bounds_of(problem), choice=choice)
+    aim = Aim(
+        target=MEASURE_OF[problem.objective], bounds=bounds_of(problem), choice=choice, tolerance=max(TIE, tolerance)
+    )
     return least(build_parts(problem, tables), aim, budget)
 
 
 def least(parts: Parts, aim: Aim, budget: Budget) -> Found:
     """The chain of least *target* within the bounds; its cost is the measure's value."""
     found, prices = _priced_out(parts, aim, budget)
-    if found.bound >= found.cost * (1 - TIE) or budget.spent() or len(parts.tables.nodes) > SMALL_FLEET:
+    if found.bound >= found.cost * (1 - aim.tolerance) or budget.spent() or len(parts.tables.nodes) > SMALL_FLEET:
         return found
+    slack = 0.0 if aim.tolerance == TIE else aim.tolerance
     wish = _Least(aim=aim, prices=prices, found=found, parts=parts)
     ask = Ask(measures=wish.measures, mixtures=wish.mixtures, require=aim.choice.require, forbid=aim.choice.forbid)
     complete = all(explore(build_ground(parts, ask, first), wish, budget) for first in parts.tables.firsts)
-    bound = wish.found.cost if complete else found.bound
+    bound = max(found.bound, wish.found.cost * (1 - slack)) if complete else found.bound
     return replace(wish.found, bound=bound, solver=VECTORS if complete else LAGRANGE)
 
 
@@ -74,20 +84,20 @@ class _Least:
         self.found = found
         self.measures = (aim.target, *(m for m in aim.bounds if m is not aim.target))
         self.mixtures = tuple(prices)
-        self._parts = parts
+        self._parts, self._tolerance = parts, aim.tolerance
         self._bounds = np.array([aim.bounds.get(measure, INF) for measure in self.measures]) * (1 + ROUNDING)
         self._paid = np.array([_paid(aim, mixture) for mixture in prices])
 
     def hopeless(self, lower: Floats) -> Flags:
         """Breaks a limit, or costs as much as what is known, by itself or at Lagrange's prices."""
-        count, cost = len(self.measures), self.found.cost * (1 - TIE)
+        count, cost = len(self.measures), self.found.cost * (1 - self._tolerance)
         late = (lower[:, :count] > self._bounds).any(axis=1) | (lower[:, 0] >= cost)
         return np.asarray(late | (lower[:, count:] - self._paid >= cost).any(axis=1))
 
     def offer(self, values: Floats, route: Callable[[int], Route]) -> None:
         """Keep a chain that is better than the best."""
         cost = np.where((values <= self._bounds).all(axis=1), values[:, 0], INF)
-        if cost.size and cost.min() < self.found.cost * (1 - TIE):
+        if cost.size and cost.min() < self.found.cost * (1 - self._tolerance):
             index, shape = int(np.argmin(cost)), self._parts.allowed.shape
             won = route(index)
             self.found = replace(
@@ -102,64 +112,105 @@ def _paid(aim: Aim, mixture: Mixture) -> float:
 
 
 def _priced_out(parts: Parts, aim: Aim, budget: Budget) -> tuple[Found, list[Mixture]]:
-    """Lagrange's answer, and the prices of limits that gave its bound."""
+    """Lagrange's answer, and the mixture that gave its bound."""
     limit_s = aim.bounds.get(Measure.PERIOD, INF) * (1 + ROUNDING)
-    search = _Lagrange(parts=parts, aim=aim, cap_s=limit_s, budget=budget)
-    answer = search.answer()
+    answer, mixtures = _Lagrange(parts=parts, aim=aim, cap_s=limit_s, budget=budget).answer()
     if aim.target is not Measure.PERIOD or answer.chain is None or len(parts.tables.nodes) <= SMALL_FLEET:
-        return answer, search.best_prices
+        return answer, mixtures
 
     def find(cap_s: float) -> Found:
         """The least lap, times what is in flight, of chains that keep nothing busy for longer than *cap_s*."""
-        capped = _Lagrange(parts=parts, aim=aim, cap_s=min(cap_s, limit_s), budget=budget, laps_only=True)
-        found, streams = capped.answer(), parts.problem.shape.in_flight
+        capped = _Lagrange(
+            parts=parts, aim=aim, cap_s=min(cap_s, limit_s), budget=budget, laps_only=True, tries=FEW_TRIES
+        )
+        found, streams = capped.answer()[0], parts.problem.shape.in_flight
         return replace(found, cost=found.cost * streams, bound=found.bound * streams)
 
     looped = most_tokens(parts.tables, find, TOLERANCE)
-    return replace(looped, bound=max(looped.bound, min(answer.bound, looped.cost)), solver=LAGRANGE), search.best_prices
+    better = looped if looped.cost <= answer.cost else answer
+    bound = min(better.cost, max(looped.bound, answer.bound))
+    return replace(better, bound=bound, solver=LAGRANGE), mixtures
 
 
 @dataclass(slots=True, kw_only=True)
 class _Lagrange:
-    """Prices on limits, and what was found at them."""
+    """The best bound by prices on limits, and the best chain found near those prices."""
 
     parts: Parts
     aim: Aim
     cap_s: float
     budget: Budget
+    tries: int = TRIES
     laps_only: bool = False
     """The target is the period; leave out of it what is busiest."""
     cost: float = INF
     bound: float = 0.0
     chosen: Found = NOTHING
-    best_prices: list[Mixture] = field(default_factory=list)
 
-    def answer(self) -> Found:
-        """Search at rising prices, after one look at what each limit leaves."""
-        prices: dict[Measure, float] = dict.fromkeys(self.aim.bounds, 0.0)
-        for _ in range(PRICES):
-            values = self._at(prices)
-            if values is None or self.bound >= self.cost * (1 - TIE) or self.budget.spent():
-                break
-            if not any(self._excess(values).values()):
-                break
-            prices = self._repriced(prices, values)
-        for measure, limit in self.aim.bounds.items():
-            if self.chosen.chain is None and not self.budget.spent():
-                alone = self._search({measure: 1.0})
-                self.bound = INF if alone.bound > limit * (1 + ROUNDING) else self.bound
-        solver = self.chosen.solver if self.chosen.chain and self.bound >= self.cost * (1 - TIE) else LAGRANGE
+    def answer(self) -> tuple[Found, list[Mixture]]:
+        """Find the prices first, by the relaxation alone, which is quick; then chains at those prices and around them."""
+        prices = self._ascend()
+        mixture = self._mixture(prices)
+        if self.bound < INF:
+            self._descend(prices)
         bound = self.cost if self.bound >= self.cost * (1 - ROUNDING) else self.bound
-        return replace(self.chosen, cost=self.cost, bound=bound, solver=solver, finals=())
+        solver = self.chosen.solver if self.chosen.chain and bound == self.cost else LAGRANGE
+        return replace(self.chosen, cost=self.cost, bound=bound, solver=solver, finals=()), [mixture]
+
+    def _ascend(self) -> dict[Measure, float]:
+        """Prices of the highest bound, one limit at a time: the bound is concave in each (golden section)."""
+        prices = dict.fromkeys(self.aim.bounds, 0.0)
+        self._dual(prices)
+        for measure in (*prices, *prices) if len(prices) > 1 else prices:
+            scale = max(self.bound, 1e-9) / (self.aim.bounds[measure] or 1.0)
+            high, best = scale, self._dual({**prices, measure: scale})
+            while self.bound < INF and not self.budget.spent() and high < scale * FARTHEST:
+                further = self._dual({**prices, measure: 2 * high})
+                high *= 2
+                if further <= best:
+                    break
+                best = further
+            prices[measure] = self._golden(prices, measure, high)
+        return prices
+
+    def _golden(self, prices: Mapping[Measure, float], measure: Measure, high: float) -> float:
+        low, ratio = 0.0, (5**0.5 - 1) / 2
+        for _ in range(SECTIONS):
+            one, other = high - ratio * (high - low), low + ratio * (high - low)
+            if self.budget.spent() or self.bound == INF:
+                break
+            if self._dual({**prices, measure: one}) >= self._dual({**prices, measure: other}):
+                high = other
+            else:
+                low = one
+        return (low + high) / 2
+
+    def _dual(self, prices: Mapping[Measure, float]) -> float:
+        """What no chain within the bounds goes below, devices repeated or not; noted when it is the best."""
+        mixture, firsts = self._mixture(prices), self.parts.tables.firsts
+        passes = (one_pass(self.parts, mixture, first, self.cap_s) for first in firsts)
+        value = min(relax(self.parts.tables, search).bound for search in passes) - self._paid(prices)
+        self.bound = max(self.bound, value)
+        return value
+
+    def _descend(self, prices: Mapping[Measure, float]) -> None:
+        """Chains at *prices* and, as long as they break limits, at higher ones; then between the two."""
+        low, high, factor = 0.0, INF, 1.0
+        for _ in range(self.tries):
+            scaled = {m: factor * price_ for m, price_ in prices.items()} if any(prices.values()) else dict(prices)
+            values = self._at(scaled)
+            if self.bound >= self.cost * (1 - TIE) or self.budget.spent() or values is None:
+                return
+            low, high = (low, factor) if self.aim.keeps(values) else (factor, high)
+            factor = 3 * factor if high == INF else (low + high) / 2
+        for measure in self.aim.bounds:
+            if self.chosen.chain is None and not self.budget.spent():
+                self._search({measure: 1.0})
 
     def _at(self, prices: Mapping[Measure, float]) -> dict[Measure, float] | None:
-        mixture = {self.aim.target: 1.0}
-        for measure, price_ in prices.items():
-            mixture[measure] = mixture.get(measure, 0.0) + price_
-        found = self._search(mixture)
-        bound = found.bound - sum(price_ * self.aim.bounds[measure] for measure, price_ in prices.items())
-        if bound > self.bound or not self.best_prices:
-            self.bound, self.best_prices = max(bound, self.bound), [mixture]
+        """Figures of the cheapest chain at *prices*."""
+        found = self._search(self._mixture(prices))
+        self.bound = max(self.bound, found.bound - self._paid(prices))
         return self._figures(found) if found.chain else None
 
     def _search(self, mixture: Mixture) -> Found:
@@ -172,6 +223,15 @@ class _Lagrange:
                 self.cost, self.chosen = values[self.aim.target], found
         return found
 
+    def _mixture(self, prices: Mapping[Measure, float]) -> dict[Measure, float]:
+        mixture = {self.aim.target: 1.0}
+        for measure, price_ in prices.items():
+            mixture[measure] = mixture.get(measure, 0.0) + price_
+        return mixture
+
+    def _paid(self, prices: Mapping[Measure, float]) -> float:
+        return sum(price_ * self.aim.bounds[measure] for measure, price_ in prices.items())
+
     def _figures(self, found: Found) -> dict[Measure, float]:
         problem = self.parts.problem
         estimate = price(problem, found.spans(self.parts.tables)).estimate
@@ -181,17 +241,6 @@ class _Lagrange:
             laps_s = (shape.tokens_out - 1) * estimate.time_per_output_token_s
             values[Measure.PERIOD] = (shape.batch * estimate.time_to_first_token_s + laps_s) / shape.in_flight
         return values
-
-    def _excess(self, values: Mapping[Measure, float]) -> dict[Measure, float]:
-        """By how much of a limit each is broken (below 0: kept)."""
-        return {m: values[m] / limit - 1 if limit else values[m] for m, limit in self.aim.bounds.items()}
-
-    def _repriced(self, prices: Mapping[Measure, float], values: Mapping[Measure, float]) -> dict[Measure, float]:
-        """Polyak's step towards a bound that meets the best chain; where there is none yet, half as much again."""
-        excess = self._excess(values)
-        goal = self.cost if self.cost < INF else 1.5 * max(values[self.aim.target], self.bound)
-        step = (goal - self.bound) / sum(part * part for part in excess.values())
-        return {m: max(0.0, prices[m] + step * excess[m] / (limit or 1.0)) for m, limit in self.aim.bounds.items()}
 
 
 def blocked(problem: Problem, tables: Tables, budget: Budget) -> Infeasible | None:

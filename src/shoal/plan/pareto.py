@@ -23,7 +23,7 @@ from shoal.plan.check import check
 from shoal.plan.cost import ROUNDING, Priced, Span, barred, meets, objective_value, owners, price
 from shoal.plan.ground import Ask, Flags, build_ground
 from shoal.plan.infeasible import infeasible
-from shoal.plan.limited import LABELS, SMALL_FLEET, TIE, Aim, blocked, least
+from shoal.plan.limited import SMALL_FLEET, TIE, VECTORS, Aim, blocked, least
 from shoal.plan.parts import MEASURE_OF, Measure, Parts, bounds_of, build_parts, mixture_passes, values_of
 from shoal.plan.problem import Infeasible, Limits, Objective, Plan, Problem
 from shoal.plan.search import cheapest, demanded
@@ -310,7 +310,7 @@ def _plan(problem: Problem, objective: Objective, priced: Priced, known: tuple[f
         estimate=priced.estimate,
         lower_bound=bound if value - bound > ROUNDING * value else value,
         gap=max(0.0, (value - bound) / value) if value - bound > ROUNDING * value else 0.0,
-        solver=LABELS if known[1] else EPSILON,
+        solver=VECTORS if known[1] else EPSILON,
     )
 
 

@@ -1,6 +1,7 @@
 """From blocks and a fleet profile to a problem."""
 
 import pytest
+from msgspec.structs import replace
 
 from shoal.errors import InvalidRequestError
 from shoal.ids import NodeId
@@ -8,8 +9,8 @@ from shoal.model.frontier import Block, BlockTensor, Boundary
 from shoal.plan.budget import StepBudget
 from shoal.plan.build import Demands, MemoryModel, Setting, missing_kinds, problem
 from shoal.plan.placement import place
-from shoal.plan.problem import Infeasible, Plan, RequestShape, SharedTensor
-from shoal.profile.fleet import BlockTrial, DeviceProfile, FleetProfile, LinkProfile
+from shoal.plan.problem import Infeasible, Limits, Plan, RequestShape, Residency, SharedTensor
+from shoal.profile.fleet import BlockTrial, Declared, DeviceProfile, FleetProfile, LinkProfile
 
 A, B, C = NodeId("a"), NodeId("b"), NodeId("c")
 SHAPE = RequestShape(tokens_in=20, tokens_out=10, context_tokens=100, slots=2, prefill_chunk_tokens=16)
@@ -165,3 +166,25 @@ def test_a_model_without_a_cache_is_priced_at_no_context() -> None:
     built = problem(BLOCKS, fleet(device(A, ALL, "x")), shape, A)
 
     assert built.devices[0].prefill_s[1] == pytest.approx(1.1e-3)
+
+
+def test_what_owners_declare_of_their_nodes_prices_joules_money_and_residency() -> None:
+    said = Declared(watts=12.0, price_per_hour=0.5, joules_per_byte=3e-7, region="eu", trust="own")
+    known = trials("embedding", "layer", "head")
+
+    found = problem(BLOCKS, fleet(replace(device(A, known, "x"), declared=said), device(B, known, "x")), SHAPE, A)
+
+    told, silent = found.devices
+    assert (told.active_watts, told.price_per_hour, told.region, told.trust) == (12.0, 0.5, "eu", "own")
+    assert (silent.active_watts, silent.price_per_hour, silent.region, silent.trust) == (0.0, 0.0, "", "")
+    assert [link.joules_per_byte for link in found.links] == [3e-7]
+
+
+def test_limits_and_residency_of_a_deployment_become_the_problems() -> None:
+    demands = Demands(limits=Limits(joules=2.0), residency=Residency(regions=("eu",)))
+
+    found = problem(
+        BLOCKS, fleet(device(A, trials("embedding", "layer", "head"), "x")), SHAPE, A, Setting(demands=demands)
+    )
+
+    assert (found.limits, found.residency) == (demands.limits, demands.residency)

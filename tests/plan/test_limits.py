@@ -19,7 +19,7 @@ from shoal.plan.problem import Infeasible, Limits, Objective, Plan, Problem, Res
 
 Chain = Callable[..., Problem]
 LAWS = settings(
-    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
+    max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
 )
 ENDLESS = 10**9
 
@@ -76,7 +76,7 @@ def test_a_plan_keeps_its_limits_and_is_the_best_that_does(problem: Problem) -> 
             assert best is None, (answer, best)
 
 
-@settings(LAWS, max_examples=15)
+@settings(LAWS, max_examples=10)
 @given(limited())
 def test_a_search_that_is_cut_short_keeps_limits_and_its_bound_is_true(problem: Problem) -> None:
     best = enumerate_best(problem)

@@ -8,6 +8,7 @@ from pathlib import Path
 import msgspec
 import pytest
 import typer
+from msgspec.structs import replace
 from rich.console import Console, RenderableType
 from typer.testing import CliRunner
 
@@ -16,8 +17,11 @@ from shoal.cli.plan_table import render_plan
 from shoal.cli.profile_table import render_profile
 from shoal.errors import InvalidRequestError
 from shoal.ids import NodeId
-from shoal.plan.problem import Answer, Infeasible, Plan, Problem
-from shoal.profile.fleet import BlockTrial, DeviceProfile, FleetProfile, LinkProfile
+from shoal.plan.budget import StepBudget
+from shoal.plan.document import parse_problem
+from shoal.plan.placement import place
+from shoal.plan.problem import Answer, Infeasible, Objective, Plan, Problem
+from shoal.profile.fleet import BlockTrial, Declared, DeviceProfile, FleetProfile, LinkProfile
 
 SAMPLE = Path(__file__).resolve().parents[2] / "examples" / "problems" / "llama2_7b_three_nodes.json"
 
@@ -86,6 +90,32 @@ def test_nodes_are_shown_by_their_names_wherever_their_ids_stand() -> None:
     assert "agx-orin" not in text
     refusal = Infeasible(reason="agx-orin is full", needed_bytes=0, available_bytes=0)
     assert "kitchen is full" in shown(render_plan(refusal, {NodeId("agx-orin"): "kitchen"}))
+
+
+def test_declared_figures_of_a_profile_are_not_taken_for_measured_ones() -> None:
+    device = DeviceProfile(
+        node=NodeId("a"), fingerprint="x", cores=4, threads=2, memory_total_bytes=8, memory_budget_bytes=2,
+        declared=Declared(watts=15.0, price_per_hour=0.2, joules_per_byte=3e-7, region="eu", trust="own"),
+    )  # fmt: skip
+
+    text = shown(render_profile(FleetProfile(profile_epoch=7, devices=(device,), links=())))
+
+    assert "declared, not measured" in text
+    assert text.splitlines()[-1].split() == ["a", "15", "0.2", "0.3", "eu", "own"]
+    silent = replace(device, declared=Declared())
+    assert "declared" not in shown(render_profile(FleetProfile(profile_epoch=7, devices=(silent,), links=())))
+
+
+def test_joules_and_money_of_a_plan_are_said_to_rest_on_declared_rates() -> None:
+    problem = parse_problem(SAMPLE.read_bytes())
+    rated = tuple(replace(device, active_watts=20.0, price_per_hour=0.3) for device in problem.devices)
+    for goal, certificate in ((Objective.ENERGY, "best energy proven"), (Objective.PRICE, "best price proven")):
+        answer = place(replace(problem, devices=rated, objective=goal), StepBudget(10**9))
+
+        text = shown(render_plan(answer))
+
+        assert "from declared rates, not measured" in text
+        assert certificate in text
 
 
 def test_a_profile_shows_devices_trials_and_links() -> None:

@@ -30,7 +30,7 @@ from shoal.fleet.views import (
 )
 from shoal.ids import DeploymentId, NodeId
 from shoal.model.spec import ModelKind, ModelSpec
-from shoal.plan.problem import Infeasible, Plan
+from shoal.plan.problem import BlockSpec, DeviceSpec, Infeasible, Plan, Problem
 from shoal.profile.fleet import FleetProfile
 from shoal.runtime.executor.scripted import ScriptedExecutor
 from shoal.runtime.request import (
@@ -203,6 +203,17 @@ class FakeFleet:
 
     async def plan(self, wanted: PlanRequest) -> Plan | Infeasible:
         return Infeasible(reason=f"{wanted.model} is too big", needed_bytes=10, available_bytes=4, hint="add a node")
+
+    async def problem(self, wanted: PlanRequest) -> Problem:
+        device = DeviceSpec(node=NodeId("a"), memory_budget_bytes=9, decode_s=(1.0,), prefill_s=(1.0,))
+        return Problem(
+            blocks=(BlockSpec(name=wanted.model, weights_bytes=1),),
+            devices=(device,),
+            links=(),
+            source=NodeId("a"),
+            limits=wanted.limits,
+            residency=wanted.residency,
+        )
 
     async def deploy(self, wanted: DeployRequest) -> DeploymentView:
         if wanted.plan.model == "huge":

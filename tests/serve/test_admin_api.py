@@ -13,7 +13,7 @@ from shoal.errors import InfeasibleError, InvalidRequestError, NodeUnreachableEr
 from shoal.fleet.views import ComponentHealth, DeploymentHealth, DeploymentState, EventView, HealthView
 from shoal.ids import DeploymentId, NodeId
 from shoal.observe.metrics import CONTENT_TYPE
-from shoal.plan.problem import Infeasible, Pin, RequestShape
+from shoal.plan.problem import Infeasible, Limits, Pin, RequestShape, Residency
 
 if TYPE_CHECKING:
     from tests.serve.conftest import Gateway
@@ -33,6 +33,14 @@ def test_a_plan_that_cannot_be_is_an_answer(shoal: Shoal) -> None:
     answer = shoal.plan("big", shape=RequestShape(tokens_in=9), stages=2, pins=(Pin(block=0, node=NodeId("n")),))
 
     assert answer == Infeasible(reason="big is too big", needed_bytes=10, available_bytes=4, hint="add a node")
+
+
+def test_the_problem_behind_a_plan_comes_with_its_limits_and_residency(shoal: Shoal) -> None:
+    limits, rule = Limits(joules=2.0), Residency(regions=("eu",))
+
+    problem = shoal.problem("m", limits=limits, residency=rule)
+
+    assert (problem.blocks[0].name, problem.limits, problem.residency) == ("m", limits, rule)
 
 
 def test_deploy_list_stop(shoal: Shoal) -> None:

@@ -72,7 +72,8 @@ def ticks(low: float, high: float) -> list[float]:
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= rough * (1 - 1e-9))
     first = math.ceil(low / step - 1e-9)
-    return [place * step for place in range(first, math.floor(high / step + 1e-9) + 1)]
+    # To 12 digits: 32 x 0.1 is a little more than 3.2, which may be the end of the axis.
+    return [float(f"{place * step:.12g}") for place in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
 def _panel(front: Front, pair: tuple[Objective, Objective], offset: float) -> str:

@@ -34,7 +34,8 @@ def figure_text(objective: Objective, estimate: Estimate) -> str:
     """A plan's figure by one objective."""
     match objective:
         case Objective.LATENCY:
-            return duration(estimate.latency_s)
+            # Neighbours on a front may differ by little: a digit more than elsewhere.
+            return f"{estimate.latency_s:.4g} s" if estimate.latency_s >= 1 else duration(estimate.latency_s)
         case Objective.THROUGHPUT:
             return f"{estimate.tokens_per_s:.4g}"
         case Objective.ENERGY:

@@ -32,7 +32,7 @@ TRIES, FEW_TRIES = 8, 3
 """Searches for chains at different prices; the few are for each step of a search over periods."""
 SECTIONS = 16
 """Steps of a golden section: a price to a thousandth of its range."""
-FARTHEST = 2.0**20
+FARTHEST = 2.0**10
 """How far a price is raised: a bound that still grows there has no chain to meet."""
 TOLERANCE = 1e-4
 TIE = 1e-12
@@ -161,7 +161,9 @@ class _Lagrange:
         """Prices of the highest bound, one limit at a time: the bound is concave in each (golden section)."""
         prices = dict.fromkeys(self.aim.bounds, 0.0)
         self._dual(prices)
-        for measure in (*prices, *prices) if len(prices) > 1 else prices:
+        for measure in (*prices, *prices) if len(prices) > 1 else tuple(prices):
+            if self.bound == INF or self.budget.spent():
+                break
             scale = max(self.bound, 1e-9) / (self.aim.bounds[measure] or 1.0)
             high, best = scale, self._dual({**prices, measure: scale})
             while self.bound < INF and not self.budget.spent() and high < scale * FARTHEST:
@@ -175,15 +177,20 @@ class _Lagrange:
 
     def _golden(self, prices: Mapping[Measure, float], measure: Measure, high: float) -> float:
         low, ratio = 0.0, (5**0.5 - 1) / 2
-        for _ in range(SECTIONS):
-            one, other = high - ratio * (high - low), low + ratio * (high - low)
+        places = [high - ratio * high, ratio * high]
+        values = [self._dual({**prices, measure: place}) for place in places]
+        # Label setting does well with rough prices; without it the bound is all there is.
+        for _ in range(SECTIONS if len(self.parts.tables.nodes) > SMALL_FLEET else SECTIONS // 3):
             if self.budget.spent() or self.bound == INF:
                 break
-            if self._dual({**prices, measure: one}) >= self._dual({**prices, measure: other}):
-                high = other
+            if values[0] >= values[1]:
+                high, fresh = places[1], 0
+                places, values = [high - ratio * (high - low), places[0]], [0.0, values[0]]
             else:
-                low = one
-        return (low + high) / 2
+                low, fresh = places[0], 1
+                places, values = [places[1], low + ratio * (high - low)], [values[1], 0.0]
+            values[fresh] = self._dual({**prices, measure: places[fresh]})
+        return places[0] if values[0] >= values[1] else places[1]
 
     def _dual(self, prices: Mapping[Measure, float]) -> float:
         """What no chain within the bounds goes below, devices repeated or not; noted when it is the best."""

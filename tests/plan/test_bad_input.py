@@ -175,7 +175,7 @@ LINKS = {(0, 1): 1.0, (0, 2): 1.0, (1, 2): 1.0}
     [
         ({"pins": (Pin(block=1, node=NODES[1]), Pin(block=2, node=NODES[0]))}, "the pins contradict each other"),
         ({"stages_exactly": 3, "max_stages": 2}, "no chain has exactly 3 stages"),
-        ({"stages_exactly": 9}, "no chain has exactly 9 stages"),
+        ({"stages_exactly": 9}, "3 nodes can run 3 stages at most, 9 are asked for"),
         ({"require": NODES, "max_stages": 2}, "no chain has at most 2 stages"),
         ({"residency": Residency(regions=("mars",))}, "block 0 belongs on n0, which may hold none"),
         ({"residency": Residency(regions=("mars",)), "pin_first": False}, "every device is excluded or outside"),

@@ -95,7 +95,7 @@ def test_blocks_move_between_two_nodes_that_hold_shards_after_the_source_has_die
 
     source.serving.close()
     hold = ordered(digest, blocks, boxes)
-    anyio.run(partial(fetch_hold, boxes[A].fetcher, boxes[A].artifacts, hold, lambda _: None))
+    anyio.run(partial(fetch_hold, boxes[A].store, boxes[A].fetcher, boxes[A].artifacts, hold, lambda _: None))
 
     here = boxes[A]
     assert missing_bytes(here.store, artifact.manifest) == {}
@@ -116,4 +116,4 @@ def test_without_anybody_who_has_the_rest_the_missing_source_is_named(
     hold = ordered(digest, blocks, boxes)
 
     with pytest.raises(NodeUnreachableError, match=f"nobody answers .*{SOURCE}/{digest}"):
-        anyio.run(partial(fetch_hold, boxes[A].fetcher, boxes[A].artifacts, hold, lambda _: None))
+        anyio.run(partial(fetch_hold, boxes[A].store, boxes[A].fetcher, boxes[A].artifacts, hold, lambda _: None))

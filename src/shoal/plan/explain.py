@@ -8,18 +8,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from msgspec.structs import replace
 
 from shoal.errors import InfeasibleError
 from shoal.ids import NodeId
 from shoal.plan.budget import Budget
 from shoal.plan.chain import trace
 from shoal.plan.cost import Priced, Span, barred, free_bytes, objective_value, owners, price, shard_memory
-from shoal.plan.elementary import LABELS
 from shoal.plan.figures import duration, share, size
 from shoal.plan.found import Choice, Found
 from shoal.plan.limited import VECTORS, best
 from shoal.plan.problem import Alternative, DeviceSpec, Estimate, Limits, Objective, Problem, Reason, Stage
-from shoal.plan.search import EXACT, RELAXATION, best_final, demanded
+from shoal.plan.search import EXACT, best_final, demanded
 from shoal.plan.tables import Tables, spans_of
 
 EXPLAINED_DEVICES = 8
@@ -37,6 +37,7 @@ class Case:
     tables: Tables
     found: Found
     chosen: Priced
+    proven: bool
     budget: Budget
 
 
@@ -48,6 +49,9 @@ def reasons(case: Case) -> tuple[Reason, ...]:
 def alternatives(problem: Problem) -> tuple[Alternative, ...]:
     """The whole model on each device that may hold blocks."""
     out = barred(problem)
+    # All that one device needs of the links, and a price reads all that it is given.
+    near = tuple(link for link in problem.links if problem.source in {link.source, link.target})
+    problem = replace(problem, links=near)
     return tuple(_alone(problem, device) for device in problem.devices if device.node not in out)
 
 
@@ -118,8 +122,7 @@ def _rival(case: Case, choice: Choice) -> Priced | str:
     if case.found.finals:
         final = best_final(case.found.finals, choice)
         return price(case.problem, spans_of(case.tables, trace(final), final.found_in.via)) if final else ""
-    proven = case.found.solver == RELAXATION or (case.found.solver == LABELS and case.found.bound >= case.found.cost)
-    if proven and case.problem.objective is Objective.LATENCY:
+    if case.proven and case.found.solver not in {EXACT, VECTORS}:
         return "the chosen plan is proven best without trying every set of devices"
     most = EXPLAINED_DEVICES if case.problem.limits == Limits() else EXPLAINED_WITHIN_LIMITS
     if case.found.solver not in {EXACT, VECTORS} or len(case.tables.nodes) > most:

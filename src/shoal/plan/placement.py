@@ -68,7 +68,9 @@ def _plan(problem: Problem, tables: Tables, found: Found, budget: Budget) -> Pla
         lower_bound=bound,
         gap=max(0.0, (value - bound) / value) if value else 0.0,
         solver=found.solver,
-        reasons=reasons(Case(problem=problem, tables=tables, found=found, chosen=priced, budget=budget)),
+        reasons=reasons(
+            Case(problem=problem, tables=tables, found=found, chosen=priced, proven=bound >= value, budget=budget)
+        ),
         alternatives=alternatives(problem),
     )
 

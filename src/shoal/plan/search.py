@@ -1,8 +1,10 @@
 """The portfolio: which solver answers, and what its answer proves.
 
-Few devices: all sets of them (`chain.sweep`), exact.  More: the relaxation, exact when its path happens to be a plan;
-else a beam, and from there moves, better bounds and label setting (`elementary`) until it is proven or time is up, when the
-distance from the bound is stated.  Throughput is a parametric search over latency problems (see `most_tokens`).
+Few devices: all sets of them (`chain.sweep`), exact.  More, and blocks that repeat: a circuit solved by CP-SAT (`circuit`),
+exact, throughput included; for crowds a knapsack first, which is exact on stars and elsewhere leaves a smaller circuit
+(`crowd`).  Else the relaxation, exact when its path happens to be a plan; else a beam, and from there moves, better bounds and
+label setting (`elementary`) until it is proven or time is up, when the distance from the best bound known is stated.
+Throughput is then a parametric search over latency problems (see `most_tokens`).
 """
 
 import dataclasses
@@ -12,8 +14,12 @@ from math import nextafter
 from shoal.plan.beam import beam
 from shoal.plan.budget import Budget
 from shoal.plan.chain import Final, relax, sweep, trace
+from shoal.plan.circuit import Scope, circuit, circuit_tokens
+from shoal.plan.cpsat import installed
+from shoal.plan.crowd import CROWD, crowd
 from shoal.plan.elementary import elementary
 from shoal.plan.found import FREE, Choice, Found, mask_of
+from shoal.plan.periodic import Periodic, periodic
 from shoal.plan.problem import Objective, Problem
 from shoal.plan.tables import INF, LATENCY, Chain, Pass, Tables, Weights, busy_s, cost_passes
 
@@ -23,6 +29,8 @@ SWEEP_LIMIT = 16_384
 EXACT = "exact-subsets"
 RELAXATION = "layered-shortest-path"
 BEAM = "beam"
+WITHOUT = f"{BEAM}; the exact solver is not installed: pip install 'shoal[solver]'"
+"""A circuit would have been drawn, and there was none to solve it."""
 
 
 def demanded(problem: Problem, tables: Tables, *, besides: Choice = FREE) -> Choice:
@@ -35,6 +43,9 @@ def demanded(problem: Problem, tables: Tables, *, besides: Choice = FREE) -> Cho
 
 NOTHING = Found(cost=INF, chain=None, bound=INF, solver=EXACT)
 
+PROVEN = 1e-9
+"""Solvers add the terms of a price in another order."""
+
 
 def solve(tables: Tables, objective: Objective, budget: Budget, choice: Choice = FREE, tolerance: float = 0.0) -> Found:
     """The best chain: cost in seconds of one request's latency or of the closed loop's period, in joules or in money.
@@ -45,6 +56,8 @@ def solve(tables: Tables, objective: Objective, budget: Budget, choice: Choice =
     def find(cap_s: float = INF, weights: Weights = LATENCY) -> Found:
         return cheapest(tables, list(cost_passes(tables, cap_s, weights)), budget, choice)
 
+    if objective is Objective.THROUGHPUT and (direct := _tokens_at_once(tables, budget, choice)):
+        return direct if proven(direct) else _better(direct, _looped(tables, find()))
     match objective:
         case Objective.LATENCY:
             return find()
@@ -58,15 +71,55 @@ def solve(tables: Tables, objective: Objective, budget: Budget, choice: Choice =
 
 def cheapest(tables: Tables, passes: list[Pass], budget: Budget, choice: Choice = FREE) -> Found:
     """The chain of least additive cost over all *passes*."""
-    devices = len(tables.nodes)
-    if len(passes) * devices * (1 << devices) // 4 <= SWEEP_LIMIT:
+    if _few(tables, len(passes)):
         swept = _swept(tables, passes, budget, choice)
         if not budget.spent():
             return swept
+    return _many(tables, passes, budget, choice)
+
+
+def _few(tables: Tables, passes: int) -> bool:
+    devices = len(tables.nodes)
+    return passes * devices * (1 << devices) // 4 <= SWEEP_LIMIT
+
+
+def _many(tables: Tables, passes: list[Pass], budget: Budget, choice: Choice) -> Found:
+    form = periodic(passes)
+    draws = form is not None and installed() and not budget.spent()
+    circled = _circled(tables, passes, form, budget, choice) if form and draws else None
+    if circled and form and (proven(circled) or (circled.chain and (form.exact or budget.spent()))):
+        return circled
     found = _bounded(tables, passes, budget, choice)
-    if found.bound >= found.cost or budget.spent():
-        return found
-    return elementary(tables, passes, budget, choice, hint=found)
+    if circled:
+        found = _better(circled, found)
+    if not proven(found) and not budget.spent():
+        found = elementary(tables, passes, budget, choice, hint=found)
+    return dataclasses.replace(found, solver=WITHOUT) if form and not installed() and found.solver == BEAM else found
+
+
+def _circled(tables: Tables, passes: list[Pass], form: Periodic, budget: Budget, choice: Choice) -> Found:
+    crowded = crowd(tables, passes, form, budget, choice) if len(tables.nodes) >= CROWD else None
+    return crowded or circuit(tables, passes, form, budget, Scope(choice=choice))
+
+
+def proven(found: Found) -> bool:
+    """Whether nothing is better, or there is nothing."""
+    return found.bound >= found.cost * (1 - PROVEN)
+
+
+def _better(one: Found, other: Found) -> Found:
+    """The cheaper chain under the higher bound: both are true."""
+    best = min(one, other, key=lambda found: found.cost)
+    return dataclasses.replace(best, bound=min(best.cost, max(one.bound, other.bound)))
+
+
+def _tokens_at_once(tables: Tables, budget: Budget, choice: Choice) -> Found | None:
+    """The circuit that minimises max(T, L / B) itself; None where it does not apply."""
+    passes = list(cost_passes(tables))
+    if _few(tables, len(passes)) or not installed():
+        return None
+    form = periodic(passes)
+    return circuit_tokens(tables, passes, form, budget, Scope(choice=choice)) if form and form.exact else None
 
 
 def most_tokens(tables: Tables, find: Callable[[float], Found], tolerance: float) -> Found:

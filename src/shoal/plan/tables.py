@@ -8,6 +8,7 @@ A search chooses for each hop whether it is direct or goes through a relay, and 
 search's own measure, among those that its cap admits.
 """
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -15,7 +16,6 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from shoal.errors import InfeasibleError
 from shoal.ids import NodeId
 from shoal.plan.cost import (
     TOKEN_BYTES,
@@ -33,7 +33,6 @@ from shoal.plan.cost import (
     prefill_steps,
     prompts_counted,
     retained_bytes,
-    transfer_s,
 )
 from shoal.plan.problem import DeviceSpec, LinkSpec, Problem
 
@@ -120,6 +119,8 @@ class Pass:
     """[M] cost of ending on a device."""
     close: Floats | None
     """[N+1] cost of a last stage on *first*, by its start; None: *first* runs one stage only."""
+    sums: Floats | None = None
+    """As `run`, whether or not it fits, where a run's cost is an opening and the sum of its blocks; None: it is no such sum."""
 
 
 def build_tables(problem: Problem) -> Tables:
@@ -129,29 +130,27 @@ def build_tables(problem: Problem) -> Tables:
     nodes = tuple(device.node for device in devices)
     owned = owners(problem)
     first, last = owned.get(0), owned.get(len(problem.blocks) - 1)
-    wires = {(link.source, link.target): link for link in problem.links}
     prompts = prompts_counted(problem)
     rounds = prompts * prefill_rounds(problem.shape)
-    hops = _hops(problem, devices, wires)
-    entry_bytes = TOKEN_FRAME_BYTES + TOKEN_BYTES * problem.shape.tokens_in
+    hops = _hops(problem, devices)
     return Tables(
         nodes=nodes,
         firsts=tuple(range(len(nodes))) if first is None else (nodes.index(first),),
         closing=nodes.index(first) if first is not None and first == last == problem.source else None,
         run_s=_allowed(problem, devices, owned, prompts * prefill_steps(problem.shape)),
         pass_s=_allowed(problem, devices, owned, rounds),
-        need_bytes=np.stack([_need_bytes(problem, device) for device in devices]),
+        need_bytes=_need_bytes(problem, devices),
         free_bytes=np.array([free_bytes(device) for device in devices], dtype=np.float64),
         hop_s=hops.hop_s,
         wire_s=hops.wire_s,
         relay_s=np.array(
             [(rounds + _laps(problem)) * d.step_overhead_s if may_relay(problem, d) else INF for d in devices]
         ),
-        occupies=tuple(tuple(_occupied(wires, a, b) for b in nodes) for a in nodes),
+        occupies=tuple(tuple(occupied(link) if link else None for link in row) for row in hops.links),
         joules=_rows(problem, devices, hops, (lambda d: d.active_watts, lambda link: link.joules_per_byte)),
         price=_rows(problem, devices, hops, (lambda d: d.price_per_hour / 3600, lambda link: link.price_per_byte)),
-        entry_s=prompts * _token_s(wires, [(problem.source, node) for node in nodes], entry_bytes),
-        return_s=_return_s(problem, nodes, wires),
+        entry_s=_entry_s(problem, nodes),
+        return_s=_return_s(problem, nodes, hops),
         in_flight=problem.shape.in_flight,
         max_stages=problem.max_stages or len(nodes) + 1,
         stages_exactly=problem.stages_exactly,
@@ -181,7 +180,8 @@ def cost_passes(tables: Tables, cap_s: float = INF, weights: Weights = LATENCY) 
         busy_s = tables.run_s[first, 0, stop] + tables.run_s[first, :, -1]
         return np.where((need <= tables.free_bytes[first]) & (busy_s <= cap_s), cost[first, :, -1], INF)
 
-    return passes_of(tables, (run, hop, via), ends, close)
+    for search in passes_of(tables, (run, hop, via), ends, close):
+        yield dataclasses.replace(search, sums=cost)
 
 
 def _ways(tables: Tables, cap_s: float, weights: Weights) -> tuple[Floats, Whole]:
@@ -189,8 +189,11 @@ def _ways(tables: Tables, cap_s: float, weights: Weights) -> tuple[Floats, Whole
     cost = _weighted(weights, tables.hop_s, tables.joules.hop, tables.price.hop)
     direct = np.where(tables.wire_s <= cap_s, cost, INF)
     relaying = _weighted(weights, tables.relay_s, tables.joules.relay, tables.price.relay)
+    relays = np.flatnonzero(np.isfinite(relaying) & (tables.relay_s <= cap_s))
+    if not relays.size:
+        return direct, np.broadcast_to(np.int64(-1), direct.shape)
     best, via = direct.copy(), np.full(direct.shape, -1, np.int64)
-    for relay in np.flatnonzero(np.isfinite(relaying) & (tables.relay_s <= cap_s)):
+    for relay in relays:
         both = direct[:, relay, None] + direct[None, relay, :] + relaying[relay]
         both[relay], both[:, relay] = INF, INF
         better = both < best
@@ -201,6 +204,8 @@ def _ways(tables: Tables, cap_s: float, weights: Weights) -> tuple[Floats, Whole
 
 def _weighted(weights: Weights, time_s: Floats, joules: Floats | None = None, price: Floats | None = None) -> Floats:
     """The sum, infinite wherever the time is; a weight of 0 does not make a forbidden thing free."""
+    if weights == LATENCY:
+        return time_s
     total = np.where(np.isfinite(time_s), 0.0, INF)
     for weight, values in ((weights.latency, time_s), (weights.joules, joules), (weights.price, price)):
         if weight and values is not None:
@@ -277,60 +282,83 @@ def _laps(problem: Problem) -> int:
 
 def _allowed(problem: Problem, devices: list[DeviceSpec], owned: dict[int, NodeId], rounds: float) -> Floats:
     """Seconds of each shard for *rounds* of a prompt's chunks and all further steps; infinite where it may not be."""
-    return np.stack([np.where(_may_run(problem, d, owned), _run(problem, d, rounds), INF) for d in devices])
+    seconds = _run(problem, devices, rounds, _laps(problem))
+    seconds[~_may_run(problem, devices, owned)] = INF
+    return seconds
 
 
-def _run(problem: Problem, device: DeviceSpec, rounds: float, laps: float | None = None) -> Floats:
-    """[N+1, N+1] seconds of each range of blocks; infinite where it is empty."""
-    laps = _laps(problem) if laps is None else laps
+def _run(problem: Problem, devices: list[DeviceSpec], rounds: float, laps: float) -> Floats:
+    """[M, N+1, N+1] seconds of each range of blocks; infinite where it is empty."""
     part = rounds / prefill_steps(problem.shape)
-    per_block = part * np.array(device.prefill_s) + laps * np.array(decode_times(device, problem.shape.batch))
-    total = np.full((per_block.size + 1, per_block.size + 1), INF)
-    for start in range(per_block.size):
-        total[start, start + 1 :] = device.step_overhead_s * (rounds + laps) + np.cumsum(per_block[start:])
-    return total
+    prefill = np.array([device.prefill_s for device in devices])
+    decode = np.array([decode_times(device, problem.shape.batch) for device in devices])
+    overhead = (rounds + laps) * np.array([device.step_overhead_s for device in devices])
+    before = np.zeros((len(devices), len(problem.blocks) + 1))
+    np.cumsum(part * prefill + laps * decode, axis=1, out=before[:, 1:])
+    total = before[:, None, :] - before[:, :, None] + overhead[:, None, None]
+    total[:, ~_ahead(len(problem.blocks))] = INF
+    return np.asarray(total)
 
 
-def _may_run(problem: Problem, device: DeviceSpec, owned: dict[int, NodeId]) -> NDArray[np.bool_]:
-    """[N+1, N+1] whether pins and the device's battery allow a range of blocks."""
+def _ahead(blocks: int) -> NDArray[np.bool_]:
+    """[N+1, N+1] ranges that are not empty."""
+    return np.triu(np.ones((blocks + 1, blocks + 1), bool), 1)
+
+
+def _may_run(problem: Problem, devices: list[DeviceSpec], owned: dict[int, NodeId]) -> NDArray[np.bool_]:
+    """[M, N+1, N+1] whether pins and the devices' batteries allow a range of blocks."""
     blocks = len(problem.blocks)
-    allowed = np.ones((blocks + 1, blocks + 1), bool)
-    for block in (block for block, node in owned.items() if node != device.node):
-        allowed[: block + 1, block + 1 :] = False
-    if device.joules_limit is not None:
-        allowed &= device.active_watts * _busy(problem, device) <= device.joules_limit
+    allowed = np.ones((len(devices), blocks + 1, blocks + 1), bool)
+    for block, owner in owned.items():
+        others = [index for index, device in enumerate(devices) if device.node != owner]
+        allowed[others, : block + 1, block + 1 :] = False
+    limited = [(i, device) for i, device in enumerate(devices) if device.joules_limit is not None]
+    for (index, device), busy_s in zip(limited, _busy(problem, [device for _, device in limited]), strict=True):
+        allowed[index] &= device.active_watts * busy_s <= (device.joules_limit or 0.0)
     return allowed
 
 
-def _busy(problem: Problem, device: DeviceSpec) -> Floats:
-    """[N+1, N+1] seconds that one request alone keeps a shard busy: its prompt, and its share of each further step.
+def _busy(problem: Problem, devices: list[DeviceSpec]) -> Floats:
+    """[M, N+1, N+1] seconds that one request alone keeps a shard busy: its prompt, and its share of each further step.
 
     0 for empty ranges.
     """
-    seconds = _run(problem, device, prefill_steps(problem.shape), _laps(problem) / problem.shape.batch)
+    if not devices:
+        return np.zeros((0, len(problem.blocks) + 1, len(problem.blocks) + 1))
+    seconds = _run(problem, devices, prefill_steps(problem.shape), _laps(problem) / problem.shape.batch)
     return np.where(np.isfinite(seconds), seconds, 0.0)
 
 
-def _need_bytes(problem: Problem, device: DeviceSpec) -> Floats:
+def _need_bytes(problem: Problem, devices: list[DeviceSpec]) -> Floats:
+    """[M, N+1, N+1]; devices differ only in what a process takes and in how they pack weights."""
+    stored, peak = _shard_bytes(problem)
+    processes = np.array([device.fixed_bytes * (1 + may_relay(problem, device)) for device in devices], float)
+    factor = np.array([device.weights_factor for device in devices])
+    need = processes[:, None, None] + np.ceil(factor[:, None, None] * stored) + peak
+    need[:, ~_ahead(len(problem.blocks))] = INF
+    return np.asarray(need)
+
+
+def _shard_bytes(problem: Problem) -> tuple[Floats, Floats]:
+    """[N+1, N+1] weights as stored, and the most beside them, of each range of blocks."""
     blocks, positions = problem.blocks, kv_positions(problem.shape)
-    total = np.full((len(blocks) + 1, len(blocks) + 1), INF)
+    stored = np.zeros((len(blocks) + 1, len(blocks) + 1))
+    peak = stored.copy()
     columns = np.array(
         [(b.weights_bytes, b.kv_bytes_per_token * positions, b.workspace_bytes, b.load_peak_bytes) for b in blocks],
         float,
     )
     retained = np.array([retained_bytes(problem, stop) for stop in range(1, len(blocks) + 1)], float)
-    processes = device.fixed_bytes * (1 + may_relay(problem, device))
     uses = np.array([[block in tensor.blocks for block in range(len(blocks))] for tensor in problem.shared], int)
     sizes = np.array([tensor.size_bytes for tensor in problem.shared], float)
     for start in range(len(blocks)):
-        stored = np.cumsum(columns[start:, 0])
+        kept = np.cumsum(columns[start:, 0])
         if sizes.size:
-            stored -= sizes @ np.maximum(np.cumsum(uses[:, start:], axis=1) - 1, 0)
-        weights = np.ceil(device.weights_factor * stored)
+            kept -= sizes @ np.maximum(np.cumsum(uses[:, start:], axis=1) - 1, 0)
         serving = np.cumsum(columns[start:, 1]) + np.maximum.accumulate(columns[start:, 2]) + retained[start:]
-        peak = np.maximum(serving, np.maximum.accumulate(columns[start:, 3]))
-        total[start, start + 1 :] = processes + weights + peak
-    return total
+        stored[start, start + 1 :] = kept
+        peak[start, start + 1 :] = np.maximum(serving, np.maximum.accumulate(columns[start:, 3]))
+    return stored, peak
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -341,24 +369,34 @@ class _Hops:
     wire_s: Floats
     sent: Floats
     links: tuple[tuple[LinkSpec | None, ...], ...]
+    token_s: Floats
+    """[M, M] a token with its envelope; nothing within a device."""
 
 
-def _hops(problem: Problem, devices: list[DeviceSpec], wires: dict[tuple[NodeId, NodeId], LinkSpec]) -> _Hops:
+def _hops(problem: Problem, devices: list[DeviceSpec]) -> _Hops:
     laps, prompts = _laps(problem), prompts_counted(problem)
     rounds = prompts * prefill_rounds(problem.shape)
     sizes = [cut_bytes(problem, stop) for stop in range(1, len(problem.blocks))]
     prompt_bytes = np.array([0, *(prompt for prompt, _ in sizes), 0], dtype=np.float64)
     row_bytes = np.array([0, *(row for _, row in sizes), 0], dtype=np.float64)
     delay_bytes = prompt_bytes * (rounds / prefill_steps(problem.shape)) + laps * row_bytes
-    links = tuple(tuple(wires.get((a.node, b.node)) for b in devices) for a in devices)
-    hop_s = np.full((len(devices), len(devices), prompt_bytes.size), INF)
-    wire_s = hop_s.copy()
-    for i, row in enumerate(links):
-        for j, link in enumerate(row):
-            if link:
-                wire_s[i, j] = (prompts * prompt_bytes + laps * row_bytes) / link.bytes_per_s
-                hop_s[i, j] = delay_bytes / link.bytes_per_s + (rounds + laps) * link.latency_s
-    return _Hops(hop_s=hop_s, wire_s=wire_s, sent=prompt_bytes + laps / problem.shape.batch * row_bytes, links=links)
+    index = {device.node: place for place, device in enumerate(devices)}
+    links: list[list[LinkSpec | None]] = [[None] * len(devices) for _ in devices]
+    latency_s, rate = np.full((len(devices), len(devices)), INF), np.ones((len(devices), len(devices)))
+    for link in problem.links:
+        if link.source in index and link.target in index:
+            here, there = index[link.source], index[link.target]
+            links[here][there] = link
+            latency_s[here, there], rate[here, there] = link.latency_s, link.bytes_per_s
+    wire_s = (prompts * prompt_bytes + laps * row_bytes) / rate[:, :, None]
+    wire_s[~np.isfinite(latency_s)] = INF
+    return _Hops(
+        hop_s=delay_bytes / rate[:, :, None] + ((rounds + laps) * latency_s)[:, :, None],
+        wire_s=wire_s,
+        sent=prompt_bytes + laps / problem.shape.batch * row_bytes,
+        links=tuple(tuple(row) for row in links),
+        token_s=np.where(np.eye(len(devices), dtype=bool), 0.0, latency_s + TOKEN_FRAME_BYTES / rate),
+    )
 
 
 Rates = tuple[Callable[[DeviceSpec], float], Callable[[LinkSpec], float]]
@@ -367,34 +405,35 @@ Rates = tuple[Callable[[DeviceSpec], float], Callable[[LinkSpec], float]]
 
 def _rows(problem: Problem, devices: list[DeviceSpec], hops: _Hops, rates: Rates) -> Rows:
     per_second, per_byte = rates
-    run = np.stack([_busy(problem, d) * per_second(d) for d in devices])
-    relaying = np.array([per_second(d) * d.step_overhead_s for d in devices]) * (
+    rate = np.array([per_second(device) for device in devices])
+    ranges = (len(devices), len(problem.blocks) + 1, len(problem.blocks) + 1)
+    run = _busy(problem, devices) * rate[:, None, None] if rate.any() else np.broadcast_to(0.0, ranges)
+    relaying = (rate * np.array([device.step_overhead_s for device in devices])) * (
         prefill_steps(problem.shape) + _laps(problem) / problem.shape.batch
     )
-    hop = np.array([[per_byte(link) if link else 0.0 for link in row] for row in hops.links])[:, :, None] * hops.sent
-    return Rows(run=run, hop=hop, relay=relaying)
+    sent = np.array([[per_byte(link) if link else 0.0 for link in row] for row in hops.links])
+    charged = sent[:, :, None] * hops.sent if sent.any() else np.broadcast_to(0.0, (*sent.shape, hops.sent.size))
+    return Rows(run=run, hop=charged, relay=relaying)
 
 
-def _occupied(wires: dict[tuple[NodeId, NodeId], LinkSpec], source: NodeId, target: NodeId) -> object:
-    link = wires.get((source, target))
-    return occupied(link) if link else None
+def _entry_s(problem: Problem, nodes: tuple[NodeId, ...]) -> Floats:
+    wires = {link.target: link for link in problem.links if link.source == problem.source}
+    ids_bytes = TOKEN_FRAME_BYTES + TOKEN_BYTES * problem.shape.tokens_in
+    return prompts_counted(problem) * np.array([_token_s(problem, node, wires.get(node), ids_bytes) for node in nodes])
 
 
-def _return_s(problem: Problem, nodes: tuple[NodeId, ...], wires: dict[tuple[NodeId, NodeId], LinkSpec]) -> Floats:
+def _return_s(problem: Problem, nodes: tuple[NodeId, ...], hops: _Hops) -> Floats:
+    """[M first, M last]"""
     prompts = prompts_counted(problem)
     laps = _laps(problem) + prompts * (prefill_rounds(problem.shape) - 1)
-    deliver_s = prompts * _token_s(wires, [(node, problem.source) for node in nodes], TOKEN_FRAME_BYTES)
-    lap_s = np.stack([_token_s(wires, [(last, first) for last in nodes], TOKEN_FRAME_BYTES) for first in nodes])
-    return np.where(np.isfinite(lap_s), laps * np.nan_to_num(lap_s, posinf=0.0), INF) + deliver_s
+    wires = {link.source: link for link in problem.links if link.target == problem.source}
+    deliver_s = prompts * np.array([_token_s(problem, node, wires.get(node), TOKEN_FRAME_BYTES) for node in nodes])
+    lap_s = hops.token_s.T
+    return np.asarray(np.where(np.isfinite(lap_s), laps * np.nan_to_num(lap_s, posinf=0.0), INF) + deliver_s)
 
 
-def _token_s(
-    wires: dict[tuple[NodeId, NodeId], LinkSpec], pairs: list[tuple[NodeId, NodeId]], payload_bytes: int
-) -> Floats:
-    def one_s(source: NodeId, target: NodeId) -> float:
-        try:
-            return transfer_s(wires, source, target, payload_bytes)
-        except InfeasibleError:
-            return INF
-
-    return np.array([one_s(source, target) for source, target in pairs])
+def _token_s(problem: Problem, node: NodeId, link: LinkSpec | None, payload_bytes: int) -> float:
+    """Between *node* and the source; infinite where no link joins them."""
+    if node == problem.source:
+        return 0.0
+    return link.latency_s + payload_bytes / link.bytes_per_s if link else INF

@@ -6,7 +6,7 @@ kept in their order, the model is cut anew for the real costs, and the gap is st
 
 Rounding: costs are rounded down to multiples of 1 / scale (`cpsat.Programme`), so the bound is never too high; scale makes the sum
 of all roundings less than `ROUNDING` of what the whole model takes on the quickest device, and so of any plan.  That is below
-the tolerance at which a plan counts as proven (`placement.ROUNDING`).
+the tolerance at which a plan counts as proven (`search.PROVEN`); where integers are too small for that, the gap says so.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from shoal.plan.budget import Budget
 from shoal.plan.cpsat import EFFORT, Outcome, minimise
 from shoal.plan.drawing import Drawing, Load, Task, draw
 from shoal.plan.found import FREE, Choice, Found
-from shoal.plan.periodic import Periodic, periodic
+from shoal.plan.periodic import Periodic, in_step
 from shoal.plan.recut import cost_of, recut_best
 from shoal.plan.star import period_bound_s
 from shoal.plan.tables import INF, Chain, Pass, Tables, busy_s
@@ -60,7 +60,7 @@ def circuit_tokens(
     tables: Tables, passes: list[Pass], form: Periodic, budget: Budget, scope: Scope = EVERYTHING
 ) -> Found | None:
     """The chain of least max(T, L / in flight) in one programme; None where hops may go through relays."""
-    load = load_of(tables, passes)
+    load = load_of(tables, passes, form)
     if load is None:
         return None
     drawing = _drawn(tables, form, scope, load)
@@ -129,14 +129,12 @@ def _priced(passes: list[Pass], chain: Chain, *, exact: bool) -> tuple[float, Ch
     return recut_best(passes, tuple(device for device, _, _ in chain))
 
 
-def load_of(tables: Tables, passes: list[Pass]) -> Load | None:
-    """The same rhythm with seconds of occupation for costs."""
-    if (passes and (passes[0].via >= 0).any()) or not passes:
+def load_of(tables: Tables, passes: list[Pass], form: Periodic) -> Load | None:
+    """Seconds of occupation in the rhythm of the costs; None where hops may go through relays, or another rhythm."""
+    if (passes[0].via >= 0).any():
         return None
-    search = passes[0]
-    run = np.where(np.isfinite(search.run), tables.run_s, INF)
-    hop = np.where(np.isfinite(search.hop), tables.wire_s, INF)
-    form = periodic([dataclasses.replace(other, run=run, hop=hop, sums=tables.run_s) for other in passes])
-    if form is None or not form.exact:
-        return None
-    return Load(busy=form, occupies=tables.occupies, in_flight=tables.in_flight)
+    run = np.where(np.isfinite(passes[0].run), tables.run_s, INF)
+    hop = np.where(np.isfinite(passes[0].hop), tables.wire_s, INF)
+    taken = [dataclasses.replace(search, run=run, hop=hop, sums=tables.run_s) for search in passes]
+    busy = in_step(taken, form.rhythm)
+    return Load(busy=busy, occupies=tables.occupies, in_flight=tables.in_flight) if busy else None

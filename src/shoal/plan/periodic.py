@@ -102,6 +102,15 @@ def periodic(passes: Sequence[Pass]) -> Periodic | None:
     return kind
 
 
+def in_step(passes: Sequence[Pass], rhythm: Rhythm) -> Periodic | None:
+    """The same for a rhythm that is given; None where the passes do not follow it exactly."""
+    costs = _costs(passes[0])
+    if costs is None or _spread(rhythm, costs[1], passes[0].hop) > SAME:
+        return None
+    form = _read(passes, rhythm, costs)
+    return form if form.exact else None
+
+
 def _rhythms(blocks: int) -> Iterator[Rhythm]:
     for period in range(1, LONGEST_PERIOD + 1):
         for first, last in ((0, 0), (1, 0), (0, 1), (1, 1)):

@@ -87,7 +87,8 @@ def _many(tables: Tables, passes: list[Pass], budget: Budget, choice: Choice) ->
     form = periodic(passes)
     draws = form is not None and installed() and not budget.spent()
     circled = _circled(tables, passes, form, budget, choice) if form and draws else None
-    if circled and form and (proven(circled) or (circled.chain and (form.exact or budget.spent()))):
+    crowded = len(tables.nodes) >= CROWD  # a beam through them would take longer than all else
+    if circled and (proven(circled) or (circled.chain and crowded)):
         return circled
     found = _bounded(tables, passes, budget, choice)
     if circled:

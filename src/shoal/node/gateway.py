@@ -20,6 +20,7 @@ from shoal.model.catalog import CATALOGUE
 from shoal.model.codec import ModelCodec
 from shoal.model.spec import ModelKind, ModelSpec
 from shoal.node.artifacts import Artifact, Artifacts
+from shoal.node.heap import give_back_memory
 from shoal.node.pipeline import AnswerDesk, Pipeline
 from shoal.plan.problem import Plan
 from shoal.runtime.executor.staged import StagedExecutor
@@ -94,7 +95,7 @@ class Models:
             statuses = self.view.deployments if self.view is not None else ()
             mine = [s for s in statuses if s.deployment.spec.source == self.me]
             wanted = {s.deployment.spec.manifest for s in mine}
-            self._codecs = {digest: codec for digest, codec in self._codecs.items() if digest in wanted}
+            await self._drop_codecs(wanted)
             for status in mine:
                 known = (status.deployment.spec.deployment, *_epoch(status))
                 # Not at the first view that says loading: reading a tokenizer would hold up the start of the worker.
@@ -251,6 +252,12 @@ class Models:
             created_unix_s=int(self.unix_s()),
         )
         return _Open(status, pipeline, served)
+
+    async def _drop_codecs(self, wanted: set[Digest]) -> None:
+        kept = {digest: codec for digest, codec in self._codecs.items() if digest in wanted}
+        dropped, self._codecs = len(self._codecs) - len(kept), kept
+        if dropped:
+            await anyio.to_thread.run_sync(give_back_memory)
 
     def _codec(self, artifact: Artifact) -> ModelCodec | None:
         if artifact.digest not in self._codecs:

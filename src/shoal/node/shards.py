@@ -15,6 +15,7 @@ from structlog.typing import FilteringBoundLogger
 from shoal.errors import ShoalError
 from shoal.fleet.order import Accepted, Hold, Order, Refused, Reply, Retire, Wire
 from shoal.fleet.report import ShardId, ShardReport, ShardState
+from shoal.node.heap import give_back_memory
 from shoal.node.journal import Journal
 from shoal.node.last_plan import forget_port, keep_port
 from shoal.node.mailbox import Mailbox
@@ -235,6 +236,7 @@ class ShardKeeper:
         del self._kept[kept.hold.shard]
         kept.ended.set()
         self._changed()
+        await anyio.to_thread.run_sync(give_back_memory)
 
     async def _outlive(self, kept: _Kept, worker: WorkerHandle) -> str:
         """Wait until the worker has ended or has fallen silent; how that was, in words."""

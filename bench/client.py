@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from shoal.fleet.report import ShardId
 from shoal.fleet.views import DeploymentView
 from shoal.ids import NodeId, RequestId
-from shoal.node.stage_loop import submit_topic
+from shoal.node.stage_keys import submit_topic
 from shoal.runtime import frames
 from shoal.runtime.request import FinishReason, GenerateRequest, OutputDelta
 from shoal.transport.bus import Bus, Lane, Sample

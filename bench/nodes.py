@@ -16,9 +16,9 @@ from shoal.client.calls import PlanOptions
 from shoal.errors import ShoalError
 from shoal.fleet.state import Standing
 from shoal.fleet.views import DeploymentState, DeploymentView
-from shoal.node.assemble import Running, running_file
 from shoal.node.importing import import_files
 from shoal.node.pull import PullRequest, pull
+from shoal.node.running import Running, running_file
 from shoal.store.home import open_store
 
 _START_LIMIT_S = 60.0

@@ -16,7 +16,7 @@ from shoal.errors import InvalidRequestError, NodeUnreachableError
 from shoal.fleet.state import Standing
 from shoal.fleet.views import EventView, NodeView
 from shoal.ids import NodeId
-from shoal.node.assemble import Running, running_file, running_node
+from shoal.node.running import Running, running_file, running_node
 from shoal.store.lock import try_locked
 
 DESK = Running(node=NodeId("d" * 32), name="desk", url="http://127.0.0.1:1", locators=("tcp/127.0.0.1:2",))

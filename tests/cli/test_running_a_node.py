@@ -12,7 +12,7 @@ import pytest
 from shoal.cli.serve import serve
 from shoal.cli.start import Stop, run
 from shoal.errors import SettingsError
-from shoal.node.assemble import Running, running_node
+from shoal.node.running import Running, running_node
 
 FLAGS = {
     "http": None, "api_keys": "", "listen": "127.0.0.1:0", "name": "desk", "memory": "1MB", "threads": 1,

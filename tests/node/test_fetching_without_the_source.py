@@ -16,7 +16,7 @@ from shoal.fleet.spec import DeploymentSpec
 from shoal.fleet.state import DeploymentWanted, FleetState, NodeHeard, PlanMade, apply
 from shoal.ids import DeploymentId, Digest, NodeId
 from shoal.node.artifacts import Artifacts, fetch_artifact, fetch_shard, load_shard
-from shoal.node.assemble import complete_manifests, fetch_hold
+from shoal.node.holding import complete_manifests, fetch_hold
 from shoal.plan.problem import Estimate, Objective, Plan, RequestShape, Stage
 from shoal.store.fetch import Fetcher
 from shoal.store.home import Store, missing_bytes, open_store

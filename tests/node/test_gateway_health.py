@@ -17,7 +17,7 @@ from shoal.ids import DeploymentId, Digest, NodeId, RequestId
 from shoal.node.artifacts import Artifacts
 from shoal.node.gateway import Models
 from shoal.node.pipeline import AnswerDesk
-from shoal.node.stage_loop import submit_topic
+from shoal.node.stage_keys import submit_topic
 from shoal.plan.problem import Estimate, Objective, Plan, RequestShape, Stage
 from shoal.runtime import frames
 from shoal.runtime.request import FinishReason, OutputDelta, SampledToken

@@ -16,7 +16,7 @@ from shoal.errors import UnavailableError
 from shoal.fleet.report import NodeFacts, ShardId
 from shoal.ids import DeploymentId, Digest, NodeId
 from shoal.node.artifacts import Artifacts, open_artifact
-from shoal.node.assemble import dial_agent
+from shoal.node.emulated import dial_agent
 from shoal.node.launch import launch
 from shoal.node.measuring import Measurer
 from shoal.node.messages import ProbeTarget, Profiled, ProfileModel

@@ -12,7 +12,7 @@ import pytest
 from shoal.fleet.order import Hold
 from shoal.fleet.report import ShardId, ShardState
 from shoal.ids import DeploymentId, Digest
-from shoal.node.assemble import complete_manifests
+from shoal.node.holding import complete_manifests
 from shoal.node.journal import Journal
 from shoal.node.shards import ShardKeeper, WorkerHandle
 from shoal.observe.log import set_up_logs

@@ -16,7 +16,8 @@ from shoal.errors import ContextLengthError, ShardLostError, ShoalError
 from shoal.fleet.report import ShardId
 from shoal.ids import DeploymentId, NodeId, RequestId
 from shoal.node.pipeline import AnswerDesk, Pipeline
-from shoal.node.stage_loop import StageLoop, Stopped, Wired, submit_topic
+from shoal.node.stage_keys import submit_topic
+from shoal.node.stage_loop import StageLoop, Stopped, Wired
 from shoal.runtime import frames
 from shoal.runtime.backend.null import NullBackend, null_shard
 from shoal.runtime.effects import SubmitArrived

@@ -14,7 +14,8 @@ from shoal.clock import SystemClock
 from shoal.errors import NodeUnreachableError
 from shoal.fleet.report import ShardId
 from shoal.ids import DeploymentId, Digest, NodeId
-from shoal.node.stage_loop import StageLoop, Stopped, submit_topic
+from shoal.node.stage_keys import submit_topic
+from shoal.node.stage_loop import StageLoop, Stopped
 from shoal.node.wiring import Outcome, Wirer
 from shoal.node.worker_spec import Wiring, WorkerSpec
 from shoal.runtime.backend.null import NullBackend, null_shard

@@ -20,7 +20,8 @@ from shoal.runtime.frames import BatchFrame, OpenedSequence, RequestTokens, Toke
 from shoal.runtime.pipeline import LocalPipeline
 from shoal.runtime.ports import SequenceStep
 from shoal.runtime.request import FinishReason, GenerateRequest, OutputDelta, SampledToken
-from shoal.runtime.stage import advance, start
+from shoal.runtime.stage import advance
+from shoal.runtime.stage_state import start
 
 Pipelines = Callable[..., LocalPipeline]
 Requests = Callable[..., GenerateRequest]

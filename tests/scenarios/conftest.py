@@ -33,10 +33,10 @@ from shoal.fleet.views import DeploymentState, DeploymentView, EventView, NodeVi
 from shoal.ids import NodeId
 from shoal.model.gguf_tokenizer import tokenizer_files
 from shoal.node.artifacts import Artifact, open_artifact
-from shoal.node.assemble import Running, running_file
 from shoal.node.importing import import_files
 from shoal.node.progress import Quiet
 from shoal.node.pull import PullRequest, pull
+from shoal.node.running import Running, running_file
 from shoal.node.trials import TrialSpec
 from shoal.plan.problem import Pin, RequestShape
 from shoal.profile.device import device_facts, fingerprint

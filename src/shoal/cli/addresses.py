@@ -7,8 +7,8 @@ from contextlib import closing
 from pathlib import Path
 
 from shoal.errors import PortInUseError
-from shoal.node.assemble import running_node
 from shoal.node.options import NodeOptions
+from shoal.node.running import running_node
 from shoal.serve.run import bind
 
 _MAX_PORT = 65535

@@ -8,7 +8,7 @@ from shoal.client import Shoal
 from shoal.client.calls import gateway_url
 from shoal.errors import InvalidRequestError, NodeUnreachableError
 from shoal.fleet.views import NodeView
-from shoal.node.assemble import Running, running_node
+from shoal.node.running import Running, running_node
 from shoal.node.settings import read_settings
 
 URL_HELP = "The gateway to ask; by default $SHOAL_URL, else the node that runs on this machine."

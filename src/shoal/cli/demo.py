@@ -29,7 +29,7 @@ from shoal.client.calls import PlanOptions
 from shoal.errors import NodeUnreachableError, SettingsError, ShoalError
 from shoal.fleet.state import Standing
 from shoal.ids import NodeId
-from shoal.node.assemble import Running, running_file, running_node
+from shoal.node.running import Running, running_file, running_node
 from shoal.node.settings import read_settings
 from shoal.plan.problem import Estimate, Plan, RequestShape
 from shoal.trust.identity import load_or_create, node_id

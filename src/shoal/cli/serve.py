@@ -32,9 +32,9 @@ from shoal.cli.deploy import (
 from shoal.cli.start import AllowHosts, AllowOrigins, Expose, Listen, Memory, Stop, check_start, run
 from shoal.client import Shoal
 from shoal.errors import SettingsError
-from shoal.node.assemble import Running
 from shoal.node.fleet_api import check_name
 from shoal.node.options import DEFAULT_HTTP_PORT, DEFAULT_LISTEN
+from shoal.node.running import Running
 from shoal.node.settings import read_settings
 from shoal.plan.problem import Limits, Objective, RequestShape
 

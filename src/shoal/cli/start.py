@@ -16,8 +16,9 @@ from anyio.abc import TaskStatus
 
 from shoal.cli.addresses import check_free
 from shoal.errors import SettingsError, ShoalError
-from shoal.node.assemble import Running, run_node
+from shoal.node.assemble import run_node
 from shoal.node.options import NodeOptions, check_exposed, check_reachable, host_name, locator, parse_link, web_origin
+from shoal.node.running import Running
 from shoal.node.settings import read_settings
 from shoal.observe.log import LogStyle, set_up_logs
 from shoal.profile.fleet import Declared

@@ -1,14 +1,11 @@
 """The one place that names concrete classes: a node out of its parts, running until cancelled."""
 
-import contextlib
-import re
 import secrets
 import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 
 import anyio
@@ -18,22 +15,24 @@ import msgspec
 from prometheus_client import CollectorRegistry
 from structlog.typing import FilteringBoundLogger
 
-from shoal import __version__
 from shoal.clock import Clock, SystemClock
-from shoal.errors import SettingsError, ShoalError, UnavailableError
+from shoal.errors import SettingsError
 from shoal.fleet.order import Hold
 from shoal.fleet.report import NodeFacts
 from shoal.fleet.views import JoinView
-from shoal.ids import Digest, NodeId
+from shoal.ids import NodeId
 from shoal.node.agent import Agent
-from shoal.node.artifacts import Artifacts, fetch_artifact, fetch_shard
+from shoal.node.artifacts import Artifacts
 from shoal.node.calls import Caller, Handler
 from shoal.node.coordinator import Coordinator
 from shoal.node.desk import CoordinatorDesk
+from shoal.node.emulated import dial_agent, shaped_agent
 from shoal.node.events import EventRing
+from shoal.node.facts import engine_threads, node_facts
 from shoal.node.fleet_api import FleetApi
 from shoal.node.fleet_figures import figures
 from shoal.node.gateway import Models
+from shoal.node.holding import complete_manifests, fetch_hold
 from shoal.node.in_use import journal_file
 from shoal.node.journal import Journal
 from shoal.node.last_plan import kept_port
@@ -43,59 +42,28 @@ from shoal.node.options import NodeOptions
 from shoal.node.pipeline import AnswerDesk
 from shoal.node.planning import FleetPlanner
 from shoal.node.probe import answer_echoes
+from shoal.node.running import Running, lock_file, running_file
 from shoal.node.shards import ShardKeeper, WorkerHandle
 from shoal.node.voice import Bell, Voice
 from shoal.node.worker_spec import WorkerSpec
 from shoal.observe.figures import register
 from shoal.observe.metrics import Metrics
-from shoal.profile.device import device_facts, fingerprint
-from shoal.runtime.backend.onnx import providers
+from shoal.profile.device import device_facts
 from shoal.serve.access import Access, access_for, read_keys
 from shoal.serve.app import build_app
 from shoal.serve.ports import Limits, Node
 from shoal.serve.run import bind, serve, url_of
 from shoal.store.disk import home_named
 from shoal.store.fetch import Fetcher
-from shoal.store.home import Store, missing_bytes, open_store
+from shoal.store.home import Store, open_store
 from shoal.store.lock import try_locked
 from shoal.store.pace import Pacer
 from shoal.store.peer import serve_chunks
 from shoal.transport.bus import Bus, Closable
-from shoal.transport.keys import ChunkTopic, ControlTopic, ProbeTopic, key_of
-from shoal.transport.shaped import Link, ShapedBus, Way
-from shoal.transport.zenoh import ZenohBus, open_agent, open_control
+from shoal.transport.zenoh import ZenohBus, open_agent
 from shoal.trust.identity import load_or_create, node_id
 
 UNHEARD_S = 5.0
-
-
-class Running(msgspec.Struct, frozen=True, kw_only=True):
-    """What a started node tells whoever started it; also kept in `<home>/run/node.json` for the command line."""
-
-    node: NodeId
-    name: str
-    url: str
-    locators: tuple[str, ...]
-
-
-def running_file(home: Path) -> Path:
-    """Where a running node says how it is reached."""
-    return home / "run" / "node.json"
-
-
-def running_node(home: Path) -> Running | None:
-    """The node that runs from *home*, or None; what one left behind that was killed is not believed."""
-    with home_named(home):
-        try:
-            said = msgspec.json.decode(running_file(home).read_bytes(), type=Running)
-        except (FileNotFoundError, msgspec.MsgspecError):
-            return None
-        with try_locked(_lock_file(home)) as nobody_runs:
-            return None if nobody_runs else said
-
-
-def _lock_file(home: Path) -> Path:
-    return home / "run" / "lock"
 
 
 async def run_node(options: NodeOptions, log: FilteringBoundLogger, started: Callable[[Running], None]) -> None:
@@ -105,7 +73,7 @@ async def run_node(options: NodeOptions, log: FilteringBoundLogger, started: Cal
     full, PortInUseError when an address is taken.
     """
     home = Path(options.home)
-    with home_named(home), try_locked(_lock_file(home)) as mine:
+    with home_named(home), try_locked(lock_file(home)) as mine:
         if not mine:
             raise SettingsError(
                 f"a node is already running with home {home}",
@@ -322,32 +290,6 @@ def new_id() -> str:
     return secrets.token_hex(8)
 
 
-def engine_threads(options: NodeOptions, cores: int) -> int:
-    """Threads of an engine session on this node."""
-    return options.threads or cores
-
-
-def node_facts(options: NodeOptions, fabric: ZenohBus, gateway: str) -> NodeFacts:
-    """What this node tells about itself; an emulated slowdown counts as another kind of machine."""
-    machine = device_facts(f"onnxruntime {version('onnxruntime')}")
-    emulated = (f"slowdown {options.slowdown}",) if options.slowdown != 1 else ()
-    return NodeFacts(
-        name=options.name,
-        version=__version__,
-        locators=fabric.locators,
-        zid=fabric.zid,
-        cores=machine.cores,
-        memory_total_bytes=machine.memory_total_bytes,
-        memory_budget_bytes=options.memory_bytes or machine.suggested_budget_bytes,
-        providers=providers(),
-        fingerprint=fingerprint(machine, engine_threads(options, machine.cores), emulated),
-        gateway=gateway,
-        coordinates=options.coordinates,
-        slowdown=options.slowdown,
-        declared=options.declared,
-    )
-
-
 async def launch_hold(parts: _Parts, hold: Hold) -> WorkerHandle:
     """Start the worker of a shard, where it listened before if it was here before."""
     options = parts.options
@@ -372,73 +314,6 @@ async def launch_hold(parts: _Parts, hold: Hold) -> WorkerHandle:
         links=options.links,
     )
     return await launch(spec)
-
-
-async def fetch_hold(
-    store: Store, fetcher: Fetcher, artifacts: Artifacts, hold: Hold, arrived: Callable[[int], None]
-) -> None:
-    """Bring the chunks of a shard here; *arrived* is called on the event loop.  Cancelled, it ends with the next piece."""
-
-    def tell(size_bytes: int) -> None:
-        anyio.from_thread.check_cancelled()
-        anyio.from_thread.run_sync(arrived, size_bytes)
-
-    def work() -> None:
-        try:
-            artifact = fetch_artifact(fetcher, artifacts, hold.manifest, hold.sources)
-            fetch_shard(fetcher, artifact, (hold.start, hold.stop), hold.sources, tell)
-        except UnavailableError as error:
-            if type(error) is not UnavailableError:
-                raise  # a node that does not answer or a full disk: nothing is lost
-            raise UnavailableError(f"{error.message}; {pull_again(store, hold.manifest)}") from error
-
-    await anyio.to_thread.run_sync(work)
-
-
-def pull_again(store: Store, digest: Digest) -> str:
-    """What to type when chunks of a model are nowhere any more; where it came from is known as long as its manifest is."""
-    for name in store.library.names():
-        with contextlib.suppress(ShoalError):
-            if store.library.digest(name) == digest:
-                origin = store.library.read(name).origin
-                reference = origin.reference if origin is not None else name
-                where = re.sub("^file:", "PATH/", reference)  # of a file only its name is kept
-                renamed = "" if where == name else f" --name {name}"
-                return f"bring them back with `shoal pull {where}{renamed}`"
-    return "bring them back with `shoal pull`, then deploy the model again"
-
-
-def complete_manifests(store: Store) -> tuple[Digest, ...]:
-    """Models of which every chunk is here; one that is damaged or just being removed is not (`shoal models` names it)."""
-    found = []
-    for name in store.library.names():
-        with contextlib.suppress(ShoalError):
-            if not missing_bytes(store, store.library.read(name)):
-                found.append(store.library.digest(name))
-    return tuple(found)
-
-
-def dial_agent(options: NodeOptions, me: NodeId, locator: str, zid: str) -> Bus:
-    """A session of its own to the agent *zid*, with the emulated links that the agent's bus and workers have too."""
-    return shaped_agent(open_control(locator, zid=zid), options, me)
-
-
-def shaped_agent(bus: Bus, options: NodeOptions, me: NodeId) -> Bus:
-    """The agent's bus as over the emulated links: what is addressed to a node travels on the link to it."""
-    if not options.links:
-        return bus
-    links: dict[str, Link] = {}
-    for shape in options.links:
-        way = Way(latency_s=shape.latency_s, bytes_per_s=shape.bytes_per_s)
-        link = Link(out=way, back=way)
-        fleet, node = options.fleet, shape.target
-        for key in (
-            key_of(ControlTopic(fleet=fleet, node=node, verb="x")).removesuffix("/x"),
-            key_of(ChunkTopic(fleet=fleet, node=node, digest=Digest("x"))).removesuffix("/x"),
-            key_of(ProbeTopic(fleet=fleet, source=me, target=node)),
-        ):
-            links[key] = link
-    return ShapedBus(bus, links, SystemClock())
 
 
 def _join(facts: NodeFacts, options: NodeOptions) -> JoinView:

@@ -13,7 +13,7 @@ from shoal.clock import Clock
 from shoal.errors import ShardLostError, UntrustedError
 from shoal.fleet.report import ShardId
 from shoal.ids import DeploymentId, NodeId, RequestId
-from shoal.node.stage_loop import submit_topic
+from shoal.node.stage_keys import submit_topic
 from shoal.runtime import frames
 from shoal.runtime.executor.staged import Answer, InferAnswer
 from shoal.runtime.request import FinishReason, GenerateRequest, InferRequest, OutputDelta

@@ -22,20 +22,20 @@ import msgspec
 from structlog.typing import FilteringBoundLogger
 
 from shoal.clock import Clock
-from shoal.errors import InvalidRequestError, MalformedFrameError, ShoalError, UntrustedError
+from shoal.errors import MalformedFrameError, ShoalError, UntrustedError
 from shoal.fleet.report import ShardId
-from shoal.ids import NodeId, RequestId
+from shoal.ids import RequestId
 from shoal.node.replies import Replies
-from shoal.runtime import frames, stage
+from shoal.node.stage_inputs import from_gateway, from_stage
+from shoal.node.stage_keys import StageKeys, stage_keys
+from shoal.runtime import frames
 from shoal.runtime.effects import (
     Abandon,
     BatchArrived,
-    CancelArrived,
     CreditArrived,
     Effect,
     Emit,
     EmitResult,
-    InferArrived,
     ReleaseSlot,
     RunStep,
     SendCredit,
@@ -46,7 +46,6 @@ from shoal.runtime.effects import (
     StageInput,
     StepDone,
     StepFailed,
-    SubmitArrived,
     Suspect,
     Tick,
     TokensArrived,
@@ -55,9 +54,10 @@ from shoal.runtime.first import FirstStage
 from shoal.runtime.ports import Session
 from shoal.runtime.request import OutputDelta
 from shoal.runtime.settings import StageSettings
+from shoal.runtime.stage import advance
+from shoal.runtime.stage_state import StageState, start
 from shoal.transport.bus import Bus, Closable, Lane, Sample
-from shoal.transport.frame import pack, unpack
-from shoal.transport.keys import CreditTopic, FrameTopic, TokensTopic, WorkerTopic, check_key, key_of
+from shoal.transport.frame import pack
 from shoal.transport.pieces import Joiner, split
 
 _TICK_S = 0.25
@@ -77,34 +77,6 @@ class Stopped:
 
 
 Item = StageInput | Wired | Stopped
-
-
-@dataclass(frozen=True, slots=True)
-class _Keys:
-    """Where a stage sends and listens: built once, for escaping names at every frame costs as much as sending it."""
-
-    frames_in: str
-    frames_out: str
-    tokens: str
-    credits_in: str
-    credits_out: str
-    forward: str
-    """To the next stage: from the last one, that is the first."""
-
-
-def _keys(fleet: str, shard: ShardId, stages: int) -> _Keys:
-    name, epoch, index = shard.deployment, shard.plan_epoch, shard.stage
-    before = (index - 1) % stages
-    tokens = key_of(TokensTopic(fleet=fleet, deployment=name, plan_epoch=epoch))
-    onward = key_of(FrameTopic(fleet=fleet, deployment=name, plan_epoch=epoch, stage=index + 1))
-    return _Keys(
-        frames_in=key_of(FrameTopic(fleet=fleet, deployment=name, plan_epoch=epoch, stage=index)),
-        frames_out=onward,
-        tokens=tokens,
-        credits_in=key_of(CreditTopic(fleet=fleet, deployment=name, plan_epoch=epoch, stage=index)),
-        credits_out=key_of(CreditTopic(fleet=fleet, deployment=name, plan_epoch=epoch, stage=before)),
-        forward=tokens if index == stages - 1 else onward,
-    )
 
 
 @dataclass(slots=True)
@@ -146,12 +118,12 @@ class StageLoop:
     _hellos: int = 0
     _last_greeted: int = 0
     _joiner: Joiner = field(default_factory=Joiner)
-    _keys: _Keys = field(init=False)
+    _keys: StageKeys = field(init=False)
     _replies: Replies = field(init=False)
 
     def __post_init__(self) -> None:
         self._replies = Replies(self.control, self.log)
-        self._keys = _keys(self.fleet, self.shard, self.settings.stages)
+        self._keys = stage_keys(self.fleet, self.shard, self.settings.stages)
 
     @property
     def unsaid(self) -> int:
@@ -179,7 +151,7 @@ class StageLoop:
 
     def run(self) -> None:
         """Work until told to stop; closes nothing that it was given."""
-        state = stage.start(self.settings)
+        state = start(self.settings)
         pulse = threading.Thread(target=self._pulse, name=f"pulse-{self.shard}", daemon=True)
         pulse.start()
         self._replies.start(f"replies-{self.shard}")
@@ -219,7 +191,7 @@ class StageLoop:
     def _tick(self) -> Tick:
         return Tick(now_s=self.clock.now_s(), heard_s=self._heard_s)
 
-    def _show(self, state: stage.StageState) -> None:
+    def _show(self, state: StageState) -> None:
         """Leave what others may read of the machine."""
         self.trouble, self._behind = state.trouble, state.behind
         if state.first is not None:
@@ -249,13 +221,13 @@ class StageLoop:
         """Trouble only where a frame was lost by it: every stage begins without a way, before anybody is told to ask."""
         return f"stage {self.shard.stage} is not wired yet" if self._early else ""
 
-    def _advance(self, state: stage.StageState, given: StageInput) -> stage.StageState:
-        state, effects = stage.advance(state, given)
+    def _advance(self, state: StageState, given: StageInput) -> StageState:
+        state, effects = advance(state, given)
         for effect in effects:
             self._carry_out(state, effect)
         return state
 
-    def _run_step(self, state: stage.StageState, effect: RunStep) -> None:
+    def _run_step(self, state: StageState, effect: RunStep) -> None:
         """Call the engine; its result waits behind what came meanwhile.
 
         A stage alone would never come to it otherwise: each of its steps asks for the next, and cancelled or new requests
@@ -273,7 +245,7 @@ class StageLoop:
             self.inbox.put(self._tick())
         self.inbox.put(done)
 
-    def _carry_out(self, state: stage.StageState, effect: Effect) -> None:
+    def _carry_out(self, state: StageState, effect: Effect) -> None:
         match effect:
             case RunStep():
                 self._run_step(state, effect)
@@ -325,32 +297,25 @@ class StageLoop:
     def _from_stage(self, sample: Sample) -> None:
         try:
             whole = self._joiner.add(sample.payload)
-            if whole is None:
-                return
-            header, tensors = unpack(whole)
-            frame = frames.decode_stage_frame(header)
-            if isinstance(frame, frames.BatchFrame) and frame.infer is not None:
-                _check_reply_to(frame.infer.reply_to)
+            heard = from_stage(whole) if whole is not None else None
         except UntrustedError as error:
             self._drop(sample, error)
             return
-        match frame:
-            case frames.BatchFrame():
-                self.inbox.put(BatchArrived(frame=frame, tensors=tensors))
-            case frames.TokensFrame():
-                self.inbox.put(TokensArrived(frame=frame))
-            case frames.CreditFrame():
-                self._heard_s = self.clock.now_s()
-                self.inbox.put(CreditArrived(frame=frame))
+        match heard:
+            case None:
+                return  # pieces of it are still on their way
             case frames.HelloFrame(number=number, back=True):
                 self._greeted(sample, number)
             case frames.HelloFrame():
-                answer = msgspec.structs.replace(frame, back=True)
+                answer = msgspec.structs.replace(heard, back=True)
                 self.inbound.put(self._keys.credits_out, pack(frames.encode(answer), {}))
-            case frames.SentFrame():
-                self.inbox.put(SentArrived(frame=frame))
+            case CreditArrived():
+                self._heard_s = self.clock.now_s()
+                self.inbox.put(heard)
+            case BatchArrived() | TokensArrived() | SentArrived():
+                self.inbox.put(heard)
             case _:
-                assert_never(frame)
+                assert_never(heard)
 
     def _greeted(self, sample: Sample, number: int) -> None:
         """Each hello is answered once, whoever repeats it: nobody empties the queue of a stage that is wired."""
@@ -362,24 +327,9 @@ class StageLoop:
 
     def _from_gateway(self, sample: Sample) -> None:
         try:
-            header, tensors = unpack(sample.payload)
-            message = frames.decode_gateway_message(header)
-            if isinstance(message, frames.Submit | frames.SubmitInfer):
-                _check_reply_to(message.reply_to)
+            self.inbox.put(from_gateway(sample.payload))
         except UntrustedError as error:
             self._drop(sample, error)
-            return
-        match message:
-            case frames.Submit():
-                self.inbox.put(SubmitArrived(submit=message))
-            case frames.SubmitInfer():
-                self.inbox.put(InferArrived(submit=message, tensors=tensors))
-            case frames.Cancel(request=request):
-                self.inbox.put(CancelArrived(request=request))
-            case frames.Delta() | frames.InferDone():
-                self._drop(sample, MalformedFrameError("an answer where a request belongs"))
-            case _:
-                assert_never(message)
 
     def _drop(self, sample: Sample, error: ShoalError) -> None:
         self.malformed += 1
@@ -389,27 +339,7 @@ class StageLoop:
             )
 
 
-def _check_reply_to(key: str) -> None:
-    """Raise MalformedFrameError unless something can be sent to *key*: the machine passes it on and never looks at it."""
-    try:
-        check_key(key)
-    except InvalidRequestError as error:
-        raise MalformedFrameError(f"an answer cannot be sent to {key!r}: {error.message}") from error
-
-
 def _requests(first: FirstStage) -> tuple[int, int]:
     """How many are being answered, and how many wait; inferences are requests too."""
     flying = sum(flight.infer is not None for flight in first.flights.values())
     return len(first.live) + flying, len(first.waiting) + len(first.infers)
-
-
-def submit_topic(fleet: str, node: NodeId, shard: ShardId) -> WorkerTopic:
-    """Where gateways send requests for the pipeline whose first stage is *shard* on *node*."""
-    return WorkerTopic(
-        fleet=fleet,
-        node=node,
-        deployment=shard.deployment,
-        plan_epoch=shard.plan_epoch,
-        stage=shard.stage,
-        verb="submit",
-    )

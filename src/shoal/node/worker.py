@@ -23,7 +23,8 @@ from shoal.fleet.report import ShardReport, ShardState
 from shoal.ids import NodeId
 from shoal.node.artifacts import Artifact, load_shard, open_artifact
 from shoal.node.messages import REPORT, WIRE
-from shoal.node.stage_loop import StageLoop, Stopped, submit_topic
+from shoal.node.stage_keys import submit_topic
+from shoal.node.stage_loop import StageLoop, Stopped
 from shoal.node.wiring import Outcome, Wirer
 from shoal.node.worker_spec import Wiring, WorkerSpec
 from shoal.observe.log import set_up_logs

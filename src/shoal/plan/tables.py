@@ -18,23 +18,19 @@ from numpy.typing import NDArray
 
 from shoal.ids import NodeId
 from shoal.plan.cost import (
-    TOKEN_BYTES,
-    TOKEN_FRAME_BYTES,
     Span,
     barred,
-    cut_bytes,
-    decode_times,
     free_bytes,
-    kv_positions,
     may_relay,
     occupied,
     owners,
     prefill_rounds,
     prefill_steps,
     prompts_counted,
-    retained_bytes,
 )
+from shoal.plan.hops import Hops, entry_s, hops_of, return_s
 from shoal.plan.problem import DeviceSpec, LinkSpec, Problem
+from shoal.plan.ranges import allowed_s, alone_s, laps, need_bytes
 
 Floats = NDArray[np.float64]
 Whole = NDArray[np.int64]
@@ -132,25 +128,25 @@ def build_tables(problem: Problem) -> Tables:
     first, last = owned.get(0), owned.get(len(problem.blocks) - 1)
     prompts = prompts_counted(problem)
     rounds = prompts * prefill_rounds(problem.shape)
-    hops = _hops(problem, devices)
+    hops = hops_of(problem, devices)
     return Tables(
         nodes=nodes,
         firsts=tuple(range(len(nodes))) if first is None else (nodes.index(first),),
         closing=nodes.index(first) if first is not None and first == last == problem.source else None,
-        run_s=_allowed(problem, devices, owned, prompts * prefill_steps(problem.shape)),
-        pass_s=_allowed(problem, devices, owned, rounds),
-        need_bytes=_need_bytes(problem, devices),
+        run_s=allowed_s(problem, devices, owned, prompts * prefill_steps(problem.shape)),
+        pass_s=allowed_s(problem, devices, owned, rounds),
+        need_bytes=need_bytes(problem, devices),
         free_bytes=np.array([free_bytes(device) for device in devices], dtype=np.float64),
         hop_s=hops.hop_s,
         wire_s=hops.wire_s,
         relay_s=np.array(
-            [(rounds + _laps(problem)) * d.step_overhead_s if may_relay(problem, d) else INF for d in devices]
+            [(rounds + laps(problem)) * d.step_overhead_s if may_relay(problem, d) else INF for d in devices]
         ),
         occupies=tuple(tuple(occupied(link) if link else None for link in row) for row in hops.links),
         joules=_rows(problem, devices, hops, (lambda d: d.active_watts, lambda link: link.joules_per_byte)),
         price=_rows(problem, devices, hops, (lambda d: d.price_per_hour / 3600, lambda link: link.price_per_byte)),
-        entry_s=_entry_s(problem, nodes),
-        return_s=_return_s(problem, nodes, hops),
+        entry_s=entry_s(problem, nodes),
+        return_s=return_s(problem, nodes, hops),
         in_flight=problem.shape.in_flight,
         max_stages=problem.max_stages or len(nodes) + 1,
         stages_exactly=problem.stages_exactly,
@@ -276,164 +272,18 @@ def _reach(values: Floats) -> Floats:
     return np.where(np.isfinite(values), 0.0, INF)
 
 
-def _laps(problem: Problem) -> int:
-    return problem.shape.tokens_out - 1
-
-
-def _allowed(problem: Problem, devices: list[DeviceSpec], owned: dict[int, NodeId], rounds: float) -> Floats:
-    """Seconds of each shard for *rounds* of a prompt's chunks and all further steps; infinite where it may not be."""
-    seconds = _run(problem, devices, rounds, _laps(problem))
-    seconds[~_may_run(problem, devices, owned)] = INF
-    return seconds
-
-
-def _run(problem: Problem, devices: list[DeviceSpec], rounds: float, laps: float) -> Floats:
-    """[M, N+1, N+1] seconds of each range of blocks; infinite where it is empty."""
-    part = rounds / prefill_steps(problem.shape)
-    prefill = np.array([device.prefill_s for device in devices])
-    decode = np.array([decode_times(device, problem.shape.batch) for device in devices])
-    overhead = (rounds + laps) * np.array([device.step_overhead_s for device in devices])
-    before = np.zeros((len(devices), len(problem.blocks) + 1))
-    np.cumsum(part * prefill + laps * decode, axis=1, out=before[:, 1:])
-    total = before[:, None, :] - before[:, :, None] + overhead[:, None, None]
-    total[:, ~_ahead(len(problem.blocks))] = INF
-    return np.asarray(total)
-
-
-def _ahead(blocks: int) -> NDArray[np.bool_]:
-    """[N+1, N+1] ranges that are not empty."""
-    return np.triu(np.ones((blocks + 1, blocks + 1), bool), 1)
-
-
-def _may_run(problem: Problem, devices: list[DeviceSpec], owned: dict[int, NodeId]) -> NDArray[np.bool_]:
-    """[M, N+1, N+1] whether pins and the devices' batteries allow a range of blocks."""
-    blocks = len(problem.blocks)
-    allowed = np.ones((len(devices), blocks + 1, blocks + 1), bool)
-    for block, owner in owned.items():
-        others = [index for index, device in enumerate(devices) if device.node != owner]
-        allowed[others, : block + 1, block + 1 :] = False
-    limited = [(i, device) for i, device in enumerate(devices) if device.joules_limit is not None]
-    for (index, device), busy_s in zip(limited, _busy(problem, [device for _, device in limited]), strict=True):
-        allowed[index] &= device.active_watts * busy_s <= (device.joules_limit or 0.0)
-    return allowed
-
-
-def _busy(problem: Problem, devices: list[DeviceSpec]) -> Floats:
-    """[M, N+1, N+1] seconds that one request alone keeps a shard busy: its prompt, and its share of each further step.
-
-    0 for empty ranges.
-    """
-    if not devices:
-        return np.zeros((0, len(problem.blocks) + 1, len(problem.blocks) + 1))
-    seconds = _run(problem, devices, prefill_steps(problem.shape), _laps(problem) / problem.shape.batch)
-    return np.where(np.isfinite(seconds), seconds, 0.0)
-
-
-def _need_bytes(problem: Problem, devices: list[DeviceSpec]) -> Floats:
-    """[M, N+1, N+1]; devices differ only in what a process takes and in how they pack weights."""
-    stored, peak = _shard_bytes(problem)
-    processes = np.array([device.fixed_bytes * (1 + may_relay(problem, device)) for device in devices], float)
-    factor = np.array([device.weights_factor for device in devices])
-    need = processes[:, None, None] + np.ceil(factor[:, None, None] * stored) + peak
-    need[:, ~_ahead(len(problem.blocks))] = INF
-    return np.asarray(need)
-
-
-def _shard_bytes(problem: Problem) -> tuple[Floats, Floats]:
-    """[N+1, N+1] weights as stored, and the most beside them, of each range of blocks."""
-    blocks, positions = problem.blocks, kv_positions(problem.shape)
-    stored = np.zeros((len(blocks) + 1, len(blocks) + 1))
-    peak = stored.copy()
-    columns = np.array(
-        [(b.weights_bytes, b.kv_bytes_per_token * positions, b.workspace_bytes, b.load_peak_bytes) for b in blocks],
-        float,
-    )
-    retained = np.array([retained_bytes(problem, stop) for stop in range(1, len(blocks) + 1)], float)
-    uses = np.array([[block in tensor.blocks for block in range(len(blocks))] for tensor in problem.shared], int)
-    sizes = np.array([tensor.size_bytes for tensor in problem.shared], float)
-    for start in range(len(blocks)):
-        kept = np.cumsum(columns[start:, 0])
-        if sizes.size:
-            kept -= sizes @ np.maximum(np.cumsum(uses[:, start:], axis=1) - 1, 0)
-        serving = np.cumsum(columns[start:, 1]) + np.maximum.accumulate(columns[start:, 2]) + retained[start:]
-        stored[start, start + 1 :] = kept
-        peak[start, start + 1 :] = np.maximum(serving, np.maximum.accumulate(columns[start:, 3]))
-    return stored, peak
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Hops:
-    """Direct links; `sent` [N+1] are the bytes of one request over each cut, the rest is as in `Tables`."""
-
-    hop_s: Floats
-    wire_s: Floats
-    sent: Floats
-    links: tuple[tuple[LinkSpec | None, ...], ...]
-    token_s: Floats
-    """[M, M] a token with its envelope; nothing within a device."""
-
-
-def _hops(problem: Problem, devices: list[DeviceSpec]) -> _Hops:
-    laps, prompts = _laps(problem), prompts_counted(problem)
-    rounds = prompts * prefill_rounds(problem.shape)
-    sizes = [cut_bytes(problem, stop) for stop in range(1, len(problem.blocks))]
-    prompt_bytes = np.array([0, *(prompt for prompt, _ in sizes), 0], dtype=np.float64)
-    row_bytes = np.array([0, *(row for _, row in sizes), 0], dtype=np.float64)
-    delay_bytes = prompt_bytes * (rounds / prefill_steps(problem.shape)) + laps * row_bytes
-    index = {device.node: place for place, device in enumerate(devices)}
-    links: list[list[LinkSpec | None]] = [[None] * len(devices) for _ in devices]
-    latency_s, rate = np.full((len(devices), len(devices)), INF), np.ones((len(devices), len(devices)))
-    for link in problem.links:
-        if link.source in index and link.target in index:
-            here, there = index[link.source], index[link.target]
-            links[here][there] = link
-            latency_s[here, there], rate[here, there] = link.latency_s, link.bytes_per_s
-    wire_s = (prompts * prompt_bytes + laps * row_bytes) / rate[:, :, None]
-    wire_s[~np.isfinite(latency_s)] = INF
-    return _Hops(
-        hop_s=delay_bytes / rate[:, :, None] + ((rounds + laps) * latency_s)[:, :, None],
-        wire_s=wire_s,
-        sent=prompt_bytes + laps / problem.shape.batch * row_bytes,
-        links=tuple(tuple(row) for row in links),
-        token_s=np.where(np.eye(len(devices), dtype=bool), 0.0, latency_s + TOKEN_FRAME_BYTES / rate),
-    )
-
-
 Rates = tuple[Callable[[DeviceSpec], float], Callable[[LinkSpec], float]]
 """Per second of a busy device, and per byte on a link."""
 
 
-def _rows(problem: Problem, devices: list[DeviceSpec], hops: _Hops, rates: Rates) -> Rows:
+def _rows(problem: Problem, devices: list[DeviceSpec], hops: Hops, rates: Rates) -> Rows:
     per_second, per_byte = rates
     rate = np.array([per_second(device) for device in devices])
     ranges = (len(devices), len(problem.blocks) + 1, len(problem.blocks) + 1)
-    run = _busy(problem, devices) * rate[:, None, None] if rate.any() else np.broadcast_to(0.0, ranges)
+    run = alone_s(problem, devices) * rate[:, None, None] if rate.any() else np.broadcast_to(0.0, ranges)
     relaying = (rate * np.array([device.step_overhead_s for device in devices])) * (
-        prefill_steps(problem.shape) + _laps(problem) / problem.shape.batch
+        prefill_steps(problem.shape) + laps(problem) / problem.shape.batch
     )
     sent = np.array([[per_byte(link) if link else 0.0 for link in row] for row in hops.links])
     charged = sent[:, :, None] * hops.sent if sent.any() else np.broadcast_to(0.0, (*sent.shape, hops.sent.size))
     return Rows(run=run, hop=charged, relay=relaying)
-
-
-def _entry_s(problem: Problem, nodes: tuple[NodeId, ...]) -> Floats:
-    wires = {link.target: link for link in problem.links if link.source == problem.source}
-    ids_bytes = TOKEN_FRAME_BYTES + TOKEN_BYTES * problem.shape.tokens_in
-    return prompts_counted(problem) * np.array([_token_s(problem, node, wires.get(node), ids_bytes) for node in nodes])
-
-
-def _return_s(problem: Problem, nodes: tuple[NodeId, ...], hops: _Hops) -> Floats:
-    """[M first, M last]"""
-    prompts = prompts_counted(problem)
-    laps = _laps(problem) + prompts * (prefill_rounds(problem.shape) - 1)
-    wires = {link.source: link for link in problem.links if link.target == problem.source}
-    deliver_s = prompts * np.array([_token_s(problem, node, wires.get(node), TOKEN_FRAME_BYTES) for node in nodes])
-    lap_s = hops.token_s.T
-    return np.asarray(np.where(np.isfinite(lap_s), laps * np.nan_to_num(lap_s, posinf=0.0), INF) + deliver_s)
-
-
-def _token_s(problem: Problem, node: NodeId, link: LinkSpec | None, payload_bytes: int) -> float:
-    """Between *node* and the source; infinite where no link joins them."""
-    if node == problem.source:
-        return 0.0
-    return link.latency_s + payload_bytes / link.bytes_per_s if link else INF

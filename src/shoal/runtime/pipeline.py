@@ -39,7 +39,8 @@ from shoal.runtime.frames import BatchFrame, CreditFrame, SentFrame, Submit, Tok
 from shoal.runtime.ports import SequenceStep, Session
 from shoal.runtime.request import GenerateRequest, OutputDelta
 from shoal.runtime.settings import StageSettings
-from shoal.runtime.stage import StageState, advance, start
+from shoal.runtime.stage import advance
+from shoal.runtime.stage_state import StageState, start
 
 MAX_EVENTS = 1_000_000
 

@@ -19,17 +19,14 @@ A next stage that falls silent is `trouble`: every stage hears of it from the on
 refuses what comes until there are signs of life again.  What is made of it is the shell's to say: the fleet plans anew.
 """
 
-from collections import deque
-from dataclasses import dataclass, field
 from typing import assert_never
 
 import msgspec
-import numpy as np
 
 from shoal.errors import MalformedFrameError, ShardLostError
 from shoal.model.spec import LOGITS
 from shoal.runtime.door import MAX_GAP, plausible
-from shoal.runtime.edge import Edge, Work
+from shoal.runtime.edge import Work
 from shoal.runtime.effects import (
     Abandon,
     BatchArrived,
@@ -42,65 +39,21 @@ from shoal.runtime.effects import (
     RunStep,
     SendCredit,
     SendFrame,
-    SendSent,
     SendTokens,
     SentArrived,
     StageInput,
     StepDone,
     StepFailed,
     SubmitArrived,
-    Suspect,
     Tensors,
     Tick,
     TokensArrived,
 )
-from shoal.runtime.first import FirstStage
 from shoal.runtime.frames import BatchFrame, CreditFrame, Failure, InferDone, SentFrame, TokensFrame
 from shoal.runtime.last import LastStage
-from shoal.runtime.ports import SequenceStep
-from shoal.runtime.request import Array
-from shoal.runtime.settings import StageSettings
-from shoal.runtime.slots import SlotTable
-
-
-@dataclass(slots=True)
-class StageState:
-    """All that a stage remembers.  `first` and `last` are there only on those stages.
-
-    `trouble` is what this stage sees itself, `behind` what the next one says about those behind it; empty while all is well.
-    """
-
-    settings: StageSettings
-    slots: SlotTable
-    first: FirstStage | None
-    last: LastStage | None
-    inbox: deque[Work] = field(default_factory=deque)
-    running: Work | None = None
-    run: int | None = None
-    """Whose steps are counted; None before the first frame."""
-    last_step: int = -1
-    began_s: float | None = None
-    now_s: float = 0.0
-    beaten_s: float = 0.0
-    trouble: str = ""
-    behind: str = ""
-    discarded: int = 0
-    edge: Edge = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.edge = Edge(self.settings.credits)
-        self.run = self.settings.run if self.settings.is_first else None
-
-
-def start(settings: StageSettings) -> StageState:
-    """A stage that has seen nothing yet."""
-    slots = SlotTable(settings.slots)
-    return StageState(
-        settings=settings,
-        slots=slots,
-        first=FirstStage(settings, slots) if settings.is_first else None,
-        last=LastStage() if settings.is_last else None,
-    )
+from shoal.runtime.rows import missing, outgoing, without_gaps
+from shoal.runtime.stage_state import StageState
+from shoal.runtime.watch import watch
 
 
 def advance(state: StageState, given: StageInput) -> tuple[StageState, tuple[Effect, ...]]:
@@ -123,7 +76,7 @@ def _take(state: StageState, given: StageInput) -> list[Effect]:
         case SentArrived(frame=sent):
             return _reminded(state, sent)
         case Tick():
-            return _tick(state, given)
+            return watch(state, given)
         case TokensArrived() | SubmitArrived() | InferArrived() | CancelArrived() | Abandon():
             return _take_first(state, given)
         case _:
@@ -214,72 +167,15 @@ def _acknowledge(state: StageState, frame: CreditFrame | TokensFrame) -> bool:
     return True
 
 
-def _tick(state: StageState, tick: Tick) -> list[Effect]:
-    # A clock's zero is arbitrary: the machine's own time begins with its first tick.
-    if state.began_s is None:
-        state.began_s = tick.now_s
-    state.now_s = tick.now_s - state.began_s
-    if tick.heard_s is not None:
-        state.edge.hear(tick.heard_s - state.began_s)
-    if state.first is not None:
-        state.first.now_s = state.now_s
-    if state.running is not None:  # nobody is waited for but our own engine
-        return _beat(state)
-    return _beat(state) + _watch(state) + _ask(state)
-
-
-def _beat(state: StageState) -> list[Effect]:
-    """Signs of life for the gateways; also covers requests that wait for a slot."""
-    if state.first is None or state.now_s - state.beaten_s < state.settings.heartbeat_s:
-        return []
-    state.beaten_s = state.now_s
-    return state.first.signs_of_life()
-
-
-def _watch(state: StageState) -> list[Effect]:
-    """Notice that the pipeline does not work any more, or works again; then end what is served, here and for good."""
-    before, state.trouble = state.trouble, _trouble(state)
-    if before or not state.trouble:
-        return []
-    ended = state.first.abandon(ShardLostError.code, state.trouble) if state.first else []
-    return [Suspect(trouble=state.trouble), *ended]
-
-
-def _trouble(state: StageState) -> str:
-    settings = state.settings
-    if state.edge.silent_s(state.now_s) > settings.overdue_s:
-        after = (settings.index + 1) % settings.stages
-        return f"stage {after} has shown no sign of life for {settings.overdue_s:g} s"
-    if state.first is not None:
-        state.first.watch()
-        if state.first.stuck:
-            return f"every stage lives, but no answer has come out of the pipeline for {settings.lost_s:g} s"
-    return ""
-
-
-def _ask(state: StageState) -> list[Effect]:
-    """What became of frames that have been out for a while?  (See `edge`; alone, there is nobody to ask.)"""
-    settings, edge = state.settings, state.edge
-    if state.first is not None and settings.stages > 1 and not edge.outbox:
-        probe = state.first.probe({step for step, _ in edge.unacked})
-        edge.outbox.extend([(probe, {})] if probe else [])
-    newest = edge.reminder(state.now_s, settings.remind_s)
-    return (
-        []
-        if newest is None
-        else [SendSent(frame=SentFrame(plan_epoch=settings.plan_epoch, step=newest, run=state.run or 0))]
-    )
-
-
 def _step_done(state: StageState, outputs: Tensors) -> list[Effect]:
     if state.running is None:
         state.discarded += 1
         return []
     frame, inputs = state.running
-    missing = _missing(state, frame, inputs, outputs)
-    if missing:
+    lacking = missing(state.settings, frame, inputs, outputs)
+    if lacking:
         return _step_failed(
-            state, MalformedFrameError.code, f"no tensor {missing} came into stage {state.settings.index}"
+            state, MalformedFrameError.code, f"no tensor {lacking} came into stage {state.settings.index}"
         )
     state.running = None
     if state.first is not None:
@@ -306,7 +202,7 @@ def _complete(state: StageState, frame: BatchFrame, inputs: Tensors, outputs: Te
     if state.last is not None:
         effects += _answer(state, state.last, frame, outputs)
     else:
-        state.edge.outbox.append((frame, _outgoing(state.settings, frame, inputs, outputs)))
+        state.edge.outbox.append((frame, outgoing(state.settings, frame, inputs, outputs)))
         effects += _flush(state)
     # Between two stages the answer says as much as a credit would, and nothing is to be read beside it.
     answered = state.settings.stages == 2 and frame.wants_answer()
@@ -331,20 +227,6 @@ def _answer(state: StageState, last: LastStage, frame: BatchFrame, outputs: Tens
         return effects + state.first.take_tokens(answer)
     state.edge.tell(state.now_s)
     return [*effects, SendTokens(frame=answer)]
-
-
-def _missing(state: StageState, frame: BatchFrame, inputs: Tensors, outputs: Tensors) -> str:
-    """What the next step needs and neither came nor was made."""
-    if not (frame.sequences or frame.infer):
-        return ""
-    wanted = state.settings.sends if state.last is None else (LOGITS,) if any(s.logits for s in frame.sequences) else ()
-    return ", ".join([name for name in wanted if name not in outputs and name not in inputs])
-
-
-def _outgoing(settings: StageSettings, frame: BatchFrame, inputs: Tensors, outputs: Tensors) -> Tensors:
-    if not settings.sends or not (frame.sequences or frame.infer):
-        return outputs
-    return {name: outputs[name] if name in outputs else inputs[name] for name in settings.sends}
 
 
 def _proceed(state: StageState) -> list[Effect]:
@@ -388,7 +270,7 @@ def _begin(state: StageState, frame: BatchFrame, tensors: Tensors) -> list[Effec
         state.slots.open(opened.slot, opened.request)
         if state.last is not None:
             state.last.open(opened)
-    frame, tensors = _without_gaps(state.slots, frame, tensors)
+    frame, tensors = without_gaps(state.slots, frame, tensors)
     for rows in frame.sequences:
         state.slots.extend(rows.slot, rows.start + rows.count)
     if not (frame.sequences or frame.infer):
@@ -407,21 +289,3 @@ def _release(state: StageState, frame: BatchFrame) -> list[Effect]:
             if state.last is not None:
                 state.last.close(closed.request)
     return released
-
-
-def _without_gaps(slots: SlotTable, frame: BatchFrame, tensors: Tensors) -> Work:
-    """Fail the sequences whose earlier rows are not here, and take their rows out of the tensors."""
-    kept = tuple([s for s in frame.sequences if slots.covers(s.slot, s.request, s.start)])
-    if len(kept) == len(frame.sequences):
-        return frame, tensors
-    lost = [s for s in frame.sequences if s not in kept]
-    text = "earlier rows of this sequence never reached a stage"
-    failed = tuple(Failure(request=s.request, code=ShardLostError.code, text=text) for s in lost)
-    rest = {name: _rows_of(array, frame.sequences, kept) for name, array in tensors.items()} if kept else {}
-    return msgspec.structs.replace(frame, sequences=kept, failed=frame.failed + failed), rest
-
-
-def _rows_of(array: Array, sequences: tuple[SequenceStep, ...], kept: tuple[SequenceStep, ...]) -> Array:
-    """The rows of *kept* among those of *sequences*, on axis 1."""
-    mask = np.concatenate([np.full(s.count, s in kept) for s in sequences])
-    return array[:, mask] if array.ndim > 1 and array.shape[1] == mask.size else array

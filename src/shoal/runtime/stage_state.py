@@ -1,0 +1,50 @@
+"""What a stage machine remembers between two inputs."""
+
+from collections import deque
+from dataclasses import dataclass, field
+
+from shoal.runtime.edge import Edge, Work
+from shoal.runtime.first import FirstStage
+from shoal.runtime.last import LastStage
+from shoal.runtime.settings import StageSettings
+from shoal.runtime.slots import SlotTable
+
+
+@dataclass(slots=True)
+class StageState:
+    """All that a stage remembers.  `first` and `last` are there only on those stages.
+
+    `trouble` is what this stage sees itself, `behind` what the next one says about those behind it; empty while all is well.
+    """
+
+    settings: StageSettings
+    slots: SlotTable
+    first: FirstStage | None
+    last: LastStage | None
+    inbox: deque[Work] = field(default_factory=deque)
+    running: Work | None = None
+    run: int | None = None
+    """Whose steps are counted; None before the first frame."""
+    last_step: int = -1
+    began_s: float | None = None
+    now_s: float = 0.0
+    beaten_s: float = 0.0
+    trouble: str = ""
+    behind: str = ""
+    discarded: int = 0
+    edge: Edge = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.edge = Edge(self.settings.credits)
+        self.run = self.settings.run if self.settings.is_first else None
+
+
+def start(settings: StageSettings) -> StageState:
+    """A stage that has seen nothing yet."""
+    slots = SlotTable(settings.slots)
+    return StageState(
+        settings=settings,
+        slots=slots,
+        first=FirstStage(settings, slots) if settings.is_first else None,
+        last=LastStage() if settings.is_last else None,
+    )

@@ -9,10 +9,11 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from shoal.cli.deploy import curl_line, parse_pin
+from shoal.cli.deploy import curl_line
 from shoal.cli.logs import line
 from shoal.cli.main import app
 from shoal.cli.nodes import render_nodes
+from shoal.cli.plan_flags import parse_pin
 from shoal.cli.ps import render_deployments
 from shoal.cli.start import options_from, parse_size
 from shoal.errors import SettingsError

@@ -77,4 +77,4 @@ def test_a_gateway_answers_to_the_names_and_the_pages_that_its_owner_allows(home
 
 def test_flags_for_a_gateway_that_runs_already_are_refused(home: Path) -> None:
     with pytest.raises(SettingsError, match="another one is asked"):
-        serve("m", allow_host=["box.local"], url="http://127.0.0.1:9")
+        serve("m", allow_hosts=["box.local"], url="http://127.0.0.1:9")

@@ -11,25 +11,13 @@ import typer
 from rich.console import Console
 
 from shoal.cli.connect import URL_HELP, connect
-from shoal.cli.deploy import (
-    Context,
-    Goal,
-    MaxFirstToken,
-    MaxJoules,
-    MaxLatency,
-    MaxPrice,
-    MinTokens,
-    Pins,
-    Regions,
-    Slots,
-    Stages,
-    Trusts,
-    options,
-    residency,
-)
 from shoal.cli.front_picture import picture as front_picture
 from shoal.cli.front_table import render_front
+from shoal.cli.plan_flags import ASK, DEMANDS, AskFlags, DemandFlags, options
 from shoal.cli.plan_table import render_plan
+from shoal.cli.spread import spread
+from shoal.client import Shoal
+from shoal.client.calls import PlanOptions
 from shoal.errors import InvalidRequestError
 from shoal.ids import NodeId
 from shoal.plan.budget import DeadlineBudget
@@ -37,71 +25,61 @@ from shoal.plan.document import answer_json, parse_problem
 from shoal.plan.pareto import Front
 from shoal.plan.pareto import pareto as front_of
 from shoal.plan.placement import place
-from shoal.plan.problem import Answer, Infeasible, Limits, Objective, Plan, Problem, RequestShape, Residency
+from shoal.plan.problem import Answer, Infeasible, Limits, Objective, Plan, Problem, Residency
 
 NO_PLAN = 2
 """Exit code when nothing fits: the caller must change the question."""
 
 
+class FrontFlags(msgspec.Struct, frozen=True, kw_only=True):
+    """Whether all plans are wanted that no other beats, and how they are shown."""
+
+    pareto: Annotated[bool, typer.Option("--pareto", help="Show all plans that no other beats in every objective.")] = (
+        False
+    )
+    objectives: Annotated[
+        str, typer.Option(help="Of --pareto: two or more of latency, throughput, energy, price, with commas.")
+    ] = ""
+    picture: Annotated[Path | None, typer.Option(help="Of --pareto: draw the plans into this SVG file.")] = None
+
+
+FRONT = FrontFlags()
+
+
+@spread
 def plan(
     model: Annotated[str, typer.Argument(help="A model of the gateway's node.")] = "",
     *,
     problem: Annotated[
         Path | None, typer.Option("--problem", help="Solve this problem file instead, without any fleet.")
     ] = None,
-    context: Context = 2048,
-    slots: Slots = 2,
-    stages: Stages = 0,
-    pin: Pins = None,
-    objective: Goal = Objective.LATENCY,
-    max_latency: MaxLatency = None,
-    max_first_token: MaxFirstToken = None,
-    min_tokens_per_s: MinTokens = None,
-    max_joules: MaxJoules = None,
-    max_price: MaxPrice = None,
-    regions: Regions = "",
-    trusts: Trusts = "",
-    pareto: Annotated[
-        bool, typer.Option("--pareto", help="Show all plans that no other beats in every objective.")
-    ] = False,
-    objectives: Annotated[
-        str,
-        typer.Option(help="Of --pareto: two or more of latency, throughput, energy, price, with commas."),
-    ] = "",
-    picture: Annotated[Path | None, typer.Option(help="Of --pareto: draw the plans into this SVG file.")] = None,
+    ask: AskFlags = ASK,
+    demands: DemandFlags = DEMANDS,
+    front: FrontFlags = FRONT,
     json: Annotated[bool, typer.Option("--json", help="Print the answer as JSON.")] = False,
     seconds: Annotated[float, typer.Option(help="How long to search a problem file at most.")] = 10.0,
     url: Annotated[str, typer.Option(help=URL_HELP)] = "",
 ) -> None:
     """Show which devices would run which blocks, and the predicted speed."""
     names: dict[NodeId, str] = {}
-    limits = Limits(
-        latency_s=max_latency,
-        time_to_first_token_s=max_first_token,
-        tokens_per_s=min_tokens_per_s,
-        joules=max_joules,
-        price=max_price,
-    )
-    rule = residency(regions, trusts)
     answer: Answer | Front
     if problem is not None:
-        stated = with_demands(read_problem(problem), limits, rule)
-        answer = answered(stated, seconds, objectives, pareto=pareto)
+        stated = with_demands(read_problem(problem), demands.limits(), demands.residency())
+        answer = answered(stated, seconds, front)
     elif not model:
         raise InvalidRequestError("name a model, or a problem file with --problem", hint="`shoal models` lists models")
     else:
         with connect(url) as shoal:
             machines = shoal.nodes()
             names = {n.id: n.name for n in machines}
-            shape = RequestShape(context_tokens=context, slots=slots)
-            asked = options(shape, objective, stages, pin or (), machines)
-            asked |= {"limits": limits, "residency": rule}
-            if pareto:
-                answer = answered(shoal.problem(model, **asked), seconds, objectives, pareto=True)
-            else:
-                answer = shoal.plan(model, **asked)
-    if picture is not None:
-        draw(answer, picture, names)
+            answer = of_fleet(shoal, model, options(ask, demands, machines), seconds, front)
+    if front.picture is not None:
+        draw(answer, front.picture, names)
+    show(answer, names, json=json)
+
+
+def show(answer: Answer | Front, names: Mapping[NodeId, str], *, json: bool) -> None:
+    """Print an answer; ends with `NO_PLAN` where nothing fits."""
     if json:
         sys.stdout.buffer.write(answer_json(answer) + b"\n")
     else:
@@ -110,15 +88,22 @@ def plan(
         raise typer.Exit(NO_PLAN)
 
 
+def of_fleet(shoal: Shoal, model: str, asked: PlanOptions, limit_s: float, front: FrontFlags) -> Answer | Front:
+    """A fleet's own plan, or the front of its problem, searched here."""
+    if front.pareto:
+        return answered(shoal.problem(model, **asked), limit_s, front)
+    return shoal.plan(model, **asked)
+
+
 def solve_file(path: Path, limit_s: float = 10.0) -> Answer:
     """Solve a problem file offline; raises InvalidRequestError when it cannot be read or makes no sense."""
     return place(read_problem(path), DeadlineBudget(time.monotonic, limit_s))
 
 
-def answered(stated: Problem, limit_s: float, objectives: str, *, pareto: bool) -> Answer | Front:
-    """One plan, or the front of *objectives*."""
+def answered(stated: Problem, limit_s: float, front: FrontFlags) -> Answer | Front:
+    """One plan, or the front of the objectives."""
     budget = DeadlineBudget(time.monotonic, limit_s)
-    return front_of(stated, budget, parse_objectives(objectives)) if pareto else place(stated, budget)
+    return front_of(stated, budget, parse_objectives(front.objectives)) if front.pareto else place(stated, budget)
 
 
 def with_demands(stated: Problem, limits: Limits, rule: Residency) -> Problem:

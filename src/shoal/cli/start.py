@@ -1,4 +1,4 @@
-"""What `up` and `join` share: their options, and running a node until a signal ends it."""
+"""Starting a node from flags, and running it until a signal ends it (`up`, `join` and `serve` share this)."""
 
 import asyncio
 import contextlib
@@ -8,7 +8,7 @@ import socket
 import sys
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Annotated, Any
+from typing import Any
 
 import anyio
 import typer
@@ -22,42 +22,6 @@ from shoal.node.running import Running
 from shoal.node.settings import read_settings
 from shoal.observe.log import LogStyle, set_up_logs
 from shoal.profile.fleet import Declared
-
-ApiKeys = Annotated[str, typer.Option(help="File with one API key a line; demanded beyond loopback.")]
-AllowHosts = Annotated[
-    list[str] | None,
-    typer.Option("--allow-host", help="A further name that the gateway is called by; may be repeated."),
-]
-AllowOrigins = Annotated[
-    list[str] | None,
-    typer.Option("--allow-origin", help="A web origin whose pages may call the gateway; may be repeated."),
-]
-Listen = Annotated[str, typer.Option(help="Where the fabric listens for other nodes.")]
-Expose = Annotated[bool, typer.Option("--expose", help="Allow --listen beyond loopback; prints what that opens.")]
-Discover = Annotated[bool, typer.Option("--discover", help="Find and be found on the LAN by multicast.")]
-Name = Annotated[str, typer.Option(help="What to call this node; by default the host's name.")]
-Memory = Annotated[str, typer.Option(help="What models may use here: 2GiB, 800MB; by default what is free.")]
-Threads = Annotated[int, typer.Option(help="Engine threads per shard; 0: all cores.", min=0, max=1024)]
-Slowdown = Annotated[
-    float, typer.Option(help="Emulate a device this many times slower, for demos.", min=1.0, max=1000.0)
-]
-Watts = Annotated[
-    float, typer.Option(help="Power above idle while it answers, as you know it; plans weigh it.", min=0.0, max=1e6)
-]
-PricePerHour = Annotated[
-    float, typer.Option(help="Money for an hour of work here, in one currency for the fleet.", min=0.0, max=1e6)
-]
-JoulesPerMb = Annotated[
-    float,
-    typer.Option(
-        help="Energy of its network per MB it sends; 0.3 is a common estimate, nothing measures it.", min=0.0, max=1e6
-    ),
-]
-Region = Annotated[str, typer.Option(help="Where it stands, for `shoal serve --regions`.")]
-Trust = Annotated[str, typer.Option(help="How far it is trusted, in a word of yours, for `shoal serve --trusts`.")]
-Links = Annotated[
-    list[str] | None, typer.Option(help="Emulate a link, for demos: NODE_ID=10ms,50mbit; may be repeated.")
-]
 
 _SIZE = re.compile(r"^(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>[KMGT]i?B|B)?$", re.IGNORECASE)
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}

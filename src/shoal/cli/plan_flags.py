@@ -1,0 +1,86 @@
+"""The options by which a plan is asked for: said once for `plan` and `serve`, and taken whole (see `spread`)."""
+
+from collections.abc import Sequence
+from typing import Annotated
+
+import msgspec
+import typer
+
+from shoal.client.calls import PlanOptions
+from shoal.errors import SettingsError
+from shoal.fleet.views import NodeView
+from shoal.plan.problem import Limits, Objective, Pin, RequestShape, Residency
+
+
+class AskFlags(msgspec.Struct, frozen=True, kw_only=True):
+    """What is to be planned."""
+
+    context: Annotated[int, typer.Option(help="Positions that one request may use, prompt and answer.", min=16)] = 2048
+    slots: Annotated[int, typer.Option(help="Requests whose cache is held at once.", min=1)] = 2
+    stages: Annotated[int, typer.Option(help="Exactly this many stages; 0: the planner decides.", min=0)] = 0
+    pins: Annotated[
+        list[str] | None, typer.Option("--pin", help="BLOCK=NODE: run this block there; may be repeated.")
+    ] = None
+    objective: Annotated[Objective, typer.Option("--objective", help="What the plan is judged by.")] = Objective.LATENCY
+
+
+class DemandFlags(msgspec.Struct, frozen=True, kw_only=True):
+    """What a plan must keep to whatever it is judged by."""
+
+    max_latency: Annotated[float | None, typer.Option(help="Seconds that a typical request may take.", min=0.0)] = None
+    max_first_token: Annotated[float | None, typer.Option(help="Seconds until its first token, at most.", min=0.0)] = (
+        None
+    )
+    min_tokens_per_s: Annotated[
+        float | None, typer.Option("--min-tokens-per-s", help="Of all streams together, at least.", min=0.0)
+    ] = None
+    max_joules: Annotated[float | None, typer.Option(help="Energy of a request, from declared watts.", min=0.0)] = None
+    max_price: Annotated[float | None, typer.Option(help="Money of a request, from declared prices.", min=0.0)] = None
+    regions: Annotated[str, typer.Option(help="Regions that activations may enter, with commas; empty: all.")] = ""
+    trusts: Annotated[str, typer.Option(help="Trust classes that activations may enter, with commas; empty: all.")] = ""
+
+    def limits(self) -> Limits:
+        """Bounds on predicted figures."""
+        return Limits(
+            latency_s=self.max_latency,
+            time_to_first_token_s=self.max_first_token,
+            tokens_per_s=self.min_tokens_per_s,
+            joules=self.max_joules,
+            price=self.max_price,
+        )
+
+    def residency(self) -> Residency:
+        """Where activations may be."""
+        return Residency(regions=_words(self.regions), trusts=_words(self.trusts))
+
+
+ASK = AskFlags()
+DEMANDS = DemandFlags()
+
+
+def options(ask: AskFlags, demands: DemandFlags, nodes: Sequence[NodeView]) -> PlanOptions:
+    """What the flags ask of the planner; raises SettingsError for a pin that cannot be read."""
+    return PlanOptions(
+        shape=RequestShape(context_tokens=ask.context, slots=ask.slots),
+        objective=ask.objective,
+        stages=ask.stages,
+        pins=tuple(parse_pin(text, nodes) for text in ask.pins or ()),
+        limits=demands.limits(),
+        residency=demands.residency(),
+    )
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(word.strip() for word in text.split(",") if word.strip())
+
+
+def parse_pin(text: str, nodes: Sequence[NodeView]) -> Pin:
+    """`BLOCK=NODE`, the node by name or by the beginning of its id; raises SettingsError."""
+    block, mark, wanted = text.partition("=")
+    found = [n for n in nodes if wanted and (n.name == wanted or n.id.startswith(wanted))]
+    if not mark or not block.isdigit() or len(found) != 1:
+        names = ", ".join(n.name for n in nodes)
+        raise SettingsError(
+            f"pin {text!r} cannot be read", hint=f"write BLOCK=NODE, for example 0=NAME; nodes: {names or 'none'}"
+        )
+    return Pin(block=int(block), node=found[0].id)

@@ -51,8 +51,10 @@ def test_anything_but_a_known_key_is_refused(header: str | None) -> None:
 
 
 @pytest.mark.parametrize("header", [f"Bearer {KEY}", f"bearer  {KEY} ", "Bearer another-key-of-ours"])
-def test_each_known_key_is_taken(header: str | None) -> None:
+def test_each_known_key_is_taken(header: str) -> None:
     check_key(Access(keys=KEYS), header)
+    with pytest.raises(UnauthorizedError):  # where the door knows another one
+        check_key(Access(keys=frozenset({digest_key("a-third-key-of-ours")})), header)
 
 
 def test_a_key_file_has_one_key_a_line(tmp_path: Path) -> None:
@@ -95,6 +97,8 @@ def test_further_names_can_be_configured() -> None:
 
     check_caller(access, "box.local:8000", None)
     check_caller(access, "localhost", None)
+    with pytest.raises(InvalidRequestError):
+        check_caller(access, "other.local", None)
 
 
 def test_beyond_loopback_any_name_reaches_it_unless_names_are_given() -> None:

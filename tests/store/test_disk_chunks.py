@@ -100,7 +100,12 @@ def test_room_that_another_process_freed_is_seen(tmp_path: Path) -> None:
 def test_a_chunk_that_is_here_already_needs_no_room(tmp_path: Path) -> None:
     open_store(tmp_path).chunks.put(digest_of(DATA), DATA)
 
-    open_store(tmp_path, quota_bytes=1).chunks.put(digest_of(DATA), DATA)
+    full = open_store(tmp_path, quota_bytes=1)
+    full.chunks.put(digest_of(DATA), DATA)
+
+    assert bytes(full.chunks.get(digest_of(DATA))) == DATA
+    with pytest.raises(StorageFullError):
+        full.chunks.put(digest_of(b"more"), b"more")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="RLIMIT_FSIZE is not known to Windows")

@@ -59,7 +59,9 @@ def test_a_chunk_of_any_size_arrives_whole(room: Room, size: int) -> None:
 def test_what_is_here_already_is_not_asked_for(room: Room) -> None:
     room.store.chunks.put(digest_of(DATA), DATA)
 
-    room.fetcher().chunks([ref_of(DATA)], [NodeId("nobody")])
+    room.fetcher().chunks([ref_of(DATA)], [NodeId("nobody")], arrived=room.arrived.append)
+
+    assert room.arrived == [], "nothing came over the fabric"
 
 
 def test_the_next_node_is_asked_when_one_has_nothing_or_does_not_answer(room: Room) -> None:

@@ -24,7 +24,7 @@ from shoal.node.patience import RETRY_PLAN_S
 from shoal.plan.problem import Answer, Estimate, Infeasible, Objective, Plan, RequestShape, Stage
 from shoal.profile.fleet import FleetProfile
 
-TICK_S = 0.01
+TICK_S = 0.005
 A, B, C = (NodeId(letter * 32) for letter in "abc")
 CHAT = DeploymentId("chat")
 SPEC = DeploymentSpec(deployment=CHAT, model="m", manifest=Digest("d"), source=A)
@@ -126,7 +126,7 @@ class Office:
         for _ in range(400):
             if condition():
                 return
-            await self.pass_s(0.2)
+            await self.pass_s(0.5)
         pytest.fail(f"not seen; noted: {self.noted}, said last: {self.said[-1:]}")
 
     async def leads(self) -> None:

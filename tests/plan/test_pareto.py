@@ -154,9 +154,9 @@ def test_the_hypervolume_is_the_share_of_the_rectangle_that_points_dominate(thri
 
 
 def test_a_large_fleet_gets_real_plans_and_no_claim_to_all(thrifty: Problem) -> None:
-    many = _fleet(thrifty, 16)
+    many = _fleet(thrifty, 12)
 
-    front = pareto(many, StepBudget(2_000), (Objective.LATENCY, Objective.ENERGY))
+    front = pareto(many, StepBudget(1_000), (Objective.LATENCY, Objective.ENERGY))
 
     assert isinstance(front, Front)
     assert not front.complete

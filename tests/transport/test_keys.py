@@ -112,11 +112,14 @@ def test_matching_is_zenohs(pattern: str, key: str) -> None:
     assert matches(pattern, key) == zenoh.KeyExpr(pattern).includes(zenoh.KeyExpr(key))
 
 
-@given(
-    st.lists(st.sampled_from(["a", "*", "**", "", "#", "a*", "?", "$*", "a$", "@"]), min_size=1, max_size=5).map(
-        "/".join
-    )
-)
+sound = st.sampled_from(["a", "*", "**", "@"])
+strange = st.sampled_from(["", "#", "a*", "?", "$*", "a$"])
+
+
+# Mostly of sound chunks: what is refused for one of them says nothing of how they may stand beside each other.
+@given(st.lists(sound | sound | sound | strange, min_size=1, max_size=5).map("/".join))
+@example("**/*")
+@example("a/**/**")
 def test_a_pattern_that_we_accept_zenoh_accepts_too(pattern: str) -> None:
     try:
         check_pattern(pattern)

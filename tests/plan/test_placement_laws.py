@@ -35,6 +35,8 @@ T = TypeVar("T")
 LAWS = settings(max_examples=250, suppress_health_check=[HealthCheck.too_slow])
 
 small = st.integers(0, 6)
+BATTERY_JOULES = 0.30011
+"""No sum of times in ms: whether a battery that would be just empty is enough, is for rounding to say."""
 NUMBERS = 240
 """As many as the largest problem takes."""
 
@@ -149,7 +151,7 @@ def _device(numbers: Numbers, node: NodeId, blocks: int) -> DeviceSpec:
         batched=(BatchTimes(batch=4, decode_s=times()),) if numbers.upto(1) else (),
         active_watts=float(numbers.upto(3)),
         price_per_hour=float(numbers.upto(3)),
-        joules_limit=numbers.one_of([None, None, None, 0.3]),
+        joules_limit=numbers.one_of([None, None, None, BATTERY_JOULES]),
         region=numbers.one_of(["home", "home", "home", "near", "far", ""]),
     )
 

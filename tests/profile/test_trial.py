@@ -77,3 +77,22 @@ def test_half_the_interquartile_range_ignores_one_stray_value() -> None:
     assert half_iqr([1.0, 1.0, 1.0, 1.0, 50.0]) == 0.0
     assert half_iqr([1.0, 2.0, 3.0]) == pytest.approx(0.5)
     assert half_iqr([7.0]) == 0.0
+
+
+def test_a_point_is_timed_a_few_times_before_the_next_ones_turn() -> None:
+    runner = ScriptedRunner([1.0, 2.0, 4.0] * 20)
+    points = [TrialPoint(rows=1, context=0), TrialPoint(rows=16, context=0)]
+
+    measure("layer", runner, points, TrialBudget(steps=7, warm_up=0, burst=2))
+
+    assert [call.rows for call in runner.calls] == [1, 1, 16, 16, 1, 1, 16]
+
+
+def test_a_slow_device_is_timed_once_round_and_no_longer_than_was_allowed() -> None:
+    runner = ScriptedRunner([10.0, 20.0] * 20)
+    points = [TrialPoint(rows=1, context=0), TrialPoint(rows=16, context=0)]
+
+    trials = measure("layer", runner, points, TrialBudget(steps=50, warm_up=0, timed_s=25.0))
+
+    assert [trial.rows for trial in trials] == [1, 16]
+    assert len(runner.calls) == 2

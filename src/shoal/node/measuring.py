@@ -22,7 +22,7 @@ from shoal.node.artifacts import Artifact, Artifacts, fetch_artifact
 from shoal.node.launch import engine_environment
 from shoal.node.messages import BlocksOf, Links, ModelBlocks, ProbeLinks, Profiled, ProfileModel
 from shoal.node.probe import Dial, measure_links
-from shoal.node.trials import COLD_BYTES, TrialResult, TrialSpec
+from shoal.node.trials import METHOD, TrialResult, TrialSpec, trial_spans
 from shoal.profile.fleet import DeviceProfile
 from shoal.store.disk import home_named
 from shoal.store.fetch import Fetcher
@@ -75,7 +75,7 @@ class Measurer:
         return msgspec.msgpack.encode(BlocksOf(spec=artifact.manifest.spec, blocks=artifact.blocks))
 
     def _fetch_samples(self, wanted: ProfileModel) -> None:
-        """Weights to time: of each kind as many blocks as take turns, no more than half of what this node may hold."""
+        """Weights to time: a run of blocks, no more than half of what this node may hold, and one block of each kind."""
         fetcher = self.fetcher.with_turn_within(SAMPLES_TURN_WITHIN_S)
         artifact = fetch_artifact(fetcher, self.artifacts, wanted.manifest, wanted.sources)
         names = _sample_tensors(artifact, self.facts().memory_budget_bytes)
@@ -130,22 +130,16 @@ class Measurer:
 
 
 def _sample_tensors(artifact: Artifact, memory_bytes: int) -> set[str]:
-    taken: dict[str, int] = {}
-    names: set[str] = set()
-    for block in artifact.blocks:
-        held = taken.get(block.kind, 0)
-        if held and held + block.weights_bytes > min(COLD_BYTES, memory_bytes // 2):
-            continue
-        taken[block.kind] = held + block.weights_bytes
-        names |= {t.name for t in block.tensors}
-    return names
+    spans = trial_spans(artifact.blocks, memory_bytes)
+    return {t.name for span in spans for block in artifact.blocks[span.start : span.stop] for t in block.tensors}
 
 
 def _cached(path: Path) -> TrialResult | None:
     try:
-        return msgspec.json.decode(path.read_bytes(), type=TrialResult)
+        found = msgspec.json.decode(path.read_bytes(), type=TrialResult)
     except (FileNotFoundError, msgspec.MsgspecError):
         return None  # absent or of another version: measured again
+    return found if found.method == METHOD else None
 
 
 def _keep(path: Path, result: TrialResult) -> None:

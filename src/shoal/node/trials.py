@@ -1,9 +1,11 @@
 """Time a model's blocks on this machine, in a process of its own: its exit gives the memory back.
 
-A model that is too big for the device is measured all the same: each kind of block is loaded alone, in a few instances.  Several
-instances take turns, because one block that stays in the processor's cache runs almost twice as fast as it will in a model that
-does not fit there.  What one engine call costs whatever its size (`step_overhead_s`) is the difference between two blocks
-called one by one and called as one shard; it is taken out of the blocks' times, since a stage pays it once per step.
+A model that is too big for the device is measured all the same: a run of neighbours as one shard, then one block of each kind,
+one after another (`shoal.profile.calls` says why, and how calls are told apart from blocks).
+
+Before each timed step something else is read that fills the processor's caches.  In service a stage waits for the others
+between two steps, and its weights are read from memory again: a block that stays in the cache runs twice as fast as it will there.
+A step of another shape than the last is made once untimed, for the engine binds its tensors anew then.
 """
 
 import logging
@@ -11,12 +13,10 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
-from statistics import median
 
 import msgspec
 import numpy as np
@@ -28,8 +28,10 @@ from shoal.ids import Digest, RequestId
 from shoal.model.frontier import Block, Boundary
 from shoal.model.spec import INPUT_IDS
 from shoal.node.artifacts import Artifact, load_shard, open_artifact
+from shoal.node.loop_trial import loop_overhead_s
+from shoal.profile.calls import SampleSpan, apportion, sample_spans
 from shoal.profile.fleet import BlockTrial
-from shoal.profile.trial import TrialBudget, TrialLimits, measure, trial_points
+from shoal.profile.trial import SHORT_CONTEXT, TrialBudget, TrialLimits, TrialPoint, measure, trial_points
 from shoal.runtime.backend.onnx import OnnxBackend
 from shoal.runtime.backend.throttled import Throttled
 from shoal.runtime.ports import Backend, SequenceStep, Session
@@ -39,11 +41,12 @@ from shoal.store.lock import try_locked
 
 TRIAL_CONTEXT_TOKENS = 1024
 COLD_BYTES = 48 << 20
-"""Weights that take turns: more than the last cache of most machines that Shoal runs on."""
-MAX_INSTANCES = 16
-TRIAL_STEPS = 80
-"""Of each kind of block, over all its points."""
-_OVERHEAD_STEPS = 40
+"""What is read before a timed step, and the weights of a run at most: more than the last cache of most machines at the edge."""
+MAX_BATCH = 4
+METHOD = 2
+"""Trials that were made and kept by another method are made anew."""
+BUDGET = TrialBudget(steps=60, repeats=4, burst=2, warm_up=0, timed_s=1.2)
+"""Of each kind of block and of the run: some three seconds for a small model, ten on a device ten times slower."""
 _FILL_ROWS = 128
 _WAIT_S = 90.0
 _POLL_S = 0.05
@@ -67,133 +70,125 @@ class TrialResult(msgspec.Struct, frozen=True, kw_only=True):
     step_overhead_s: float
     took_s: float = 0.0
     """Loading and timing; 0 in a result that was kept before this was noted."""
+    method: int = 0
     fault: Fault | None = None
 
 
 @dataclass(slots=True)
 class BlockRunner:
-    """Steps blocks of one kind in turn; a `TrialRunner`."""
+    """Steps one shard; a `TrialRunner`."""
 
-    sessions: Sequence[Session]
-    inputs: Sequence[tuple[Boundary, ...]]
-    """Of each session: blocks of a kind differ in names."""
+    session: Session
+    inputs: Sequence[Boundary]
     stateful: bool
     """Steps name sequences; `caches`: and these blocks hold their positions."""
     caches: bool
     clock: Clock
-    _turn: int = 0
-    _held: dict[int, int] = field(default_factory=dict)
-    _feeds: dict[tuple[int, int], dict[str, Array]] = field(default_factory=dict)
+    chill: Callable[[], object] = lambda: None
+    """Called before each timed step, to leave the processor's caches as service does."""
+    _held: int = 0
+    _shape: tuple[int, int, int] | None = None
+    _feeds: dict[int, dict[str, Array]] = field(default_factory=dict)
 
     def step_s(self, *, rows: int, context: int, batch: int) -> float:
         """Seconds of one call with *context* positions cached (they are filled in before, untimed)."""
-        index = self._turn % len(self.sessions)
-        self._turn += 1
-        while self.caches and self._held.get(index, 0) < context:
-            held = self._held.get(index, 0)
-            self._step(index, held, min(_FILL_ROWS, context - held), 1)
+        while self.caches and self._held < context:
+            self._step(self._held, min(_FILL_ROWS, context - self._held), 1)
+        if self._shape != (rows, context, batch):
+            self._step(context, rows, batch)
+        self._shape = (rows, context, batch)
+        self.chill()
         began_s = self.clock.now_s()
-        self._step(index, context, rows, batch)
+        self._step(context, rows, batch)
         elapsed_s: float = self.clock.now_s() - began_s
         return elapsed_s
 
-    def _step(self, index: int, start: int, rows: int, batch: int) -> None:
-        if (index, rows) not in self._feeds:
-            self._feeds[index, rows] = {b.name: _sample(b, rows) for b in self.inputs[index]}
+    def _step(self, start: int, rows: int, batch: int) -> None:
+        if rows not in self._feeds:
+            self._feeds[rows] = {b.name: _sample(b, rows) for b in self.inputs}
+        feeds = self._feeds[rows]
         step = SequenceStep(request=RequestId("trial"), slot=0, start=start, count=rows, logits=1)
-        self.sessions[index].step([step] * batch if self.stateful else (), self._feeds[index, rows])
-        self._held[index] = start + rows
+        if self.stateful:
+            self.session.step([step] * batch, _repeated(feeds, batch))
+        else:
+            self.session.step((), feeds)
+        self._held = start + rows
 
 
 def run_trials(store: Store, spec: TrialSpec, backend: Backend, clock: Clock) -> TrialResult:
-    """Measure one block of each kind, and the overhead of a call."""
+    """Measure a run of blocks and one of each kind; and by that, and by a loop without an engine, what a step costs beside them."""
     began_s = clock.now_s()
-    artifact = open_artifact(store, spec.manifest)
-    loader = _Loader(store=store, artifact=artifact, backend=backend, spec=spec)
-    overhead_s = _overhead_s(loader, clock)
-    trials: list[BlockTrial] = []
-    for kind in dict.fromkeys(block.kind for block in artifact.blocks):
-        blocks = [b for b in artifact.blocks if b.kind == kind]
-        chosen = loader.instances(blocks)
-        sessions = [loader.load(b.index, b.index + 1) for b in chosen]
-        try:
-            points = trial_points(TrialLimits(context_tokens=loader.context_tokens if loader.stateful else 0))
-            runner = BlockRunner(
-                sessions, [b.inputs for b in chosen], loader.stateful, bool(blocks[0].kv_layers), clock
-            )
-            trials += measure(kind, runner, points, TrialBudget(steps=TRIAL_STEPS))
-        finally:
-            for session in sessions:
-                session.close()
-    net = tuple(msgspec.structs.replace(t, time_s=max(t.time_s - overhead_s, 0.05 * t.time_s)) for t in trials)
-    return TrialResult(trials=net, step_overhead_s=overhead_s, took_s=clock.now_s() - began_s)
+    bench = _Bench(store, open_artifact(store, spec.manifest), backend, spec, clock)
+    blocks, vocabulary = bench.artifact.blocks, bench.artifact.manifest.spec.vocabulary
+    spans = trial_spans(blocks, spec.memory_bytes)
+    timed = {span: bench.time(span) for span in spans}
+    run = next((span for span in spans if not span.kind), None)
+    alone = [trial for span, trials in timed.items() if span.kind for trial in trials]
+    kinds = [block.kind for block in blocks[run.start : run.stop]] if run else []
+    found = apportion(alone, timed[run] if run else (), kinds)
+    overhead_s = found.step_overhead_s + loop_overhead_s(vocabulary, clock, bench.chill())
+    return TrialResult(trials=found.trials, step_overhead_s=overhead_s, took_s=clock.now_s() - began_s, method=METHOD)
 
 
-@dataclass(slots=True)
-class _Loader:
+def trial_spans(blocks: Sequence[Block], memory_bytes: int) -> tuple[SampleSpan, ...]:
+    """What is timed where shards may use *memory_bytes* (0: no bound)."""
+    bound = memory_bytes // 2 or COLD_BYTES
+    return sample_spans(blocks, run_bytes=min(COLD_BYTES, bound), most_bytes=bound)
+
+
+@dataclass(frozen=True, slots=True)
+class _Bench:
     store: Store
     artifact: Artifact
     backend: Backend
     spec: TrialSpec
+    clock: Clock
 
-    @property
-    def stateful(self) -> bool:
-        return any(block.kv_layers for block in self.artifact.blocks)
+    def time(self, span: SampleSpan) -> tuple[BlockTrial, ...]:
+        """Load the blocks of *span*, time them, and let go of them."""
+        blocks = self.artifact.blocks[span.start : span.stop]
+        session = self._load(span)
+        try:
+            stateful = any(block.kv_layers for block in self.artifact.blocks)
+            caches = any(block.kv_layers for block in blocks)
+            runner = BlockRunner(session, blocks[0].inputs, stateful, caches, self.clock, self.chill())
+            return measure(span.kind, runner, self._points(span, stateful=stateful), BUDGET)
+        finally:
+            session.close()
 
-    @property
-    def context_tokens(self) -> int:
-        return min(TRIAL_CONTEXT_TOKENS, self.artifact.manifest.spec.context_tokens or TRIAL_CONTEXT_TOKENS)
-
-    def load(self, start: int, stop: int) -> Session:
+    def _load(self, span: SampleSpan) -> Session:
         shard = load_shard(
             self.store,
             self.artifact,
-            (start, stop),
+            (span.start, span.stop),
             slots=1,
-            context_tokens=self.context_tokens,
+            context_tokens=self._context_tokens,
             threads=self.spec.threads,
         )
         return self.backend.load(shard)
 
-    def instances(self, blocks: Sequence[Block]) -> list[Block]:
-        """As many of *blocks* as must take turns, within the memory that may be used."""
-        bound = min(COLD_BYTES, self.spec.memory_bytes // 2 or COLD_BYTES)
-        chosen: list[Block] = []
-        total = 0
-        for block in blocks[:MAX_INSTANCES]:
-            if chosen and (total >= bound or not self._complete(block)):
-                break
-            chosen.append(block)
-            total += block.weights_bytes
-        return chosen
+    def _points(self, span: SampleSpan, *, stateful: bool) -> list[TrialPoint]:
+        """Of a run only short contexts: what a cached position costs, its blocks alone tell as well, and sooner."""
+        limits = TrialLimits(
+            context_tokens=self._context_tokens if stateful else 0, max_batch=MAX_BATCH if stateful else 1
+        )
+        return [point for point in trial_points(limits) if span.kind or point.context <= SHORT_CONTEXT]
 
-    def _complete(self, block: Block) -> bool:
-        names = {t.name for t in block.tensors}
-        wanted = [t.chunk for t in self.artifact.manifest.tensors if t.name in names]
-        return all(self.store.disk.size_bytes(ref.digest) == ref.size_bytes for ref in wanted)
+    @property
+    def _context_tokens(self) -> int:
+        return min(TRIAL_CONTEXT_TOKENS, self.artifact.manifest.spec.context_tokens or TRIAL_CONTEXT_TOKENS)
+
+    def chill(self) -> Callable[[], object]:
+        """What empties the processor's caches."""
+        size_bytes = min(COLD_BYTES, self.spec.memory_bytes // 4 or COLD_BYTES)
+        return np.ones(max(1, size_bytes // 8)).max
 
 
-def _overhead_s(loader: _Loader, clock: Clock) -> float:
-    """Seconds of a call apart from its work: two small neighbours one by one, less the two as one shard."""
-    blocks = loader.artifact.blocks
-    if len(blocks) < 2:
-        return 0.0
-    pairs = [p for p in pairwise(blocks) if not loader.stateful or p[0].kv_layers or p[1].kv_layers]
-    first, second = min(pairs or pairwise(blocks), key=lambda p: p[0].weights_bytes + p[1].weights_bytes)
-    spans = ((first.index, first.index + 1), (second.index, second.index + 1), (first.index, second.index + 1))
-    sessions = [loader.load(*span) for span in spans]
-    runners = [
-        BlockRunner([session], [blocks[span[0]].inputs], loader.stateful, loader.stateful, clock)
-        for session, span in zip(sessions, spans, strict=True)
-    ]
-    try:
-        times = [[r.step_s(rows=1, context=16, batch=1) for r in runners] for _ in range(_OVERHEAD_STEPS)]
-    finally:
-        for session in sessions:
-            session.close()
-    one, two, both = (median(row[i] for row in times[5:]) for i in range(3))
-    overhead_s: float = max(0.0, one + two - both)
-    return overhead_s
+def _repeated(feeds: Mapping[str, Array], batch: int) -> Mapping[str, Array]:
+    """The rows of *batch* sequences one after another."""
+    if batch == 1:
+        return feeds
+    return {name: np.concatenate([array] * batch, axis=1) for name, array in feeds.items()}
 
 
 def _sample(boundary: Boundary, rows: int) -> Array:

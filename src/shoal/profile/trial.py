@@ -2,8 +2,9 @@
 
 The rows and contexts are few: the fit (`shoal.profile.fit`) needs two contexts per row count to see what a position
 of context costs, one step of a single row and of a whole chunk, and something between, where engines change kernels.
-Points are timed in rounds, one step of each, so that a neighbour's burst of load falls on all of them alike; a point
-that has settled is not timed again.
+Points are timed in rounds, a few steps of each, so that a neighbour's burst of load falls on all of them alike; a point
+that has settled is not timed again.  A step of another shape than the last one pays for binding anew, which steps of an answer
+do not: who runs them makes one untimed step then, and the more steps follow, the less that costs (`burst`).
 """
 
 from collections.abc import Sequence
@@ -55,6 +56,10 @@ class TrialBudget(msgspec.Struct, frozen=True, kw_only=True):
     spread: float = 0.03
     warm_up: int = 1
     """Steps per point that are made first and not counted: engines allocate and pack in them."""
+    burst: int = 1
+    """Steps of a point before the next one's turn."""
+    timed_s: float | None = None
+    """No further round after so many seconds of timed steps: a slow device settles for less."""
 
 
 def trial_points(limits: TrialLimits) -> tuple[TrialPoint, ...]:
@@ -91,9 +96,12 @@ def measure(
     samples: dict[TrialPoint, list[float]] = {point: [] for point in points}
     left = budget.steps
     while left and (waiting := [point for point in points if not _settled(samples[point], budget)]):
-        for point in waiting[:left]:
-            samples[point].append(_step_s(runner, point))
-        left -= min(left, len(waiting))
+        for point in waiting:
+            turn = min(left, budget.burst)
+            samples[point] += [_step_s(runner, point) for _ in range(turn)]
+            left -= turn
+        if budget.timed_s is not None and sum(map(sum, samples.values())) >= budget.timed_s:
+            break
     return tuple(_trial(kind, point, times) for point, times in samples.items() if times)
 
 

@@ -77,7 +77,7 @@ def fleet_of(homes: Sequence[Path], *, threads: int = 1) -> Iterator[tuple[Shoal
             flags = ["join", address, "--name", home.name, "--threads", str(threads)]
             pids.append(stack.enter_context(node(home, flags))[1].pid)
         shoal = stack.enter_context(Shoal(running.url, timeout_s=300.0))
-        wait_until(lambda: _alive(shoal) == len(homes), "all nodes alive", _START_LIMIT_S)
+        wait_until(lambda: alive(shoal) == len(homes), "all nodes alive", _START_LIMIT_S)
         yield shoal, running, pids
 
 
@@ -109,7 +109,7 @@ def _command(process: psutil.Process) -> str:
         return ""
 
 
-def _alive(shoal: Shoal) -> int:
+def alive(shoal: Shoal) -> int:
     try:
         return sum(node.standing is Standing.ALIVE for node in shoal.nodes())
     except ShoalError:

@@ -8,6 +8,7 @@ from shoal.ids import NodeId
 from shoal.model.frontier import Block, BlockTensor, Boundary
 from shoal.plan.budget import StepBudget
 from shoal.plan.build import Demands, MemoryModel, Setting, missing_kinds, problem
+from shoal.plan.cost import decode_times
 from shoal.plan.placement import place
 from shoal.plan.problem import Infeasible, Limits, Plan, RequestShape, Residency, SharedTensor
 from shoal.profile.fleet import BlockTrial, Declared, DeviceProfile, FleetProfile, LinkProfile
@@ -188,3 +189,47 @@ def test_limits_and_residency_of_a_deployment_become_the_problems() -> None:
     )
 
     assert (found.limits, found.residency) == (demands.limits, demands.residency)
+
+
+def batch_trials(*kinds: str) -> tuple[BlockTrial, ...]:
+    """Three together for twice the time of one."""
+    return tuple(
+        BlockTrial(kind=kind, rows=1, batch=batch, context=0, time_s=time_s, spread_s=0.0)
+        for kind in kinds
+        for batch, time_s in ((1, 0.001), (3, 0.002))
+    )
+
+
+def test_batches_that_were_timed_are_priced_as_they_were_timed() -> None:
+    known = batch_trials("embedding", "layer", "head")
+
+    (built,) = problem(BLOCKS, fleet(device(A, known, "x")), SHAPE, A).devices
+
+    assert [sizes.batch for sizes in built.batched] == [3]
+    assert decode_times(built, 3)[1] == pytest.approx(0.002)
+    assert decode_times(built, 2)[1] == pytest.approx(0.0015)
+
+
+def test_a_batch_that_not_every_block_was_timed_with_is_not_priced_by_it() -> None:
+    known = (*batch_trials("embedding", "layer"), *(t for t in batch_trials("head") if t.batch == 1))
+
+    (built,) = problem(BLOCKS, fleet(device(A, known, "x")), SHAPE, A).devices
+
+    assert built.batched == ()
+
+
+def test_what_live_times_say_of_a_device_and_a_link_is_in_the_prices() -> None:
+    one = device(A, batch_trials("embedding", "layer", "head"), "x")
+    link = LinkProfile(source=A, target=B, rtt_p50_s=0.002, rtt_p99_s=0.1, bytes_per_s=1e6)
+    quiet = FleetProfile(profile_epoch=1, devices=(one,), links=(link,))
+    now = FleetProfile(profile_epoch=1, devices=(replace(one, factor=2.0),), links=(replace(link, factor=4.0),))
+
+    (before, after) = (problem(BLOCKS, fleet_now, SHAPE, A) for fleet_now in (quiet, now))
+
+    old, new = before.devices[0], after.devices[0]
+    assert new.decode_s == pytest.approx([2 * s for s in old.decode_s])
+    assert new.prefill_s == pytest.approx([2 * s for s in old.prefill_s])
+    assert new.step_overhead_s == 2 * old.step_overhead_s
+    assert new.batched[0].decode_s == pytest.approx([2 * s for s in old.batched[0].decode_s])
+    assert after.links[0].latency_s == 4 * before.links[0].latency_s
+    assert after.links[0].bytes_per_s == before.links[0].bytes_per_s / 4

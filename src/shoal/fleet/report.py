@@ -29,6 +29,28 @@ class ShardState(StrEnum):
     FAILED = "failed"
 
 
+class StepTimes(msgspec.Struct, frozen=True, kw_only=True):
+    """Steps of answers that a stage has made since its last report: each one new position for each of `batch` sequences."""
+
+    until: int
+    """How many such steps it has made since it was loaded: tells new ones from those of a report that comes again."""
+    time_s: float
+    """Median of the engine's calls."""
+    batch: int = 1
+    context: float = 0.0
+    """Cached positions of a sequence, on average."""
+
+
+class HopTimes(msgspec.Struct, frozen=True, kw_only=True):
+    """A stage's way to the next one: round trips of a hello beside the frames."""
+
+    until: int
+    """How many hellos were answered since it was wired."""
+    rtt_s: float
+    base_s: float
+    """Just after it was wired."""
+
+
 class ShardReport(msgspec.Struct, frozen=True, kw_only=True):
     """A shard that this node holds.  `locators` are where its data session listens (from `ready` on)."""
 
@@ -56,6 +78,9 @@ class ShardReport(msgspec.Struct, frozen=True, kw_only=True):
     """Requests that are being answered (first stages only)."""
     waiting_requests: int = 0
     """Requests that wait for a slot (first stages only)."""
+    step_times: StepTimes | None = None
+    """Of the newest steps; None until some were made."""
+    hop_times: HopTimes | None = None
 
 
 class NodeFacts(msgspec.Struct, frozen=True, kw_only=True):

@@ -25,6 +25,7 @@ from shoal.node.agent import Agent
 from shoal.node.artifacts import Artifacts
 from shoal.node.calls import Caller, Handler
 from shoal.node.coordinator import Coordinator
+from shoal.node.corrections import Corrections
 from shoal.node.desk import CoordinatorDesk
 from shoal.node.emulated import dial_agent, shaped_agent
 from shoal.node.events import EventRing
@@ -217,7 +218,8 @@ def _agent(parts: _Parts, voice: Voice, bell: Bell, models: Models) -> Agent:
         facts=lambda: facts,
     )
     handlers: dict[str, Handler] = {"profile": measurer.profile, "links": measurer.links, "blocks": measurer.blocks}
-    planner = FleetPlanner(parts.caller, parts.clock, parts.log)
+    corrections = Corrections(lambda change: parts.ring.note("profile.changed", str(change), node=change.node))
+    planner = FleetPlanner(parts.caller, parts.clock, parts.log, corrections=corrections)
     coordinator = _coordinator(parts, voice, planner) if options.coordinates else None
     if coordinator is not None:
         handlers |= CoordinatorDesk(coordinator, planner, parts.ring).handlers()
@@ -251,6 +253,7 @@ def _coordinator(parts: _Parts, voice: Voice, planner: FleetPlanner) -> Coordina
         note=parts.ring.note,
         begin_log=parts.ring.begin,
         eager=parts.options.eager,
+        heard=planner.hear,
     )
 
 

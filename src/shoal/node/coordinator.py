@@ -5,7 +5,7 @@ plan comes about is told in `placing`, when it is tried again in `patience`, whe
 view says of a deployment is a function of the state (`fleet.statuses`).
 """
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -39,7 +39,7 @@ from shoal.fleet.state import (
 )
 from shoal.fleet.statuses import describe_answer, named, phases, statuses, why_broken
 from shoal.fleet.view import LEASE_S, CoordinatorView, Lease
-from shoal.ids import DeploymentId, NodeId
+from shoal.ids import DeploymentId, Digest, NodeId
 from shoal.node.journal import Journal
 from shoal.node.ordering import Ordering
 from shoal.node.patience import Patience
@@ -65,6 +65,10 @@ class Note(Protocol):
     ) -> None: ...
 
 
+def hear_nothing(_report: NodeReport, _served: Mapping[DeploymentId, Digest]) -> None:
+    """Learn nothing from heartbeats."""
+
+
 SendOrder = Callable[[Addressed], Awaitable[Reply]]
 Broadcast = Callable[[CoordinatorView], None]
 
@@ -84,6 +88,8 @@ class Coordinator:
     """Told the fencing epoch of a lease before the first event under it is noted."""
     eager: bool
     """Takes a lease that nobody holds at once; a standby waits."""
+    heard: Callable[[NodeReport, Mapping[DeploymentId, Digest]], None] = hear_nothing
+    """Told each heartbeat, with the models behind the names of deployments: what is known of devices is corrected by them."""
     tick_s: float = TICK_S
     state: FleetState = field(default_factory=FleetState)
     _tenure: Tenure = field(init=False)
@@ -118,6 +124,8 @@ class Coordinator:
         if before is not None and set(report.manifests) - set(before.report.manifests):
             self._patience.forget_all()
         self.state = apply(self.state, NodeHeard(report=report, at_s=self.clock.now_s()))
+        if self.leading:
+            self.heard(report, {name: d.spec.manifest for name, d in self.state.deployments.items()})
         if report.facts.coordinates:
             self._tenure.meet(report.node)
 

@@ -124,6 +124,7 @@ class Measurer:
             providers=facts.providers,
             trials=result.trials,
             step_overhead_s=result.step_overhead_s,
+            loop_overhead_s=result.loop_overhead_s,
             trials_took_s=result.took_s,
             cached=cached,
         )

@@ -13,10 +13,11 @@ from structlog.typing import FilteringBoundLogger
 from shoal.clock import Clock
 from shoal.errors import NodeUnreachableError, ShoalError, UnavailableError
 from shoal.fleet.reconcile import cut_pairs, sources
-from shoal.fleet.report import NodeFacts, NodeReport
+from shoal.fleet.report import NodeFacts, NodeReport, StepTimes
 from shoal.fleet.spec import DeploymentSpec
-from shoal.ids import Digest, NodeId
+from shoal.ids import DeploymentId, Digest, NodeId
 from shoal.node.calls import Caller
+from shoal.node.corrections import Corrections, expected_step_s
 from shoal.node.messages import BlocksOf, Links, ModelBlocks, ProbeLinks, ProbeTarget, Profiled, ProfileModel
 from shoal.plan.budget import DeadlineBudget
 from shoal.plan.build import Demands, Setting, problem
@@ -74,6 +75,7 @@ class FleetPlanner:
     log: FilteringBoundLogger
     budget_s: float = PLAN_BUDGET_S
     profile_epoch: int = 0
+    corrections: Corrections = field(default_factory=Corrections)
     _devices: dict[tuple[NodeId, str, Digest], DeviceProfile] = field(default_factory=dict)
     _unmeasured: dict[tuple[NodeId, str, Digest], Unmeasured] = field(default_factory=dict)
     _links: dict[tuple[NodeId, NodeId], Measured] = field(default_factory=dict)
@@ -88,6 +90,21 @@ class FleetPlanner:
         if spec.source in reports:
             await self._blocks_of(spec.manifest, spec.source)
         return fleet
+
+    def hear(self, report: NodeReport, served: Mapping[DeploymentId, Digest]) -> None:
+        """Correct what is known by a heartbeat; *served* are the models behind the names of deployments."""
+        self.corrections.hear(report, served, self._expected_step_s)
+
+    def now_known(self, spec: DeploymentSpec, surveyed: FleetProfile) -> FleetProfile:
+        """*surveyed* as live times correct it by now: for pricing what serves again, and what might."""
+        return self.corrections.corrected(surveyed, spec.manifest)
+
+    def _expected_step_s(self, node: NodeId, model: Digest, span: tuple[int, int], times: StepTimes) -> float | None:
+        device = next((d for (n, _, m), d in self._devices.items() if (n, m) == (node, model)), None)
+        known = self._blocks.get(model)
+        if device is None or known is None:
+            return None
+        return expected_step_s(device, [block.kind for block in known.blocks[slice(*span)]], times)
 
     async def plan(self, spec: DeploymentSpec, surveyed: FleetProfile, promised: Mapping[NodeId, int]) -> Answer:
         """Place *spec* on the surveyed nodes that *promised* names; measures nothing, and so waits for no node."""
@@ -141,9 +158,10 @@ class FleetPlanner:
             targets = {n: probe_target(reports[n]) for n in found}
             links = await self._all_links(targets, source, again=again)
         self.profile_epoch += 1
-        return FleetProfile(
+        measured = FleetProfile(
             profile_epoch=self.profile_epoch, devices=tuple(found[n] for n in sorted(found)), links=tuple(links)
         )
+        return self.corrections.corrected(measured, manifest)
 
     def _knows(self, manifest: Digest, source: NodeId, reports: Mapping[NodeId, NodeReport]) -> bool:
         """Whether nothing is missing that may be had now, and no link stale."""
@@ -168,6 +186,8 @@ class FleetPlanner:
             return None
         self._unmeasured.pop(key, None)
         self._devices[key] = msgspec.structs.replace(told.device, cached=True)
+        if not told.device.cached:
+            self.corrections.forget_device(report.node, wanted.manifest)
         return with_facts(told.device, report.facts)
 
     def _failed(self, report: NodeReport, manifest: Digest) -> Unmeasured | None:
@@ -213,11 +233,15 @@ class FleetPlanner:
         for target in targets:
             link = found.get(target.node)
             self._links[sender, target.node] = Measured(link, target.locators, self.clock.now_s())
+            self.corrections.forget_link((sender, target.node))
             if link is None:
                 self.log.warning("link.missing", node=sender, target=target.node, locators=", ".join(target.locators))
 
     def _fresh(self, pair: tuple[NodeId, NodeId], target: ProbeTarget) -> bool:
-        return pair in self._links and self._links[pair].fresh(target.locators, self.clock.now_s())
+        known = self._links.get(pair)
+        if known is None or self.corrections.suspect(pair):
+            return False
+        return known.fresh(target.locators, self.clock.now_s())
 
     def links_from(self, node: NodeId) -> list[LinkProfile]:
         """Links measured from *node*, for display."""

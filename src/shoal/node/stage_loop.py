@@ -25,6 +25,7 @@ from shoal.clock import Clock
 from shoal.errors import MalformedFrameError, ShoalError, UntrustedError
 from shoal.fleet.report import ShardId
 from shoal.ids import RequestId
+from shoal.node.live_times import LiveTimes
 from shoal.node.replies import Replies
 from shoal.node.stage_inputs import from_gateway, from_stage
 from shoal.node.stage_keys import StageKeys, stage_keys
@@ -52,7 +53,7 @@ from shoal.runtime.effects import (
 )
 from shoal.runtime.first import FirstStage
 from shoal.runtime.ports import Session
-from shoal.runtime.request import OutputDelta
+from shoal.runtime.request import Array, OutputDelta
 from shoal.runtime.settings import StageSettings
 from shoal.runtime.stage import advance
 from shoal.runtime.stage_state import StageState, start
@@ -97,6 +98,7 @@ class StageLoop:
     greeted: SimpleQueue[int] = field(default_factory=SimpleQueue)
     steps: int = 0
     busy_s: float = 0.0
+    live: LiveTimes = field(default_factory=LiveTimes)
     live_requests: int = 0
     waiting_requests: int = 0
     malformed: int = 0
@@ -142,11 +144,16 @@ class StageLoop:
         """Listen to what the next stage says on the way to it: ends with the way."""
         return way.subscribe(self._keys.credits_in, self._from_stage)
 
-    def greet(self, way: Bus) -> int:
-        """Say hello to the next stage; the number comes back in `greeted` when it answers.  For one thread."""
+    def greet(self, way: Bus, *, load: Array | None = None) -> int:
+        """Say hello to the next stage; the number comes back in `greeted` when it answers.  For one thread.
+
+        *load* goes with it and is ignored there: a hello as heavy as a frame.
+        """
         self._hellos += 1
         hello = frames.HelloFrame(plan_epoch=self.shard.plan_epoch, number=self._hellos)
-        way.put(self._keys.forward, pack(frames.encode(hello), {}), lane=Lane.DECODE)
+        way.put(
+            self._keys.forward, pack(frames.encode(hello), {} if load is None else {"load": load}), lane=Lane.DECODE
+        )
         return self._hellos
 
     def run(self) -> None:
@@ -273,6 +280,7 @@ class StageLoop:
         began_s = time.perf_counter()
         try:
             outputs = self.session.step(effect.sequences, effect.tensors)
+            self.live.stepped(effect.sequences, time.perf_counter() - began_s)
         except ShoalError as error:
             return StepFailed(code=error.code, text=str(error))
         except Exception as error:  # noqa: BLE001 whatever an engine makes of a step, it ends that step and not the worker

@@ -68,6 +68,7 @@ class TrialResult(msgspec.Struct, frozen=True, kw_only=True):
 
     trials: tuple[BlockTrial, ...]
     step_overhead_s: float
+    loop_overhead_s: float = 0.0
     took_s: float = 0.0
     """Loading and timing; 0 in a result that was kept before this was noted."""
     method: int = 0
@@ -126,8 +127,14 @@ def run_trials(store: Store, spec: TrialSpec, backend: Backend, clock: Clock) ->
     alone = [trial for span, trials in timed.items() if span.kind for trial in trials]
     kinds = [block.kind for block in blocks[run.start : run.stop]] if run else []
     found = apportion(alone, timed[run] if run else (), kinds)
-    overhead_s = found.step_overhead_s + loop_overhead_s(vocabulary, clock, bench.chill())
-    return TrialResult(trials=found.trials, step_overhead_s=overhead_s, took_s=clock.now_s() - began_s, method=METHOD)
+    loop_s = loop_overhead_s(vocabulary, clock, bench.chill())
+    return TrialResult(
+        trials=found.trials,
+        step_overhead_s=found.step_overhead_s + loop_s,
+        loop_overhead_s=loop_s,
+        took_s=clock.now_s() - began_s,
+        method=METHOD,
+    )
 
 
 def trial_spans(blocks: Sequence[Block], memory_bytes: int) -> tuple[SampleSpan, ...]:

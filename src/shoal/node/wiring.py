@@ -5,6 +5,9 @@ two dials of one worker would race for its way out.  The newest order counts.  A
 the next stage has answered over it: a session without its link, or with half of one, looks healthy in every other way.  The old
 way is closed when the loop has switched.
 
+A way that is used is tried again every `PING_S` with a hello as heavy as a frame of an answer: how long that takes shows when the
+link becomes slower than it was.
+
 It never gives up: where no coordinator is there to plan anew, the next stage may come back.  But after `UNREACHED_S` the fleet is
 told who cannot reach whom, and where.
 """
@@ -16,6 +19,7 @@ from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 
 import msgspec
+import numpy as np
 from structlog.typing import FilteringBoundLogger
 
 from shoal.errors import NodeUnreachableError, ShoalError
@@ -26,6 +30,9 @@ from shoal.transport.bus import Bus, Closable, Sample
 UNREACHED_S = 10.0
 RETRY_S = 0.5
 HELLO_TIMEOUT_S = 3.0
+PING_S = 1.0
+PING_BYTES = 4096
+"""A row of hidden numbers, as steps of an answer send it."""
 
 
 class Outcome(msgspec.Struct, frozen=True, kw_only=True):
@@ -92,9 +99,10 @@ class Wirer:
     def _run(self) -> None:
         while True:
             try:
-                item = self._inbox.get(timeout=None if self._is_made() else RETRY_S)
+                item = self._inbox.get(timeout=self._patience_s())
             except Empty:
                 item = None
+                self._ping()
             match item:
                 case Wiring():
                     self._want(item)
@@ -105,6 +113,24 @@ class Wirer:
                 case None:
                     pass
             self._attempt()
+
+    def _patience_s(self) -> float | None:
+        if not self._is_made():
+            return RETRY_S
+        return PING_S if self._way is not None else None
+
+    def _ping(self) -> None:
+        """Time a hello over the way that is used; one that is not answered says nothing: silence is the loop's to notice."""
+        if self._way is None or not self._is_made():
+            return
+        sent_s = time.monotonic()
+        try:
+            number = self.loop.greet(self._way, load=np.zeros(PING_BYTES, np.uint8))
+            while self.loop.greeted.get(timeout=RETRY_S) < number:
+                pass  # the answer to an earlier one that was given up
+        except (Empty, ShoalError):
+            return
+        self.loop.live.pinged(time.monotonic() - sent_s)
 
     def _want(self, wiring: Wiring) -> None:
         if wiring == self._wanted:
@@ -139,6 +165,7 @@ class Wirer:
             way.close()
             raise
         old, self._way = self._way, way
+        self.loop.live.wired()
         self.loop.inbox.put(Wired(way, switched=lambda: self._inbox.put(_Replaced(old)) if old else None))
         return rtt_s
 

@@ -19,7 +19,7 @@ from structlog.typing import FilteringBoundLogger
 
 from shoal.clock import Clock, SystemClock
 from shoal.errors import PortInUseError, ShardLostError, ShoalError
-from shoal.fleet.report import ShardReport, ShardState
+from shoal.fleet.report import ShardReport, ShardState, StepTimes
 from shoal.ids import NodeId
 from shoal.node.artifacts import Artifact, load_shard, open_artifact
 from shoal.node.messages import REPORT, WIRE
@@ -62,6 +62,7 @@ class Reporter:
     next_node: NodeId | None = None
     rtt_s: float | None = None
     loop: StageLoop | None = None
+    _step_times: StepTimes | None = None
     _sent_s: float = float("-inf")
     _said_busy: bool = False
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -112,6 +113,9 @@ class Reporter:
 
     def _send(self) -> None:
         loop, error = self.loop, self.error or self._trouble()
+        if loop is not None:
+            # The last that is known goes on being said: agents pass on only the newest report.
+            self._step_times = loop.live.take_steps() or self._step_times
         report = ShardReport(
             shard=self.spec.shard,
             state=self.state,
@@ -127,6 +131,8 @@ class Reporter:
             busy_s=loop.busy_s if loop else 0.0,
             live_requests=loop.live_requests if loop else 0,
             waiting_requests=loop.waiting_requests if loop else 0,
+            step_times=self._step_times,
+            hop_times=loop.live.hop() if loop else None,
         )
         self.control.put(worker_key(self.spec, REPORT), msgspec.msgpack.encode(report))
         self._said_busy = report.live_requests + report.waiting_requests > 0

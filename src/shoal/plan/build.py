@@ -14,6 +14,7 @@ from shoal.errors import InvalidRequestError
 from shoal.ids import NodeId
 from shoal.model.frontier import Block
 from shoal.plan.problem import (
+    BatchTimes,
     BlockSpec,
     DeviceSpec,
     Limits,
@@ -142,23 +143,36 @@ def _device(
     fits = fit(_trials(fleet.devices, device))
     untimed = any(block.kind not in fits for block in blocks)
     timed = () if untimed and device.node in setting.demands.exclude else blocks
-    decode_s = {kind: fitted.decode_s(mean_context(shape)) for kind, fitted in fits.items()}
-    prefill_s = {kind: fitted.prefill_s(shape.tokens_in, shape.prefill_chunk_tokens) for kind, fitted in fits.items()}
+    chunk, factor = shape.prefill_chunk_tokens, device.factor
+    prefill_s = {kind: factor * fitted.prefill_s(shape.tokens_in, chunk) for kind, fitted in fits.items()}
     _require_fits(timed, device, fits)
+
+    def decode_s(batch: int) -> tuple[float, ...]:
+        per_kind = {kind: factor * fitted.decode_s(mean_context(shape), batch) for kind, fitted in fits.items()}
+        return tuple(per_kind[block.kind] for block in timed)
+
     return DeviceSpec(
         node=device.node,
         memory_budget_bytes=device.memory_budget_bytes,
         memory_promised_bytes=setting.promised_bytes.get(device.node, 0),
         fixed_bytes=setting.memory.fixed_bytes,
         weights_factor=setting.memory.weights_factor,
-        step_overhead_s=device.step_overhead_s,
-        decode_s=tuple(decode_s[block.kind] for block in timed),
+        step_overhead_s=factor * device.step_overhead_s,
+        decode_s=decode_s(1),
         prefill_s=tuple(prefill_s[block.kind] for block in timed),
+        batched=tuple(BatchTimes(batch=size, decode_s=decode_s(size)) for size in batches_timed(device) if timed),
         active_watts=device.declared.watts,
         price_per_hour=device.declared.price_per_hour,
         region=device.declared.region,
         trust=device.declared.trust,
     )
+
+
+def batches_timed(device: DeviceProfile) -> tuple[int, ...]:
+    """Sizes of batches beside one that every kind of block was timed with on *device*."""
+    kinds = {trial.kind for trial in device.trials}
+    sizes = [{t.batch for t in device.trials if t.kind == kind and t.rows == 1 and t.batch > 1} for kind in kinds]
+    return tuple(sorted(set.intersection(*sizes))) if sizes else ()
 
 
 def mean_context(shape: RequestShape) -> float:
@@ -191,7 +205,7 @@ def _link(link: LinkProfile, declared: Mapping[NodeId, Declared]) -> LinkSpec:
         source=link.source,
         target=link.target,
         latency_s=link.latency_s,
-        bytes_per_s=link.bytes_per_s,
+        bytes_per_s=link.bytes_per_s / link.factor,
         relayed=link.relayed,
         joules_per_byte=declared[link.source].joules_per_byte if link.source in declared else 0.0,
     )

@@ -46,12 +46,16 @@ class DeviceProfile(msgspec.Struct, frozen=True, kw_only=True):
     providers: tuple[str, ...] = ()
     trials: tuple[BlockTrial, ...] = ()
     step_overhead_s: float = 0.0
-    """Cost of one stage step apart from its blocks: frames, bindings, wake-ups."""
+    """Cost of one stage step apart from its blocks: the engine's call, and the stage's own loop."""
+    loop_overhead_s: float = 0.0
+    """The loop's part of it: frames, scheduling, sampling, wake-ups."""
     trials_took_s: float = 0.0
     """Seconds of loading and timing that the trials cost when they were made; 0 when that was not noted."""
     cached: bool = False
     """The trials were made before and kept; nothing was timed for this profile."""
     declared: Declared = Declared()
+    factor: float = 1.0
+    """Live steps take this many times as long as the trials say; trials and overhead are as they were measured."""
 
 
 class LinkProfile(msgspec.Struct, frozen=True, kw_only=True):
@@ -75,11 +79,13 @@ class LinkProfile(msgspec.Struct, frozen=True, kw_only=True):
     """What measuring it took, dialling included."""
     cached: bool = False
     """Measured for an earlier profile, a few minutes ago at most."""
+    factor: float = 1.0
+    """Frames take this many times as long by now; the figures are as they were measured."""
 
     @property
     def latency_s(self) -> float:
-        """One way, for a frame of no bytes."""
-        return self.rtt_p50_s / 2
+        """One way, for a frame of no bytes, by now."""
+        return self.factor * self.rtt_p50_s / 2
 
 
 class FleetProfile(msgspec.Struct, frozen=True, kw_only=True):

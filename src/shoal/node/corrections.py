@@ -1,0 +1,146 @@
+"""Corrections of profiles by what live stages report: one place that hears every report of the fleet, beside the planner.
+
+A stage's steps are compared with what the profile of its device predicts for its blocks; the way to the next stage with what it
+took just after it was wired.  What is learned of a device goes for the model that was served, and for others until they are
+served there themselves.  It is forgotten when the node was restarted or is measured anew; a link's when it is.
+
+Whoever plans is told of a change (`told`), counts them (`changes`), and finds the factors in the next profile.  A link that
+changed is measured anew for it, which takes a second and tells bandwidth from latency; a device is not, for it serves.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import msgspec
+
+from shoal.fleet.report import HopTimes, NodeReport, ShardId, ShardReport, StepTimes
+from shoal.ids import DeploymentId, Digest, NodeId
+from shoal.profile.drift import HOP_FLOOR_S, STEP_FLOOR_S, Drift, corrected_rtt_s, observe, ratio
+from shoal.profile.fit import fit
+from shoal.profile.fleet import DeviceProfile, FleetProfile, LinkProfile
+
+StageTime = Callable[[NodeId, Digest, tuple[int, int], StepTimes], float | None]
+"""What the uncorrected profile says of one step of these blocks on that node; None where it is not known."""
+Pair = tuple[NodeId, NodeId]
+
+
+class ProfileChanged(msgspec.Struct, frozen=True, kw_only=True):
+    """A device, or its link to *target*, takes *factor* times as long as it was measured to."""
+
+    node: NodeId
+    target: NodeId | None = None
+    factor: float
+
+    def __str__(self) -> str:
+        where = f"the link to {self.target}" if self.target else "its engine"
+        return f"{where} now takes {self.factor:.2f} times as long as it was measured to"
+
+
+def ignore(_: ProfileChanged) -> None:
+    """Tell nobody."""
+
+
+@dataclass(slots=True)
+class Corrections:
+    """Belongs to the event loop."""
+
+    told: Callable[[ProfileChanged], None] = ignore
+    changes: int = 0
+    """Since the start: who has planned for as many knows all."""
+    _devices: dict[NodeId, dict[Digest, Drift]] = field(default_factory=dict)
+    _links: dict[Pair, Drift] = field(default_factory=dict)
+    _suspect: set[Pair] = field(default_factory=set)
+    _seen: dict[NodeId, dict[ShardId, tuple[int, int]]] = field(default_factory=dict)
+    """Newest steps and hellos that were counted of a node's shards."""
+    _lives: dict[NodeId, int] = field(default_factory=dict)
+
+    def hear(self, report: NodeReport, served: Mapping[DeploymentId, Digest], predicted: StageTime) -> None:
+        """Learn from a heartbeat; *served* are the models behind the names of deployments."""
+        if self._lives.get(report.node, report.incarnation) != report.incarnation:
+            self.forget_device(report.node)
+        self._lives[report.node] = report.incarnation
+        before = self._seen.get(report.node, {})
+        seen = self._seen[report.node] = {}
+        for shard in report.shards:
+            steps, pings = before.get(shard.shard, (0, 0))
+            if shard.step_times is not None and shard.step_times.until != steps:
+                self._learn_steps(report.node, shard, served.get(shard.shard.deployment), predicted)
+                steps = shard.step_times.until
+            if shard.hop_times is not None and shard.hop_times.until != pings:
+                self._learn_hop(report.node, shard.next_node, shard.hop_times)
+                pings = shard.hop_times.until
+            seen[shard.shard] = (steps, pings)
+
+    def corrected(self, fleet: FleetProfile, model: Digest) -> FleetProfile:
+        """*fleet* with what is known by now; what was measured is left beside it."""
+        return msgspec.structs.replace(
+            fleet,
+            devices=tuple(msgspec.structs.replace(d, factor=self.device_factor(d.node, model)) for d in fleet.devices),
+            links=tuple(self._link(link) for link in fleet.links),
+        )
+
+    def device_factor(self, node: NodeId, model: Digest) -> float:
+        """What the times of *model* on *node* are to be multiplied by; 1 while nothing is known."""
+        known = self._devices.get(node, {})
+        if model in known:
+            return known[model].factor
+        others = max(known.values(), key=lambda drift: drift.samples, default=Drift())
+        return others.factor
+
+    def suspect(self, pair: Pair) -> bool:
+        """Whether this link has changed since it was measured."""
+        return pair in self._suspect
+
+    def forget_device(self, node: NodeId, model: Digest | None = None) -> None:
+        """It is another machine by now, or was measured anew (with *model* alone)."""
+        if model is None:
+            self._devices.pop(node, None)
+        else:
+            self._devices.get(node, {}).pop(model, None)
+
+    def forget_link(self, pair: Pair) -> None:
+        """It was measured anew."""
+        self._links.pop(pair, None)
+        self._suspect.discard(pair)
+
+    def _learn_steps(self, node: NodeId, shard: ShardReport, model: Digest | None, predicted: StageTime) -> None:
+        times = shard.step_times
+        if times is None or model is None:
+            return
+        expected_s = predicted(node, model, (shard.start, shard.stop), times)
+        if expected_s is None:
+            return
+        known = self._devices.setdefault(node, {})
+        before = known.get(model, Drift())
+        known[model] = now = observe(before, ratio(times.time_s, expected_s, STEP_FLOOR_S))
+        if now.changes != before.changes:
+            self._tell(ProfileChanged(node=node, factor=now.factor))
+
+    def _learn_hop(self, node: NodeId, target: NodeId | None, times: HopTimes) -> None:
+        if target is None:
+            return
+        before = self._links.get((node, target), Drift())
+        now = observe(before, ratio(times.rtt_s, times.base_s, HOP_FLOOR_S))
+        self._links[node, target] = now
+        if now.changes != before.changes:
+            self._suspect.add((node, target))
+            self._tell(ProfileChanged(node=node, target=target, factor=now.factor))
+
+    def _tell(self, change: ProfileChanged) -> None:
+        self.changes += 1
+        self.told(change)
+
+    def _link(self, link: LinkProfile) -> LinkProfile:
+        drift = self._links.get((link.source, link.target))
+        if drift is None:
+            return link
+        return msgspec.structs.replace(link, factor=corrected_rtt_s(link.rtt_p50_s, drift.factor) / link.rtt_p50_s)
+
+
+def expected_step_s(device: DeviceProfile, kinds: Sequence[str], times: StepTimes) -> float | None:
+    """What *device* was measured to take for one engine call over blocks of these kinds; None where one was not timed."""
+    fits = fit(device.trials)
+    if any(kind not in fits for kind in kinds):
+        return None
+    call_s = max(0.0, device.step_overhead_s - device.loop_overhead_s)
+    return call_s + sum(fits[kind].decode_s(times.context, times.batch) for kind in kinds)

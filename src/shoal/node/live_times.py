@@ -1,0 +1,76 @@
+"""What a stage's steps and its way to the next stage take while it serves, for its reports.
+
+Steps of an answer only: one new position for each sequence, which is what a plan's time per token is made of.  The thread that
+steps notes, the one that reports takes; what was taken is gone, so that each report tells of new steps.
+"""
+
+from collections import Counter, deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from statistics import fmean, median
+
+from shoal.fleet.report import HopTimes, StepTimes
+from shoal.runtime.ports import SequenceStep
+
+KEPT = 64
+"""Steps at most between two reports; earlier ones are forgotten."""
+BASE_PINGS = 5
+"""The first ones over a way: what later ones are compared with."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    time_s: float
+    batch: int
+    context: float
+
+
+@dataclass(slots=True)
+class LiveTimes:
+    """Steps and pings since the last report."""
+
+    _steps: "deque[_Step]" = field(default_factory=lambda: deque(maxlen=KEPT))
+    _noted: int = 0
+    _pings: "deque[float]" = field(default_factory=lambda: deque(maxlen=BASE_PINGS))
+    _pinged: int = 0
+    _base_s: float = 0.0
+
+    def stepped(self, sequences: Sequence[SequenceStep], time_s: float) -> None:
+        """An engine call is over; prompts and inferences are not counted."""
+        if sequences and all(step.count == 1 for step in sequences):
+            self._noted += 1
+            self._steps.append(_Step(time_s, len(sequences), fmean(step.start for step in sequences)))
+
+    def pinged(self, rtt_s: float) -> None:
+        """A hello came back over the way."""
+        self._pings.append(rtt_s)
+        self._pinged += 1
+        if self._pinged <= BASE_PINGS:
+            self._base_s = median(self._pings)
+
+    def wired(self) -> None:
+        """There is another way: what is known of the old one says nothing of it."""
+        self._pings.clear()
+        self._pinged, self._base_s = 0, 0.0
+
+    def take_steps(self) -> StepTimes | None:
+        """Steps since this was asked last, of the batch that most of them had; None when there were none."""
+        taken: list[_Step] = []
+        while self._steps:
+            taken.append(self._steps.popleft())
+        if not taken:
+            return None
+        (batch, _), *_ = Counter(step.batch for step in taken).most_common(1)
+        alike = [step for step in taken if step.batch == batch]
+        return StepTimes(
+            until=self._noted,
+            time_s=median(step.time_s for step in alike),
+            batch=batch,
+            context=fmean(step.context for step in alike),
+        )
+
+    def hop(self) -> HopTimes | None:
+        """The newest round trips; None before there are enough to compare with the first ones."""
+        if self._pinged <= BASE_PINGS:
+            return None
+        return HopTimes(until=self._pinged, rtt_s=median(list(self._pings)[-3:]), base_s=self._base_s)

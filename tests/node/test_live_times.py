@@ -1,0 +1,62 @@
+"""What a stage tells of its steps and of its way to the next one."""
+
+from shoal.fleet.report import HopTimes, StepTimes
+from shoal.ids import RequestId
+from shoal.node.live_times import BASE_PINGS, KEPT, LiveTimes
+from shoal.runtime.ports import SequenceStep
+
+
+def step(start: int = 10, count: int = 1) -> SequenceStep:
+    return SequenceStep(request=RequestId("r"), slot=0, start=start, count=count, logits=1)
+
+
+def test_a_report_tells_the_median_of_the_steps_since_the_last_one() -> None:
+    live = LiveTimes()
+    for time_s, start in ((1.0, 10), (3.0, 11), (9.0, 12)):
+        live.stepped([step(start)], time_s)
+
+    assert live.take_steps() == StepTimes(until=3, time_s=3.0, batch=1, context=11.0)
+    assert live.take_steps() is None
+
+
+def test_prompts_and_inferences_are_not_told_of() -> None:
+    live = LiveTimes()
+    live.stepped([step(count=5)], 1.0)
+    live.stepped([step(), step(count=5)], 1.0)
+    live.stepped([], 1.0)
+
+    assert live.take_steps() is None
+
+
+def test_steps_of_the_most_common_batch_are_told_of() -> None:
+    live = LiveTimes()
+    live.stepped([step()], 1.0)
+    for _ in range(3):
+        live.stepped([step(), step(30)], 2.0)
+
+    assert live.take_steps() == StepTimes(until=4, time_s=2.0, batch=2, context=20.0)
+
+
+def test_a_stage_that_reports_seldom_forgets_old_steps_and_counts_them_all() -> None:
+    live = LiveTimes()
+    for number in range(2 * KEPT):
+        live.stepped([step()], float(number >= KEPT))
+
+    told = live.take_steps()
+
+    assert told is not None
+    assert (told.until, told.time_s) == (2 * KEPT, 1.0)
+
+
+def test_round_trips_are_told_beside_the_first_ones_of_the_same_way() -> None:
+    live = LiveTimes()
+    for _ in range(BASE_PINGS):
+        live.pinged(0.01)
+    assert live.hop() is None
+
+    for _ in range(3):
+        live.pinged(0.05)
+    assert live.hop() == HopTimes(until=BASE_PINGS + 3, rtt_s=0.05, base_s=0.01)
+
+    live.wired()
+    assert live.hop() is None

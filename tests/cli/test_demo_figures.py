@@ -3,7 +3,7 @@
 import pytest
 from rich.console import Console
 
-from shoal.cli.demo import compare, far_off
+from shoal.cli.demo import compare, far_off, missed
 from shoal.cli.profile_table import render_speeds
 from shoal.ids import NodeId
 from shoal.plan.problem import Estimate
@@ -25,6 +25,11 @@ def test_predicted_stands_above_measured() -> None:
 
     assert "200 ms to the first token,  40.0 ms per token" in predicted
     assert "300 ms to the first token,  50.0 ms per token" in measured
+
+
+def test_the_errors_are_of_what_was_measured() -> None:
+    assert missed(PREDICTED, 0.25, 0.05).startswith("missed by 20% and 20%")
+    assert missed(PREDICTED, 0.0, 0.04).startswith("missed by - and 0%")
 
 
 def device(letter: str, factor: float) -> DeviceProfile:

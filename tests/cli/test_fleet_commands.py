@@ -14,11 +14,11 @@ from shoal.cli.logs import line
 from shoal.cli.main import app
 from shoal.cli.nodes import render_nodes
 from shoal.cli.plan_flags import parse_pin
-from shoal.cli.ps import render_deployments
+from shoal.cli.ps import missed_by, render_deployments
 from shoal.cli.start import options_from, parse_size
 from shoal.errors import SettingsError
 from shoal.fleet.state import Standing
-from shoal.fleet.views import DeploymentState, DeploymentView, EventView, LinkView, NodeView
+from shoal.fleet.views import DeploymentState, DeploymentView, EventView, LinkView, NodeView, PredictionView
 from shoal.ids import DeploymentId, NodeId
 from shoal.node.fleet_api import check_name
 from shoal.plan.problem import Pin
@@ -84,6 +84,14 @@ def test_a_deployment_shows_why_it_is_not_ready() -> None:
     )
 
     assert "degraded: node attic is gone" in shown(render_deployments([view], {}))
+
+
+def test_a_deployment_shows_how_far_its_plan_was_off() -> None:
+    told = PredictionView(requests=9, time_per_output_token_error=0.083)
+    view = DeploymentView(name=DeploymentId("chat"), model="m", state=DeploymentState.READY, prediction=told)
+
+    assert "- first, 8% per token" in shown(render_deployments([view], {}))
+    assert missed_by(None) == "-"
 
 
 def test_an_event_is_one_line_with_its_time() -> None:

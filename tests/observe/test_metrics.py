@@ -5,7 +5,7 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 
 from shoal.ids import DeploymentId
-from shoal.observe.figures import Figures, StageFigures, register
+from shoal.observe.figures import Figures, PredictionError, StageFigures, register
 from shoal.observe.metrics import Metrics
 
 MODEL = DeploymentId("smollm2")
@@ -49,6 +49,7 @@ def test_the_fleet_and_its_stages_are_read_at_each_scrape() -> None:
     now = Figures(
         nodes={"a": True, "b": False},
         predicted_s={MODEL: 0.05},
+        errors=(PredictionError(deployment=MODEL, figure="time_per_output_token", ratio=0.08),),
         stages=(stage, later),
         bytes_sent=10,
         bytes_received=20,
@@ -58,6 +59,7 @@ def test_the_fleet_and_its_stages_are_read_at_each_scrape() -> None:
     seen = samples(metrics)
     assert (seen["shoal_node_up", "a"], seen["shoal_node_up", "b"]) == (1, 0)
     assert seen["shoal_predicted_time_per_output_token_seconds", MODEL] == 0.05
+    assert seen["shoal_prediction_error_ratio", MODEL, "time_per_output_token"] == 0.08
     assert (seen["shoal_stage_steps_total", MODEL, "0"], seen["shoal_stage_busy_seconds_total", MODEL, "1"]) == (
         7,
         0.25,

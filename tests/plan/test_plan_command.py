@@ -155,3 +155,17 @@ def test_a_profile_shows_devices_trials_and_links() -> None:
         "6.50 s, cached",
     ):
         assert part in text
+
+
+def test_what_live_times_corrected_is_shown_beside_what_was_measured() -> None:
+    device = DeviceProfile(
+        node=NodeId("a"), fingerprint="f", cores=1, threads=1, memory_total_bytes=1, memory_budget_bytes=1, factor=1.5
+    )
+    link = LinkProfile(
+        source=NodeId("a"), target=NodeId("b"), rtt_p50_s=0.01, rtt_p99_s=0.01, bytes_per_s=1e6, factor=2.0
+    )
+
+    text = shown(render_profile(FleetProfile(profile_epoch=7, devices=(device,), links=(link,))))
+
+    assert "x1.50" in text
+    assert "x2.00" in text

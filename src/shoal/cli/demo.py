@@ -213,6 +213,7 @@ def _show_answer(console: Console, url: str, question: str, plan: Plan) -> None:
     first_s = times_s[0] if times_s else 0.0
     per_token_s = (times_s[-1] - first_s) / max(1, len(times_s) - 1) if times_s else 0.0
     console.print(f"\n{compare(plan.estimate, first_s, per_token_s)}, through {len(plan.stages)} nodes")
+    console.print(missed(plan.estimate, first_s, per_token_s), highlight=False)
     if far_off(plan.estimate, first_s, per_token_s):
         console.print(
             f"[yellow]more than {FAR_OFF:.0%} apart[/]: other load while measuring, or now? "
@@ -231,6 +232,13 @@ def compare(predicted: Estimate, first_s: float, per_token_s: float) -> str:
         f"[bold]{name}[/] {first * 1000:6.0f} ms to the first token, {each * 1000:5.1f} ms per token"
         for name, first, each in rows
     )
+
+
+def missed(predicted: Estimate, first_s: float, per_token_s: float) -> str:
+    """The errors in one line."""
+    pairs = ((predicted.time_to_first_token_s, first_s), (predicted.time_per_output_token_s, per_token_s))
+    first, each = (f"{abs(said - took) / took:.0%}" if took else "-" for said, took in pairs)
+    return f"missed by {first} and {each}; `shoal ps` shows the median over all requests"
 
 
 def far_off(predicted: Estimate, first_s: float, per_token_s: float) -> bool:

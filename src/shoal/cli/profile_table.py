@@ -52,7 +52,7 @@ def _speeds(fitted: KindFit | None) -> str:
 
 def _devices(profile: FleetProfile, names: Names) -> Table:
     table = _table(
-        "NODE", "CORES", "THREADS", "MEMORY", "BUDGET", "STEP OVERHEAD", "TRIALS TOOK", "ENGINE", "FINGERPRINT"
+        "NODE", "CORES", "THREADS", "MEMORY", "BUDGET", "STEP OVERHEAD", "LIVE", "TRIALS TOOK", "ENGINE", "FINGERPRINT"
     )
     for device in profile.devices:
         table.add_row(
@@ -62,6 +62,7 @@ def _devices(profile: FleetProfile, names: Names) -> Table:
             size(device.memory_total_bytes),
             size(device.memory_budget_bytes),
             duration(device.step_overhead_s),
+            _live(device.factor),
             _took(device.trials_took_s, cached=device.cached),
             ", ".join(device.providers) or "-",
             device.fingerprint[:8],
@@ -103,7 +104,7 @@ def _order(trial: BlockTrial) -> tuple[str, int, int, int]:
 
 
 def _links(links: Iterable[LinkProfile], names: Names) -> Table:
-    table = _table("FROM", "TO", "ROUND TRIP P50", "P99", "JITTER", "OF", "BANDWIDTH", "PROBE TOOK", "")
+    table = _table("FROM", "TO", "ROUND TRIP P50", "P99", "JITTER", "OF", "BANDWIDTH", "LIVE", "PROBE TOOK", "")
     for link in links:
         table.add_row(
             _name(link.source, names),
@@ -113,10 +114,16 @@ def _links(links: Iterable[LinkProfile], names: Names) -> Table:
             f"+-{duration(link.jitter_s)}",
             str(link.round_trips or "-"),
             f"{size(link.bytes_per_s)}/s",
+            _live(link.factor),
             _took(link.probe_s, cached=link.cached),
             "relayed" if link.relayed else "",
         )
     return table
+
+
+def _live(factor: float) -> str:
+    """How many times as long it takes by what is served; nothing to say where it is as measured, or was not seen since."""
+    return f"x{factor:.2f}" if factor != 1.0 else "-"
 
 
 def _took(seconds_s: float, *, cached: bool) -> str:

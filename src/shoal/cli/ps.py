@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from shoal.cli.connect import URL_HELP, connect
-from shoal.fleet.views import DeploymentState, DeploymentView
+from shoal.fleet.views import DeploymentState, DeploymentView, PredictionView
 from shoal.ids import NodeId
 
 _COLOURS = {DeploymentState.READY: "green", DeploymentState.FAILED: "red"}
@@ -35,7 +35,7 @@ def ps(
 def render_deployments(found: Sequence[DeploymentView], names: Mapping[NodeId, str]) -> Table:
     """One row per deployment: its state, its stages and the predicted speed."""
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("deployment", "model", "state", "stages", "predicted", "last token"):
+    for column in ("deployment", "model", "state", "stages", "predicted", "missed by", "last token"):
         table.add_column(column)
     for view in found:
         colour = _COLOURS.get(view.state, "yellow")
@@ -48,6 +48,16 @@ def render_deployments(found: Sequence[DeploymentView], names: Mapping[NodeId, s
             f"[{colour}]{view.state}[/]" + (f": {view.detail}" if view.detail else ""),
             " -> ".join(stages) or "-",
             f"{plan.estimate.time_per_output_token_s * 1000:.1f} ms/token" if plan else "-",
+            missed_by(view.prediction),
             f"{age_s:.0f} s ago" if age_s is not None else "-",
         )
     return table
+
+
+def missed_by(prediction: PredictionView | None) -> str:
+    """How far the plan's figures were from what requests took: to the first token, and per token."""
+    if prediction is None:
+        return "-"
+    errors = (prediction.time_to_first_token_error, prediction.time_per_output_token_error)
+    first, each = (f"{error:.0%}" if error is not None else "-" for error in errors)
+    return f"{first} first, {each} per token"

@@ -52,6 +52,17 @@ class DeploymentState(StrEnum):
     FAILED = "failed"
 
 
+class PredictionView(msgspec.Struct, frozen=True, kw_only=True):
+    """How far a plan's predictions are from what its newest requests took: medians of |predicted - measured| / measured.
+
+    Of requests that were alone in the pipeline, as this gateway hears it; None where none could be compared.
+    """
+
+    requests: int
+    time_to_first_token_error: float | None = None
+    time_per_output_token_error: float | None = None
+
+
 class DeploymentView(msgspec.Struct, frozen=True, kw_only=True):
     """One served model.  `detail` says in words what it waits for, or why it failed."""
 
@@ -65,6 +76,8 @@ class DeploymentView(msgspec.Struct, frozen=True, kw_only=True):
     plan_epoch: int = 0
     last_token_age_s: float | None = None
     """Since a token went through every stage; None before the first."""
+    prediction: PredictionView | None = None
+    """None before a request was compared with the plan, and at other gateways than its own."""
 
 
 class EventView(msgspec.Struct, frozen=True, kw_only=True):

@@ -31,7 +31,7 @@ from shoal.node.emulated import dial_agent, shaped_agent
 from shoal.node.events import EventRing
 from shoal.node.facts import engine_threads, node_facts
 from shoal.node.fleet_api import FleetApi
-from shoal.node.fleet_figures import figures
+from shoal.node.fleet_figures import errors_of, figures
 from shoal.node.gateway import Models
 from shoal.node.holding import complete_manifests, fetch_hold
 from shoal.node.in_use import journal_file
@@ -266,13 +266,15 @@ def _served(parts: _Parts, models: Models, agent: Agent) -> Node:
         view=lambda: models.view,
         join=_join(parts.facts, parts.options),
         last_token_age_s=models.last_token_age_s,
+        prediction=models.prediction,
         answers=models.answers,
     )
     registry = CollectorRegistry()
     register(
         registry,
-        lambda: figures(
-            agent.coordinator, agent.report(), models.view, parts.fabric.stats(), parts.journal.failed_writes
+        lambda: msgspec.structs.replace(
+            figures(agent.coordinator, agent.report(), models.view, parts.fabric.stats(), parts.journal.failed_writes),
+            errors=errors_of(models.predictions()),
         ),
     )
     return Node(

@@ -29,6 +29,7 @@ from shoal.fleet.views import (
     JoinView,
     NodeView,
     PlanRequest,
+    PredictionView,
     ProfileRequest,
 )
 from shoal.ids import DeploymentId, NodeId
@@ -69,6 +70,11 @@ STATES = {
 }
 
 
+def nothing_compared(_: DeploymentId) -> PredictionView | None:
+    """Where no requests are compared with plans."""
+    return None
+
+
 @dataclass(slots=True)
 class FleetApi:
     """Implements `Machines`, `Placement` and `EventLog` of `serve.ports` by asking the coordinator."""
@@ -81,6 +87,7 @@ class FleetApi:
     last_token_age_s: Callable[[DeploymentId], float | None]
     answers: Callable[[DeploymentId], bool]
     """Whether this node's gateway has opened the deployment's pipeline."""
+    prediction: Callable[[DeploymentId], PredictionView | None] = nothing_compared
 
     async def nodes(self) -> Sequence[NodeView]:
         """Every node that is known."""
@@ -241,6 +248,7 @@ class FleetApi:
             plan=deployment.answer if isinstance(deployment.answer, Plan) else None,
             plan_epoch=deployment.plan_epoch,
             last_token_age_s=self.last_token_age_s(name),
+            prediction=self.prediction(name),
         )
 
 

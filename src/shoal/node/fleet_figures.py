@@ -1,12 +1,13 @@
 """What this node's `/metrics` shows of the fleet: from the coordinator if it is here, else from this node alone."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from shoal.fleet.report import NodeReport
 from shoal.fleet.state import Standing
 from shoal.fleet.view import CoordinatorView
+from shoal.fleet.views import PredictionView
 from shoal.node.coordinator import Coordinator
-from shoal.observe.figures import Figures, StageFigures
+from shoal.observe.figures import Figures, PredictionError, StageFigures
 from shoal.plan.problem import Plan
 from shoal.transport.stats import BusStats
 
@@ -29,6 +30,23 @@ def figures(
         bytes_sent=traffic.bytes_sent,
         bytes_received=traffic.bytes_received,
         failed_writes=failed_writes,
+    )
+
+
+def errors_of(predictions: Mapping[str, PredictionView]) -> tuple[PredictionError, ...]:
+    """What could be compared, deployment by deployment."""
+    figures_of = {
+        name: (
+            ("time_to_first_token", view.time_to_first_token_error),
+            ("time_per_output_token", view.time_per_output_token_error),
+        )
+        for name, view in predictions.items()
+    }
+    return tuple(
+        PredictionError(deployment=name, figure=figure, ratio=error)
+        for name, errors in figures_of.items()
+        for figure, error in errors
+        if error is not None
     )
 
 

@@ -14,12 +14,13 @@ from shoal.errors import InfeasibleError, ShoalError, UnavailableError, UnknownM
 from shoal.fleet.reconcile import Phase
 from shoal.fleet.report import ShardId
 from shoal.fleet.view import LEASE_S, CoordinatorView, DeploymentStatus
-from shoal.fleet.views import ComponentHealth, DeploymentHealth, HealthView
+from shoal.fleet.views import ComponentHealth, DeploymentHealth, HealthView, PredictionView
 from shoal.ids import DeploymentId, Digest, NodeId, RequestId
 from shoal.model.catalog import CATALOGUE
 from shoal.model.codec import ModelCodec
 from shoal.model.spec import ModelKind, ModelSpec
 from shoal.node.artifacts import Artifact, Artifacts
+from shoal.node.foretold import Foretold
 from shoal.node.heap import give_back_memory
 from shoal.node.pipeline import AnswerDesk, Pipeline
 from shoal.plan.problem import Plan
@@ -158,6 +159,17 @@ class Models:
             return None
         return self.clock.now_s() - opened.pipeline.last_token_s
 
+    def prediction(self, name: DeploymentId) -> PredictionView | None:
+        """How far requests of *name* were from what its plan says; None before any was compared."""
+        opened = self._open.get(name)
+        foretold = opened.pipeline.foretold if opened is not None else None
+        return foretold.view() if foretold is not None else None
+
+    def predictions(self) -> dict[str, PredictionView]:
+        """Of all models that answer here.  For any thread."""
+        found = {str(name): self.prediction(name) for name in list(self._open)}
+        return {name: view for name, view in found.items() if view is not None}
+
     async def report(self) -> HealthView:
         """Health, end to end: a deployment that was idle for `IDLE_S` is asked for one token."""
         async with anyio.create_task_group() as group:
@@ -237,7 +249,8 @@ class Models:
             raise UnavailableError(f"{spec.deployment} has no plan")
         artifact = self.artifacts.open(spec.manifest)
         shard = ShardId(deployment=spec.deployment, plan_epoch=deployment.plan_epoch, stage=0)
-        pipeline = Pipeline(self.desk, spec.deployment, answer.stages[0].node, shard)
+        foretold = Foretold(answer, self.clock)
+        pipeline = Pipeline(self.desk, spec.deployment, answer.stages[0].node, shard, foretold=foretold)
         model = artifact.manifest.spec
         if model.kind is ModelKind.CAUSAL_LM:
             # Requests are checked against what the pipeline can hold, not against what the model was trained for.

@@ -18,7 +18,8 @@ from shoal.clock import Clock
 from shoal.fleet.report import ShardId
 from shoal.ids import DeploymentId, NodeId, RequestId
 from shoal.model.spec import LOGITS
-from shoal.node.stage_loop import StageLoop, Stopped, Wired, submit_topic
+from shoal.node.stage_keys import submit_topic
+from shoal.node.stage_loop import StageLoop, Stopped, Wired
 from shoal.observe.log import set_up_logs
 from shoal.runtime import frames
 from shoal.runtime.ports import SequenceStep

@@ -13,6 +13,7 @@ from shoal.clock import Clock
 from shoal.errors import ShardLostError, UntrustedError
 from shoal.fleet.report import ShardId
 from shoal.ids import DeploymentId, NodeId, RequestId
+from shoal.node.foretold import Foretold, Watched
 from shoal.node.stage_keys import submit_topic
 from shoal.runtime import frames
 from shoal.runtime.executor.staged import Answer, InferAnswer
@@ -118,6 +119,9 @@ class Pipeline:
     last_token_s: float | None = None
     last_sign_s: float | None = None
     running: set[RequestId] = field(default_factory=set)
+    foretold: Foretold | None = None
+    """Compares what the plan says with what requests take; None where nothing was said."""
+    _watched: dict[RequestId, Watched] = field(default_factory=dict)
 
     def listen(self, request: RequestId, deliver: Callable[[Answer], None]) -> Ear:
         """See `PipelineClient.listen`; notes the age of the last token on the way."""
@@ -126,6 +130,8 @@ class Pipeline:
             self.last_sign_s = self.desk.clock.now_s()
             if isinstance(answer, InferAnswer) or answer.tokens:
                 self.last_token_s = self.last_sign_s
+            if request in self._watched and not isinstance(answer, InferAnswer):
+                self._watched[request].take(len(answer.tokens), self.last_sign_s)
             deliver(answer)
 
         self.running.add(request)
@@ -133,6 +139,9 @@ class Pipeline:
 
         def forget() -> None:
             self.running.discard(request)
+            watched = self._watched.pop(request, None)
+            if watched is not None and self.foretold is not None:
+                self.foretold.end(watched)
             ear.close()
 
         return Ear(forget)
@@ -142,6 +151,8 @@ class Pipeline:
         reply_to = self.desk.reply_key
         match request:
             case GenerateRequest():
+                if self.foretold is not None:
+                    self._watched[request.request] = self.foretold.begin(len(request.prompt))
                 payload = pack(frames.encode(frames.Submit(request=request, reply_to=reply_to)), {})
             case InferRequest(tensors=tensors):
                 message = frames.SubmitInfer(request=request.request, deployment=request.deployment, reply_to=reply_to)

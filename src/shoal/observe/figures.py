@@ -22,11 +22,20 @@ class StageFigures(msgspec.Struct, frozen=True, kw_only=True):
     waiting: int = 0
 
 
+class PredictionError(msgspec.Struct, frozen=True, kw_only=True):
+    """How far requests of a deployment were from one figure of its plan: median of |predicted - measured| / measured."""
+
+    deployment: str
+    figure: str
+    ratio: float
+
+
 class Figures(msgspec.Struct, frozen=True, kw_only=True):
     """One moment.  `nodes`: display names, and whether heartbeats arrive; `predicted_s`: deployments, and seconds per token."""
 
     nodes: dict[str, bool] = {}
     predicted_s: dict[str, float] = {}
+    errors: tuple[PredictionError, ...] = ()
     stages: tuple[StageFigures, ...] = ()
     bytes_sent: int = 0
     bytes_received: int = 0
@@ -50,6 +59,13 @@ class FiguresCollector(Collector):
         )
         for name, time_s in now.predicted_s.items():
             predicted.add_metric([name], time_s)
+        errors = GaugeMetricFamily(
+            "shoal_prediction_error_ratio",
+            "Median of |predicted - measured| / measured over the newest requests that were alone in the pipeline",
+            labels=["deployment", "figure"],
+        )
+        for error in now.errors:
+            errors.add_metric([error.deployment, error.figure], error.ratio)
         traffic = CounterMetricFamily(
             "shoal_fabric_bytes", "Payload bytes of this node's agent on the fabric", labels=["direction"]
         )
@@ -57,7 +73,7 @@ class FiguresCollector(Collector):
         traffic.add_metric(["received"], now.bytes_received)
         failed = CounterMetricFamily("shoal_journal_failed_writes", "Records that this node's disk did not take")
         failed.add_metric([], now.failed_writes)
-        yield from (up, predicted, traffic, failed, *_stages(now.stages))
+        yield from (up, predicted, errors, traffic, failed, *_stages(now.stages))
 
 
 def _stages(stages: tuple[StageFigures, ...]) -> Iterator[Metric]:

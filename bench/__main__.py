@@ -19,6 +19,7 @@ MODULES = {
     "cold_start": "bench.cold_start.claim",
     "planner": "bench.planner.claim",
     "edgeshard": "bench.edgeshard.claim",
+    "prediction": "bench.prediction.claim",
 }
 
 

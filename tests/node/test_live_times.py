@@ -2,7 +2,7 @@
 
 from shoal.fleet.report import HopTimes, StepTimes
 from shoal.ids import RequestId
-from shoal.node.live_times import BASE_PINGS, KEPT, LiveTimes
+from shoal.node.live_times import KEPT, PINGS, LiveTimes
 from shoal.runtime.ports import SequenceStep
 
 
@@ -50,13 +50,24 @@ def test_a_stage_that_reports_seldom_forgets_old_steps_and_counts_them_all() -> 
 
 def test_round_trips_are_told_beside_the_first_ones_of_the_same_way() -> None:
     live = LiveTimes()
-    for _ in range(BASE_PINGS):
+    for _ in range(PINGS):
         live.pinged(0.01)
     assert live.hop() is None
 
-    for _ in range(3):
+    for _ in range(PINGS):
         live.pinged(0.05)
-    assert live.hop() == HopTimes(until=BASE_PINGS + 3, rtt_s=0.05, base_s=0.01)
+    assert live.hop() == HopTimes(until=2 * PINGS, rtt_s=0.05, base_s=0.01)
 
     live.wired()
     assert live.hop() is None
+
+
+def test_hellos_that_met_a_busy_stage_do_not_count() -> None:
+    live = LiveTimes()
+    for rtt_s in (0.01, 0.2, 0.2, 0.01, 0.3, 0.2, 0.2, 0.01, 0.4):
+        live.pinged(rtt_s)
+
+    told = live.hop()
+
+    assert told is not None
+    assert told.rtt_s == told.base_s == 0.01

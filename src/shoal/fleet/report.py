@@ -42,7 +42,7 @@ class StepTimes(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class HopTimes(msgspec.Struct, frozen=True, kw_only=True):
-    """A stage's way to the next one: round trips of a hello beside the frames."""
+    """A stage's way to the next one: the quickest of some round trips of a hello beside the frames."""
 
     until: int
     """How many hellos were answered since it was wired."""

@@ -14,8 +14,11 @@ from shoal.runtime.ports import SequenceStep
 
 KEPT = 64
 """Steps at most between two reports; earlier ones are forgotten."""
-BASE_PINGS = 5
-"""The first ones over a way: what later ones are compared with."""
+PINGS = 5
+"""The quickest of so many counts: the others met a busy stage, which is no fault of the link's.
+
+That of the first ones over a way is what later ones are compared with.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +34,7 @@ class LiveTimes:
 
     _steps: "deque[_Step]" = field(default_factory=lambda: deque(maxlen=KEPT))
     _noted: int = 0
-    _pings: "deque[float]" = field(default_factory=lambda: deque(maxlen=BASE_PINGS))
+    _pings: "deque[float]" = field(default_factory=lambda: deque(maxlen=PINGS))
     _pinged: int = 0
     _base_s: float = 0.0
 
@@ -45,8 +48,8 @@ class LiveTimes:
         """A hello came back over the way."""
         self._pings.append(rtt_s)
         self._pinged += 1
-        if self._pinged <= BASE_PINGS:
-            self._base_s = median(self._pings)
+        if self._pinged <= PINGS:
+            self._base_s = min(self._pings)
 
     def wired(self) -> None:
         """There is another way: what is known of the old one says nothing of it."""
@@ -70,7 +73,7 @@ class LiveTimes:
         )
 
     def hop(self) -> HopTimes | None:
-        """The newest round trips; None before there are enough to compare with the first ones."""
-        if self._pinged <= BASE_PINGS:
+        """The quickest of the newest round trips; None before there are enough to compare with the first ones."""
+        if self._pinged <= PINGS:
             return None
-        return HopTimes(until=self._pinged, rtt_s=median(list(self._pings)[-3:]), base_s=self._base_s)
+        return HopTimes(until=self._pinged, rtt_s=min(self._pings), base_s=self._base_s)

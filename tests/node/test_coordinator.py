@@ -488,3 +488,20 @@ def test_what_had_no_place_is_planned_at_once_when_what_it_lacked_comes_however_
         assert tries[-1] - came_s < RETRY_PLAN_S
 
     run(journal, use)
+
+
+def test_heartbeats_correct_what_is_known_while_this_node_leads(journal: Journal) -> None:
+    """A standby's planner has measured nothing that could be corrected."""
+    heard: list[tuple[NodeId, dict[DeploymentId, Digest]]] = []
+
+    async def scenario(office: Office) -> None:
+        office.coordinator.heard = lambda report, served: heard.append((report.node, dict(served)))
+        office.coordinator.hear_report(office.nodes.reports()[0])
+        assert not heard
+        await office.leads()
+        await office.coordinator.want(SPEC)
+        heard.clear()
+        office.coordinator.hear_report(office.nodes.reports()[0])
+
+    run(journal, scenario)
+    assert heard[-1] == (A, {SPEC.deployment: SPEC.manifest})

@@ -10,7 +10,7 @@ from structlog.typing import FilteringBoundLogger
 
 from shoal.clock import ManualClock
 from shoal.errors import DeadlineExceededError, NodeUnreachableError, ShoalError, UnavailableError
-from shoal.fleet.report import NodeFacts, NodeReport
+from shoal.fleet.report import HopTimes, NodeFacts, NodeReport, ShardId, ShardReport, ShardState
 from shoal.fleet.spec import DeploymentSpec
 from shoal.ids import DeploymentId, Digest, NodeId
 from shoal.node.calls import CallDesk, Caller
@@ -252,5 +252,46 @@ def test_a_source_that_could_not_be_measured_is_told_with_its_reason(run: Callab
         for _ in range(2):
             with pytest.raises(UnavailableError, match="source node a could not be measured: the trials took more"):
                 await site.planner.survey(spec, site.reports())
+
+    run(scenario)
+
+
+def hopping(count: int, rtt_s: float) -> NodeReport:
+    """A heartbeat of A, whose stage sends to B."""
+    shard = ShardReport(
+        shard=ShardId(deployment=DeploymentId("m"), plan_epoch=1, stage=0), state=ShardState.WIRED, start=0, stop=1,
+        next_node=B, hop_times=HopTimes(until=count, rtt_s=rtt_s, base_s=0.01),
+    )  # fmt: skip
+    return NodeReport(node=A, incarnation=1, sequence=count, facts=facts_of("a"), shards=(shard,))
+
+
+def test_a_link_that_became_slower_is_probed_again_for_the_next_plan_and_no_other(
+    run: Callable[[Scenario], None],
+) -> None:
+    async def scenario(site: Site) -> None:
+        await site.links()
+        for count in range(1, 9):
+            site.planner.hear(hopping(count, rtt_s=0.09), {DeploymentId("m"): MODEL})
+        assert site.planner.corrections.changes == 1
+
+        profile = await site.planner.profile(MODEL, A, site.reports())
+
+        assert sorted(site.probed) == [(A, B), (A, B), (B, A)]
+        assert {link.factor for link in profile.links} == {1.0}
+
+    run(scenario)
+
+
+def test_until_then_it_is_corrected_by_what_was_seen(run: Callable[[Scenario], None]) -> None:
+    async def scenario(site: Site) -> None:
+        surveyed = await site.planner.profile(MODEL, A, site.reports())
+        for count in range(1, 9):
+            site.planner.hear(hopping(count, rtt_s=0.09), {DeploymentId("m"): MODEL})
+
+        known = site.planner.now_known(MODEL, surveyed)
+
+        slow = {(link.source, link.target): link.factor for link in known.links}
+        assert slow[A, B] == pytest.approx(9.0, rel=0.2)
+        assert slow[B, A] == 1.0
 
     run(scenario)

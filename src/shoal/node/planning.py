@@ -95,9 +95,9 @@ class FleetPlanner:
         """Correct what is known by a heartbeat; *served* are the models behind the names of deployments."""
         self.corrections.hear(report, served, self._expected_step_s)
 
-    def now_known(self, spec: DeploymentSpec, surveyed: FleetProfile) -> FleetProfile:
-        """*surveyed* as live times correct it by now: for pricing what serves again, and what might."""
-        return self.corrections.corrected(surveyed, spec.manifest)
+    def now_known(self, model: Digest, surveyed: FleetProfile) -> FleetProfile:
+        """*surveyed* as live times correct it by now: to price what serves, and what might, on one and the same profile."""
+        return self.corrections.corrected(surveyed, model)
 
     def _expected_step_s(self, node: NodeId, model: Digest, span: tuple[int, int], times: StepTimes) -> float | None:
         device = next((d for (n, _, m), d in self._devices.items() if (n, m) == (node, model)), None)

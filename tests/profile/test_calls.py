@@ -70,14 +70,20 @@ def test_a_stage_like_the_run_costs_what_the_run_was_timed_at(
 
 
 def test_what_is_not_in_the_run_loses_the_call_and_no_more() -> None:
-    alone = [trial("attention", 3.0), trial("head", 9.0), trial("embed", 1.5)]
+    """Also at a shape where the run took twice what its blocks say."""
+    alone = [
+        trial(kind, time_s, rows=rows)
+        for kind, time_s in (("attention", 3.0), ("head", 9.0), ("embed", 1.5))
+        for rows in (1, 16)
+    ]
 
-    found = apportion(alone, [trial("", 5.0)], ("attention", "attention", "attention"))
+    found = apportion(alone, [trial("", 5.0), trial("", 8.0, rows=16)], ("attention", "attention", "attention"))
 
     assert found.step_overhead_s == pytest.approx(2.0)
-    head = next(t for t in found.trials if t.kind == "head")
-    assert head.time_s == pytest.approx(9.0 - found.step_overhead_s)
-    assert all(t.time_s > 0 for t in found.trials)
+    by_shape = {(t.kind, t.rows): t.time_s for t in found.trials}
+    assert by_shape["head", 1] == by_shape["head", 16] == pytest.approx(7.0)
+    assert by_shape["attention", 16] == pytest.approx(2 * by_shape["attention", 1])
+    assert all(time_s > 0 for time_s in by_shape.values())
 
 
 def test_longer_contexts_are_scaled_like_the_shape_next_to_them() -> None:

@@ -8,11 +8,12 @@ from typing import Annotated
 
 import msgspec
 import typer
-from rich.console import Console
+from rich.console import Console, RenderableType
 
 from shoal.cli.connect import URL_HELP, connect
 from shoal.cli.front_picture import picture as front_picture
 from shoal.cli.front_table import render_front
+from shoal.cli.graph_table import render_graph_plan
 from shoal.cli.plan_flags import ASK, DEMANDS, AskFlags, DemandFlags, options
 from shoal.cli.plan_table import render_plan
 from shoal.cli.spread import spread
@@ -21,7 +22,9 @@ from shoal.client.calls import PlanOptions
 from shoal.errors import InvalidRequestError
 from shoal.ids import NodeId
 from shoal.plan.budget import DeadlineBudget
-from shoal.plan.document import answer_json, parse_problem
+from shoal.plan.dag.placement import place_graph
+from shoal.plan.dag.problem import GraphPlan, GraphProblem
+from shoal.plan.document import answer_json, parse_either, parse_problem
 from shoal.plan.pareto import Front
 from shoal.plan.pareto import pareto as front_of
 from shoal.plan.placement import place
@@ -64,8 +67,12 @@ def plan(
     names: dict[NodeId, str] = {}
     answer: Answer | Front
     if problem is not None:
-        stated = with_demands(read_problem(problem), demands.limits(), demands.residency())
-        answer = answered(stated, seconds, front)
+        stated = read_either(problem)
+        if isinstance(stated, GraphProblem):
+            refuse_for_graph((ask, ASK), (demands, DEMANDS), (front, FRONT))
+            show(place_graph(stated, DeadlineBudget(time.monotonic, seconds)), names, json=json)
+            return
+        answer = answered(with_demands(stated, demands.limits(), demands.residency()), seconds, front)
     elif not model:
         raise InvalidRequestError("name a model, or a problem file with --problem", hint="`shoal models` lists models")
     else:
@@ -78,14 +85,25 @@ def plan(
     show(answer, names, json=json)
 
 
-def show(answer: Answer | Front, names: Mapping[NodeId, str], *, json: bool) -> None:
+def show(answer: Answer | Front | GraphPlan, names: Mapping[NodeId, str], *, json: bool) -> None:
     """Print an answer; ends with `NO_PLAN` where nothing fits."""
     if json:
         sys.stdout.buffer.write(answer_json(answer) + b"\n")
     else:
-        Console().print(render_front(answer, names) if isinstance(answer, Front) else render_plan(answer, names))
+        Console().print(rendered(answer, names))
     if isinstance(answer, Infeasible):
         raise typer.Exit(NO_PLAN)
+
+
+def rendered(answer: Answer | Front | GraphPlan, names: Mapping[NodeId, str]) -> RenderableType:
+    """An answer for people."""
+    match answer:
+        case Front():
+            return render_front(answer, names)
+        case GraphPlan():
+            return render_graph_plan(answer)
+        case Plan() | Infeasible():
+            return render_plan(answer, names)
 
 
 def of_fleet(shoal: Shoal, model: str, asked: PlanOptions, limit_s: float, front: FrontFlags) -> Answer | Front:
@@ -139,9 +157,25 @@ def draw(answer: Answer | Front, path: Path, names: Mapping[NodeId, str]) -> Non
             return
 
 
+def refuse_for_graph(*given: tuple[msgspec.Struct, msgspec.Struct]) -> None:
+    """Raise InvalidRequestError for flags that have no meaning for a graph of operators; pairs of flags and defaults."""
+    for flags, defaults in given:
+        for name in (name for name in flags.__struct_fields__ if getattr(flags, name) != getattr(defaults, name)):
+            raise InvalidRequestError(
+                f"{name}: a graph of operators is planned for the latency of one request, and nothing else",
+                hint="leave that out, or state the problem as a chain of blocks",
+                param=name,
+            )
+
+
 def read_problem(path: Path) -> Problem:
-    """A problem file, checked."""
+    """A problem file that states a chain of blocks, checked."""
     return parse_problem(read_file(path, "problem"))
+
+
+def read_either(path: Path) -> Problem | GraphProblem:
+    """A problem file of any kind, checked."""
+    return parse_either(read_file(path, "problem"))
 
 
 def read_file(path: Path, param: str) -> bytes:

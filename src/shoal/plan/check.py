@@ -17,16 +17,16 @@ LARGEST_TABLE = 60_000_000
 def check(problem: Problem) -> None:
     """Raise InvalidRequestError naming the first field that makes no sense."""
     if not problem.blocks:
-        raise _fault("the problem has no blocks", "blocks")
+        raise fault("the problem has no blocks", "blocks")
     if not problem.devices:
-        raise _fault("the problem has no devices", "devices")
-    _unique([device.node for device in problem.devices], "device")
-    _unique([f"{link.source} to {link.target}" for link in problem.links], "link")
+        raise fault("the problem has no devices", "devices")
+    unique([device.node for device in problem.devices], "device")
+    unique([f"{link.source} to {link.target}" for link in problem.links], "link")
     _check_shape(problem.shape)
     for index, block in enumerate(problem.blocks):
         sizes = (block.weights_bytes, block.kv_bytes_per_token, block.output_bytes_per_token, block.output_bytes_fixed,
                  block.load_peak_bytes, block.workspace_bytes)  # fmt: skip
-        _not_negative(sizes, f"blocks[{index}]", f"a size of block {index} ({block.name})")
+        not_negative(sizes, f"blocks[{index}]", f"a size of block {index} ({block.name})")
     for tensor in problem.shared:
         _check_shared(problem, tensor)
     for device in problem.devices:
@@ -43,18 +43,18 @@ def check(problem: Problem) -> None:
 def _check_shape(shape: RequestShape) -> None:
     for name in ("tokens_in", "tokens_out", "slots", "in_flight", "batch", "prefill_chunk_tokens"):
         if getattr(shape, name) < 1:
-            raise _fault(f"shape.{name} is {getattr(shape, name)}; it must be at least 1", f"shape.{name}")
-        _not_negative((getattr(shape, name),), f"shape.{name}", f"shape.{name}")
-    _not_negative((shape.context_tokens,), "shape.context_tokens", "shape.context_tokens")
+            raise fault(f"shape.{name} is {getattr(shape, name)}; it must be at least 1", f"shape.{name}")
+        not_negative((getattr(shape, name),), f"shape.{name}", f"shape.{name}")
+    not_negative((shape.context_tokens,), "shape.context_tokens", "shape.context_tokens")
     live = shape.in_flight * shape.batch
     if live > shape.slots:
-        raise _fault(
+        raise fault(
             f"{shape.in_flight} micro-batches of {shape.batch} in flight need {live} slots, the shape has {shape.slots}",
             "shape.in_flight",
             hint=f"set slots to {live} or more",
         )
     if 0 < shape.context_tokens < shape.tokens_in + shape.tokens_out:
-        raise _fault(
+        raise fault(
             f"{shape.tokens_in} tokens in and {shape.tokens_out} out do not fit in a context of {shape.context_tokens}",
             "shape.context_tokens",
             hint=f"set the context to {shape.tokens_in + shape.tokens_out} or more",
@@ -65,37 +65,37 @@ def _check_device(device: DeviceSpec, blocks: int) -> None:
     for name in ("decode_s", "prefill_s"):
         times = getattr(device, name)
         if len(times) != blocks:
-            raise _fault(f"{device.node} has {len(times)} times in {name} for {blocks} blocks", f"devices.{name}")
-        _not_negative(times, f"devices.{name}", f"a time in {name} of {device.node}")
+            raise fault(f"{device.node} has {len(times)} times in {name} for {blocks} blocks", f"devices.{name}")
+        not_negative(times, f"devices.{name}", f"a time in {name} of {device.node}")
     for timed in device.batched:
         _check_batch(device, timed, blocks)
-    _unique([str(timed.batch) for timed in device.batched], f"batch of {device.node}:")
+    unique([str(timed.batch) for timed in device.batched], f"batch of {device.node}:")
     rates = (device.active_watts, device.price_per_hour, device.joules_limit or 0.0)
-    _not_negative(rates, "devices", f"a rate or limit of {device.node}")
+    not_negative(rates, "devices", f"a rate or limit of {device.node}")
     sizes = (device.memory_budget_bytes, device.memory_promised_bytes, device.fixed_bytes)
-    _not_negative((*sizes, device.weights_factor, device.step_overhead_s), "devices", f"a figure of {device.node}")
+    not_negative((*sizes, device.weights_factor, device.step_overhead_s), "devices", f"a figure of {device.node}")
 
 
 def _check_batch(device: DeviceSpec, timed: BatchTimes, blocks: int) -> None:
     if timed.batch < 2:
-        raise _fault(f"{device.node} has times for a batch of {timed.batch}; decode_s is that of 1", "devices.batched")
+        raise fault(f"{device.node} has times for a batch of {timed.batch}; decode_s is that of 1", "devices.batched")
     if len(timed.decode_s) != blocks:
-        raise _fault(
+        raise fault(
             f"{device.node} has {len(timed.decode_s)} times for a batch of {timed.batch} and {blocks} blocks",
             "devices.batched",
         )
-    _not_negative(timed.decode_s, "devices.batched", f"a time for a batch of {timed.batch} of {device.node}")
+    not_negative(timed.decode_s, "devices.batched", f"a time for a batch of {timed.batch} of {device.node}")
 
 
 def _check_shared(problem: Problem, tensor: SharedTensor) -> None:
-    _not_negative((tensor.size_bytes,), "shared.size_bytes", "the size of a shared tensor")
-    _unique([str(block) for block in tensor.blocks], "block of a shared tensor:")
+    not_negative((tensor.size_bytes,), "shared.size_bytes", "the size of a shared tensor")
+    unique([str(block) for block in tensor.blocks], "block of a shared tensor:")
     for block in tensor.blocks:
         if not 0 <= block < len(problem.blocks):
-            raise _fault(f"a shared tensor names block {block}, the model has {len(problem.blocks)}", "shared.blocks")
+            raise fault(f"a shared tensor names block {block}, the model has {len(problem.blocks)}", "shared.blocks")
         held = sum(other.size_bytes for other in problem.shared if block in other.blocks)
         if held > problem.blocks[block].weights_bytes:
-            raise _fault(
+            raise fault(
                 f"block {block} has {problem.blocks[block].weights_bytes} bytes of weights, {held} of them shared",
                 "shared.size_bytes",
                 hint="weights_bytes counts shared tensors, too",
@@ -104,14 +104,14 @@ def _check_shared(problem: Problem, tensor: SharedTensor) -> None:
 
 def _check_link(link: LinkSpec) -> None:
     name = f"the link from {link.source} to {link.target}"
-    _not_negative((link.latency_s,), "links.latency_s", f"latency_s of {name}")
-    _not_negative((link.joules_per_byte, link.price_per_byte), "links", f"a charge of {name}")
+    not_negative((link.latency_s,), "links.latency_s", f"latency_s of {name}")
+    not_negative((link.joules_per_byte, link.price_per_byte), "links", f"a charge of {name}")
     if link.source == link.target:
-        raise _fault(f"{name} leads nowhere", "links")
+        raise fault(f"{name} leads nowhere", "links")
     if not (math.isfinite(link.bytes_per_s) and link.bytes_per_s > 0):
-        raise _fault(f"bytes_per_s of {name} is {link.bytes_per_s}; it must be above 0", "links.bytes_per_s")
+        raise fault(f"bytes_per_s of {name} is {link.bytes_per_s}; it must be above 0", "links.bytes_per_s")
     if not SLOWEST_BYTES_PER_S <= link.bytes_per_s <= LARGEST:
-        raise _fault(
+        raise fault(
             f"bytes_per_s of {name} is {link.bytes_per_s}; it must lie between {SLOWEST_BYTES_PER_S} and {LARGEST:g}",
             "links.bytes_per_s",
             hint="leave out a link that carries nothing",
@@ -122,7 +122,7 @@ def _check_limits(limits: Limits) -> None:
     for name in limits.__struct_fields__:
         value = getattr(limits, name)
         if value is not None:
-            _not_negative((value,), f"limits.{name}", f"limits.{name}")
+            not_negative((value,), f"limits.{name}", f"limits.{name}")
 
 
 def _check_pins(problem: Problem) -> None:
@@ -134,22 +134,22 @@ def _check_pins(problem: Problem) -> None:
         wanted.setdefault(len(problem.blocks) - 1, problem.source)
     for pin in problem.pins:
         if not 0 <= pin.block < len(problem.blocks):
-            raise _fault(f"block {pin.block} is pinned, the model has blocks 0 to {len(problem.blocks) - 1}", "pins")
+            raise fault(f"block {pin.block} is pinned, the model has blocks 0 to {len(problem.blocks) - 1}", "pins")
         if wanted[pin.block] != pin.node:
-            raise _fault(f"block {pin.block} is pinned to both {pin.node} and {wanted[pin.block]}", "pins")
+            raise fault(f"block {pin.block} is pinned to both {pin.node} and {wanted[pin.block]}", "pins")
     if problem.pin_first and wanted[0] != problem.source:
-        raise _fault(
+        raise fault(
             f"block 0 stays on the source {problem.source}, yet it is pinned to {wanted[0]}",
             "pins",
             hint="drop the pin, make that node the source, or set pin_first to false",
         )
     if problem.pin_last and wanted[len(problem.blocks) - 1] != problem.source:
-        raise _fault(
+        raise fault(
             "the last block stays on the source, yet it is pinned elsewhere", "pins", hint="drop one of the two"
         )
     for block, node in wanted.items():
         if node not in known or node in problem.exclude:
-            raise _fault(
+            raise fault(
                 f"block {block} belongs on {node}, which is {'excluded' if node in known else 'no device here'}", "pins"
             )
 
@@ -159,9 +159,9 @@ def _check_counts(problem: Problem) -> None:
     for node in problem.require:
         if node not in known or node in problem.exclude:
             said = "is excluded as well" if node in known else "is no device here"
-            raise _fault(f"{node} must take part, but {said}", "require", hint="drop one of the two")
+            raise fault(f"{node} must take part, but {said}", "require", hint="drop one of the two")
     for name in ("max_stages", "stages_exactly"):
-        _not_negative((getattr(problem, name),), name, name)
+        not_negative((getattr(problem, name),), name, name)
 
 
 def _check_size(problem: Problem) -> None:
@@ -169,26 +169,29 @@ def _check_size(problem: Problem) -> None:
     devices, cuts = len(problem.devices) - len(set(problem.exclude)), len(problem.blocks) + 1
     if devices * devices * cuts > LARGEST_TABLE:
         most = math.isqrt(LARGEST_TABLE // cuts)
-        raise _fault(
+        raise fault(
             f"{devices} devices are too many for {cuts - 1} blocks: at most {most} are planned for at once",
             "devices",
             hint="exclude those that are slow or far, or plan for one site at a time",
         )
 
 
-def _unique(names: list[str], what: str) -> None:
+def unique(names: list[str], what: str) -> None:
+    """Raise InvalidRequestError when a name is given twice."""
     name, count = Counter(names).most_common(1)[0] if names else ("", 0)
     if count > 1:
-        raise _fault(f"{what} {name} is given {count} times", f"{what}s")
+        raise fault(f"{what} {name} is given {count} times", f"{what}s")
 
 
-def _not_negative(values: Iterable[float], param: str, what: str) -> None:
+def not_negative(values: Iterable[float], param: str, what: str) -> None:
+    """Raise InvalidRequestError unless all are numbers from 0 to `LARGEST`."""
     for value in values:
         if not (math.isfinite(value) and value >= 0):
-            raise _fault(f"{what} is {value}; it must be 0 or more", param)
+            raise fault(f"{what} is {value}; it must be 0 or more", param)
         if value > LARGEST:
-            raise _fault(f"{what} is {value:g}; it must be at most {LARGEST:g}", param)
+            raise fault(f"{what} is {value:g}; it must be at most {LARGEST:g}", param)
 
 
-def _fault(message: str, param: str, *, hint: str = "") -> InvalidRequestError:
+def fault(message: str, param: str, *, hint: str = "") -> InvalidRequestError:
+    """An error about the field *param*."""
     return InvalidRequestError(message, param=param, hint=hint)

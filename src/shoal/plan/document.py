@@ -1,12 +1,14 @@
 """Problems and answers as JSON documents.  A problem from a user is read strictly; answers are written for programs."""
 
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 import msgspec
 
 from shoal.errors import InvalidRequestError, UnsupportedVersionError
 from shoal.ids import NodeId
 from shoal.plan.check import check
+from shoal.plan.dag.check import check_graph
+from shoal.plan.dag.problem import GRAPH_VERSION, GraphAnswer, GraphProblem
 from shoal.plan.pareto import Front
 from shoal.plan.problem import PROBLEM_VERSION, Answer, Infeasible, Plan, Problem
 
@@ -17,17 +19,58 @@ PLAN_HINT = "`shoal plan --problem FILE --json` writes one"
 
 def parse_problem(document: bytes) -> Problem:
     """Read and check a problem; raises InvalidRequestError naming the place, UnsupportedVersionError for a newer file."""
+    raw = _raw(document)
+    if isinstance(raw, dict) and "kind" in raw:
+        raise InvalidRequestError(
+            f"this is a problem of kind {raw['kind']!r}, wanted is a chain of blocks, which names no kind",
+            hint="`shoal plan --problem FILE` solves both",
+            param="kind",
+        )
+    return _chain(raw)
+
+
+def parse_either(document: bytes) -> Problem | GraphProblem:
+    """Read and check a chain of blocks or, where `kind` is `graph`, a graph of operators; raises as `parse_problem` does."""
+    raw = _raw(document)
+    if not isinstance(raw, dict) or "kind" not in raw:
+        return _chain(raw)
+    if raw["kind"] != "graph":
+        raise InvalidRequestError(
+            f"kind is {raw['kind']!r}; there is 'graph', and chains of blocks without a kind",
+            hint=JSON_HINT,
+            param="kind",
+        )
+    problem = _strictly(raw, GraphProblem, GRAPH_VERSION)
+    check_graph(problem)
+    return problem
+
+
+def _raw(document: bytes) -> object:
     try:
-        raw = msgspec.json.decode(document)
-        _check_version(raw)
-        problem = msgspec.convert(raw, Problem)
+        return msgspec.json.decode(document)
+    except msgspec.MsgspecError as error:
+        raise InvalidRequestError(f"this is not a problem: {error}", hint=JSON_HINT) from error
+
+
+def _chain(raw: object) -> Problem:
+    problem = _strictly(raw, Problem, PROBLEM_VERSION)
+    check(problem)
+    _check_names(problem)
+    return problem
+
+
+Stated = TypeVar("Stated", Problem, GraphProblem)
+
+
+def _strictly(raw: object, kind: type[Stated], newest: int) -> Stated:
+    _check_version(raw, newest)
+    try:
+        problem = msgspec.convert(raw, kind)
     except msgspec.MsgspecError as error:
         raise InvalidRequestError(f"this is not a problem: {error}", hint=JSON_HINT) from error
     unknown = _unknown_fields(raw, msgspec.to_builtins(problem), "")
     if unknown:
         raise InvalidRequestError(f"unknown field {unknown[0]}", hint=JSON_HINT, param=unknown[0])
-    check(problem)
-    _check_names(problem)
     return problem
 
 
@@ -42,8 +85,8 @@ def parse_plan(document: bytes) -> Plan:
     return answer
 
 
-def answer_json(answer: Answer | Front) -> bytes:
-    """An answer as indented JSON; its `type` is `plan`, `front` or `infeasible`."""
+def answer_json(answer: Answer | Front | GraphAnswer) -> bytes:
+    """An answer as indented JSON; its `type` is `plan`, `front`, `graph-plan` or `infeasible`."""
     return msgspec.json.format(msgspec.json.encode(answer), indent=2)
 
 
@@ -63,15 +106,15 @@ def _unknown_node(node: NodeId, param: str) -> NoReturn:
     raise InvalidRequestError(f"{param} is {node!r}, which is no device here", hint=JSON_HINT, param=param)
 
 
-def _check_version(raw: object) -> None:
-    version = raw.get("version", PROBLEM_VERSION) if isinstance(raw, dict) else PROBLEM_VERSION
-    if isinstance(version, int) and version > PROBLEM_VERSION:
+def _check_version(raw: object, newest: int) -> None:
+    version = raw.get("version", newest) if isinstance(raw, dict) else newest
+    if isinstance(version, int) and version > newest:
         raise UnsupportedVersionError(
-            f"this problem has version {version}, we read up to {PROBLEM_VERSION}",
+            f"this problem has version {version}, we read up to {newest}",
             hint="upgrade shoal, or write the older form",
         )
     if isinstance(version, int) and version < 1:
-        raise InvalidRequestError(f"version is {version}; there are 1 to {PROBLEM_VERSION}", param="version")
+        raise InvalidRequestError(f"version is {version}; there are 1 to {newest}", param="version")
 
 
 def _unknown_fields(raw: object, known: object, path: str) -> list[str]:

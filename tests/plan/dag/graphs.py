@@ -1,5 +1,6 @@
 """Random small graphs, and every placement there is, priced step by step without the planner's own cost model."""
 
+import random
 from collections.abc import Iterator
 from itertools import product
 
@@ -12,84 +13,95 @@ NODES = tuple(NodeId(name) for name in ("board", "gateway", "server"))
 Labels = tuple[int, ...]
 
 
-@st.composite
 def graph_problems(
-    draw: st.DrawFn, tiers: int = 2, *, short: bool = False, pinned: bool = False, largest: int = 7
-) -> GraphProblem:
-    """Few operators whose tensors have several readers; with *short* memory binds, *pinned* adds pins of either end."""
-    count = draw(st.integers(2, largest))
-    names = draw(st.permutations(range(count)))
-    weights = draw(st.lists(st.integers(0, 9), min_size=count, max_size=count))
+    tiers: int | st.SearchStrategy[int] = 2, *, short: bool = False, pinned: bool = False, most: int = 8
+) -> st.SearchStrategy[GraphProblem]:
+    """Few operators whose tensors have several readers; with *short* memory binds, *pinned* adds pins of either end.
+
+    Operators and tiers together are *most* at most.  Each is drawn from a seed: hundreds of them in seconds.
+    """
+    lines = st.just(tiers) if isinstance(tiers, int) else tiers
+    return st.builds(
+        lambda seed, count: graph_problem(random.Random(seed), count, most - count, short=short, pinned=pinned),
+        st.integers(0, 2**32),
+        lines,
+    )
+
+
+def graph_problem(rng: random.Random, tiers: int, largest: int, *, short: bool, pinned: bool) -> GraphProblem:
+    """One of them."""
+    count = rng.randint(2, largest)
+    names = rng.sample(range(count), count)
+    weights = [rng.randint(0, 9) for _ in names]
     return GraphProblem(
         ops=tuple(
-            OpSpec(name=f"op {i}", weights_bytes=weights[i], workspace_bytes=draw(st.sampled_from((0, 0, 3))) * short)
+            OpSpec(name=f"op {i}", weights_bytes=weights[i], workspace_bytes=rng.choice((0, 0, 3)) * short)
             for i in range(count)
         ),
-        tensors=(_inputs(draw, count), *(_tensor(draw, names, place) for place in range(count))),
-        tiers=tuple(_tier(draw, k, count, sum(weights) if short else 10**6) for k in range(tiers)),
-        links=tuple(_links(draw, tiers)),
-        pin_inputs=draw(st.booleans()),
-        pins=tuple(_pins(draw, names, tiers)) if pinned else (),
-        shared=tuple(_shared(draw, weights)) if short else (),
+        tensors=(_inputs(rng, count), *(_tensor(rng, names, place) for place in range(count))),
+        tiers=tuple(_tier(rng, k, count, sum(weights) if short else 10**6) for k in range(tiers)),
+        links=tuple(_links(rng, tiers)),
+        pin_inputs=rng.random() < 0.5,
+        pins=tuple(_pins(rng, names, tiers)) if pinned else (),
+        shared=tuple(_shared(rng, weights)) if short else (),
     )
 
 
-def _inputs(draw: st.DrawFn, count: int) -> TensorSpec:
-    readers = draw(st.sets(st.integers(0, count - 1), min_size=1, max_size=2))
-    return TensorSpec(name="in", size_bytes=draw(st.integers(0, 12)), consumers=tuple(sorted(readers)))
+def _inputs(rng: random.Random, count: int) -> TensorSpec:
+    readers = rng.sample(range(count), rng.randint(1, 2))
+    return TensorSpec(name="in", size_bytes=rng.randint(0, 12), consumers=tuple(sorted(readers)))
 
 
-def _tensor(draw: st.DrawFn, names: list[int], place: int) -> TensorSpec:
+def _tensor(rng: random.Random, names: list[int], place: int) -> TensorSpec:
     """Of the operator at *place* of a hidden order; those near to it may read it."""
     later = names[place + 1 : place + 5]
-    readers = draw(st.sets(st.sampled_from(later), max_size=3)) if later else set()
+    readers = rng.sample(later, min(len(later), rng.randint(0, 3)))
     return TensorSpec(
         name=f"tensor {place}",
-        size_bytes=draw(st.integers(0, 12)),
+        size_bytes=rng.randint(0, 12),
         producer=names[place],
         consumers=tuple(sorted(readers)),
-        returned=not readers or draw(st.integers(0, 9)) == 0,
+        returned=not readers or rng.random() < 0.1,
     )
 
 
-def _tier(draw: st.DrawFn, k: int, count: int, weights_bytes: int) -> TierSpec:
-    slowness = draw(st.sampled_from((1, 2, 4))) if k else 6
-    part = draw(st.sampled_from((20, 50, 70, 100)))
+def _tier(rng: random.Random, k: int, count: int, weights_bytes: int) -> TierSpec:
+    slowness = rng.choice((1, 2, 4)) if k else 6
     return TierSpec(
         node=NODES[k],
-        op_s=tuple(float(slowness * draw(st.integers(0, 6))) for _ in range(count)),
-        memory_budget_bytes=2 + weights_bytes * part // 100,
+        op_s=tuple(float(slowness * rng.randint(0, 6)) for _ in range(count)),
+        memory_budget_bytes=2 + weights_bytes * rng.choice((20, 50, 70, 100)) // 100,
         memory_promised_bytes=1,
-        fixed_bytes=draw(st.integers(0, 1)),
-        weights_factor=draw(st.sampled_from((1.0, 1.1))),
-        step_overhead_s=float(draw(st.integers(0, 2))),
+        fixed_bytes=rng.randint(0, 1),
+        weights_factor=rng.choice((1.0, 1.1)),
+        step_overhead_s=float(rng.randint(0, 2)),
     )
 
 
-def _links(draw: st.DrawFn, tiers: int) -> Iterator[TierLink]:
+def _links(rng: random.Random, tiers: int) -> Iterator[TierLink]:
     for k in range(tiers - 1):
         for a, b in ((k, k + 1), (k + 1, k)):
-            if draw(st.integers(0, 19)):
+            if rng.random() < 0.95:
                 yield TierLink(
                     source=NODES[a],
                     target=NODES[b],
-                    latency_s=float(draw(st.integers(0, 3))),
-                    bytes_per_s=draw(st.sampled_from((0.5, 1.0, 2.0, 8.0))),
+                    latency_s=float(rng.randint(0, 3)),
+                    bytes_per_s=rng.choice((0.5, 1.0, 2.0, 8.0)),
                 )
 
 
-def _pins(draw: st.DrawFn, names: list[int], tiers: int) -> Iterator[OpPin]:
+def _pins(rng: random.Random, names: list[int], tiers: int) -> Iterator[OpPin]:
     """The first operator of the hidden order on the source, the last one anywhere."""
-    if draw(st.booleans()):
+    if rng.random() < 0.5:
         yield OpPin(op=names[0], node=NODES[0])
-    if draw(st.booleans()):
-        yield OpPin(op=names[-1], node=NODES[draw(st.integers(0, tiers - 1))])
+    if rng.random() < 0.5:
+        yield OpPin(op=names[-1], node=NODES[rng.randrange(tiers)])
 
 
-def _shared(draw: st.DrawFn, weights: list[int]) -> Iterator[SharedWeights]:
-    users = [op for op, size in enumerate(weights) if size >= 4]
-    if len(users) > 1 and draw(st.booleans()):
-        yield SharedWeights(size_bytes=4, ops=tuple(users[:3]))
+def _shared(rng: random.Random, weights: list[int]) -> Iterator[SharedWeights]:
+    users = [op for op, size in enumerate(weights) if size >= 4][:3]
+    if len(users) > 1 and rng.random() < 0.5:
+        yield SharedWeights(size_bytes=min(weights[op] for op in users), ops=tuple(users))
 
 
 def placements(problem: GraphProblem) -> dict[Labels, float]:

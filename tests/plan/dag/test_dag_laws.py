@@ -9,6 +9,8 @@ from tests.plan.dag.graphs import Labels, fits, graph_problems, placements, requ
 
 from shoal.errors import InvalidRequestError
 from shoal.plan.budget import StepBudget
+from shoal.plan.dag.cost import facts
+from shoal.plan.dag.memory import pack
 from shoal.plan.dag.placement import place_graph
 from shoal.plan.dag.problem import GraphAnswer, GraphPlan, GraphProblem
 from shoal.plan.problem import Infeasible
@@ -45,19 +47,19 @@ def placed(problem: GraphProblem, steps: int = ENOUGH) -> GraphAnswer | None:
 
 
 @HUNDREDS
-@given(graph_problems(tiers=2))
+@given(graph_problems(2, most=9))
 def test_two_tiers_are_cut_as_well_as_can_be(problem: GraphProblem) -> None:
     assert_best(problem, place_graph(problem, StepBudget(ENOUGH)), placements(problem))
 
 
 @HUNDREDS
-@given(graph_problems(tiers=3, largest=6))
+@given(graph_problems(3, most=9))
 def test_three_tiers_are_cut_as_well_as_can_be(problem: GraphProblem) -> None:
     assert_best(problem, place_graph(problem, StepBudget(ENOUGH)), placements(problem))
 
 
 @HUNDREDS
-@given(st.integers(2, 3).flatmap(lambda tiers: graph_problems(tiers=tiers, pinned=True, largest=6)))
+@given(graph_problems(st.integers(2, 3), pinned=True))
 def test_pinned_ends_are_kept_at_the_least_cost(problem: GraphProblem) -> None:
     answer = placed(problem)
 
@@ -66,7 +68,7 @@ def test_pinned_ends_are_kept_at_the_least_cost(problem: GraphProblem) -> None:
 
 
 @HUNDREDS
-@given(st.integers(2, 3).flatmap(lambda tiers: graph_problems(tiers=tiers, short=True, pinned=True, largest=6)))
+@given(graph_problems(st.integers(2, 3), short=True, pinned=True))
 def test_short_memory_is_kept_to_at_the_least_cost(problem: GraphProblem) -> None:
     answer = placed(problem)
 
@@ -75,7 +77,20 @@ def test_short_memory_is_kept_to_at_the_least_cost(problem: GraphProblem) -> Non
 
 
 @HUNDREDS
-@given(graph_problems(tiers=3, short=True, largest=6), st.integers(0, 12))
+@given(graph_problems(st.integers(2, 3), short=True))
+def test_the_search_needs_no_placement_to_begin_with(problem: GraphProblem) -> None:
+    every = placements(problem)
+
+    packed = pack(facts(problem), StepBudget(ENOUGH))
+
+    assert packed.proven
+    assert (packed.labels is None) == (not every)
+    if packed.labels is not None:
+        assert every[packed.labels] == pytest.approx(min(every.values()))
+
+
+@HUNDREDS
+@given(graph_problems(3, short=True), st.integers(0, 12))
 def test_a_search_that_was_cut_off_still_tells_the_truth(problem: GraphProblem, steps: int) -> None:
     every = placements(problem)
 
@@ -90,7 +105,7 @@ def test_a_search_that_was_cut_off_still_tells_the_truth(problem: GraphProblem, 
         assert "not proven" in answer.reason
 
 
-@given(st.integers(2, 3).flatmap(lambda tiers: graph_problems(tiers=tiers, short=True)))
+@given(graph_problems(st.integers(2, 3), short=True))
 def test_the_parts_of_a_plan_add_up_to_what_it_promises(problem: GraphProblem) -> None:
     answer = place_graph(problem, StepBudget(ENOUGH))
 
@@ -102,7 +117,7 @@ def test_the_parts_of_a_plan_add_up_to_what_it_promises(problem: GraphProblem) -
         assert fits(problem, labels)
 
 
-@given(st.integers(2, 3).flatmap(lambda tiers: graph_problems(tiers=tiers)))
+@given(graph_problems(st.integers(2, 3)))
 def test_one_tier_alone_costs_what_it_costs(problem: GraphProblem) -> None:
     answer = place_graph(problem, StepBudget(ENOUGH))
 

@@ -19,6 +19,7 @@ def check_graph(problem: GraphProblem) -> None:
         raise fault("the problem has no operators", "ops")
     if not problem.tiers:
         raise fault("the problem has no tiers", "tiers")
+    _check_size(problem)
     unique([tier.node for tier in problem.tiers], "tier")
     unique([tensor.name for tensor in problem.tensors], "tensor")
     unique([f"{link.source} to {link.target}" for link in problem.links], "link")
@@ -30,7 +31,7 @@ def check_graph(problem: GraphProblem) -> None:
     for link in problem.links:
         _check_link(problem, link)
     _check_shared(problem)
-    _check_size(problem)
+    _check_sums(problem)
     _check_pins(problem, order(problem))
 
 
@@ -131,12 +132,15 @@ def _check_shared(problem: GraphProblem) -> None:
             )
 
 
-def _check_size(problem: GraphProblem) -> None:
-    """What all of it together takes must be a number, too, and not too much for a solver."""
+def _check_sums(problem: GraphProblem) -> None:
+    """What all of it together takes must be a number, too."""
     held, sent = sum(op.weights_bytes for op in problem.ops), sum(tensor.size_bytes for tensor in problem.tensors)
     not_negative((held, sent), "tensors", "the sum of all sizes")
     waits = (*(link.latency_s for link in problem.links), *(tier.step_overhead_s for tier in problem.tiers))
     not_negative((sum(waits),), "links.latency_s", "the sum of all latencies and overheads")
+
+
+def _check_size(problem: GraphProblem) -> None:
     count = (len(problem.ops) + len(problem.tensors)) * len(problem.tiers)
     if count > LARGEST_GRAPH:
         raise fault(

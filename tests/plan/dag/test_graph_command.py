@@ -79,7 +79,9 @@ def test_a_graph_that_does_not_fit_says_what_is_missing_and_fails(line: Line, tm
     assert json.loads(as_json.output)["type"] == "infeasible"
 
 
-@pytest.mark.parametrize("flags", [["--pareto"], ["--max-latency", "2"], ["--regions", "eu"], ["--picture", "a.svg"]])
+@pytest.mark.parametrize(
+    "flags", [["--pareto"], ["--max-latency", "2"], ["--regions", "eu"], ["--picture", "a.svg"], ["--slots", "3"]]
+)
 def test_flags_without_a_meaning_for_graphs_are_refused(flags: list[str]) -> None:
     result = CliRunner().invoke(app(), ["--problem", str(SAMPLE), *flags])
 

@@ -247,12 +247,13 @@ def test_a_context_of_any_size_is_answered(chain: Chain) -> None:
 
 
 def test_a_budget_that_is_spent_ends_the_search_for_reasons_too(chain: Chain) -> None:
-    """Links without a way back, a contradiction that takes several nearby problems to find: not proven, and said so."""
+    """Pins that contradict each other: that there is no plan is proven, which demand it is takes several nearby problems to find."""
     pins = (Pin(block=1, node=NODES[1]), Pin(block=2, node=NODES[0]))
     answer = place(chain([1] * 4, [1, 1, 1], [9, 9, 9], LINKS, pins=pins), StepBudget(0))
 
     assert isinstance(answer, Infeasible)
-    assert "not proven" in answer.reason
+    assert "no placement of 4 blocks on 3 devices keeps to all demands" in answer.reason
+    assert "not found before the search ended" in answer.reason
     assert "allow more time" in answer.hint
 
 

@@ -1,6 +1,6 @@
 """Plans for people: what runs where, what it will give, and why.  Pure: an answer in, something to print out."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -8,7 +8,18 @@ from rich.text import Text
 
 from shoal.ids import NodeId
 from shoal.plan.figures import duration, size
-from shoal.plan.problem import Alternative, Answer, Estimate, Infeasible, Objective, Plan, Reason, Stage
+from shoal.plan.problem import (
+    Alternative,
+    Answer,
+    Estimate,
+    Infeasible,
+    Objective,
+    Plan,
+    Reason,
+    RequestShape,
+    Stage,
+    Weighed,
+)
 
 Names = Mapping[NodeId, str]
 
@@ -29,6 +40,7 @@ def _plan(plan: Plan, names: Names) -> Group:
         _prediction(plan),
         Text(),
         _others(plan, names),
+        *_cloud(plan),
         Text(),
         *(_reason(reason, names) for reason in plan.reasons),
     )
@@ -74,18 +86,29 @@ def _prediction(plan: Plan) -> Text:
     shape = plan.shape
     asked = (
         f"for {shape.tokens_in} tokens in, {shape.tokens_out} out, a context of {shape.context_tokens}, "
-        f"{shape.slots} slot{'s' * (shape.slots > 1)}, {shape.in_flight} in flight"
+        f"{shape.slots} slot{'s' * (shape.slots > 1)}, {_streams(shape)}"
     )
+    chosen = f"           {_weighed(plan.weighed)}\n" if plan.weighed else ""
     value = _bound(plan)
     proof = "proven optimal" if plan.gap <= PROVEN else f"at most {plan.gap:.1%} above the optimum"
     return Text.assemble(
         ("predicted  ", "bold"),
         _figures(plan.estimate),
-        f"\n           {asked}\n",
+        f"\n           {asked}\n{chosen}",
         _charges(plan.estimate),
         ("certificate  ", "bold"),
         f"best {plan.objective.value} {proof} (lower bound {value}, {plan.solver})",
     )
+
+
+def _streams(shape: RequestShape) -> str:
+    return f"{shape.in_flight} in flight" + (f", {shape.batch} sequences each" if shape.batch > 1 else "")
+
+
+def _weighed(rows: Sequence[Weighed]) -> str:
+    """What else was there to choose."""
+    found = (f"{row.batch} x {row.in_flight} gives {row.tokens_per_s:.3g} tok/s" for row in rows)
+    return f"chosen of sequences x in flight: {', '.join(found)}"
 
 
 def _bound(plan: Plan) -> str:
@@ -130,6 +153,19 @@ def _others(plan: Plan, names: Names) -> Table:
 def _alone(alternative: Alternative, names: Names) -> tuple[str, str]:
     figures = _figures(alternative.estimate) if alternative.estimate else "-"
     return figures, f"not possible: {_named(alternative.refused, names)}" if alternative.refused else "possible"
+
+
+def _cloud(plan: Plan) -> list[Text]:
+    cloud = plan.cloud
+    if cloud is None:
+        return []
+    estimate = cloud.estimate
+    verdict = f"not allowed: {cloud.refused}" if cloud.refused else "allowed"
+    figures = (
+        f"{duration(estimate.time_to_first_token_s)} to first token, then {duration(estimate.time_per_output_token_s)} per token; "
+        f"{estimate.price:.3g} of money a request (declared, not measured)"
+    )
+    return [Text(), Text.assemble((f"cloud {cloud.name}  ", "bold"), f"{figures}; {verdict}")]
 
 
 def _reason(reason: Reason, names: Names) -> Text:

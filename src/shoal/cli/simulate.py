@@ -14,6 +14,7 @@ from shoal.cli.plan_table import render_plan
 from shoal.cli.simulate_table import Compared, render_compared
 from shoal.errors import InvalidRequestError
 from shoal.plan.budget import DeadlineBudget
+from shoal.plan.choosing import as_chosen
 from shoal.plan.cost import Span, price
 from shoal.plan.document import answer_json, parse_plan
 from shoal.plan.line import check_chain
@@ -50,6 +51,7 @@ def simulate(
 
 def compare(problem: Problem, plan: Plan, requests: int, noise: tuple[float, int]) -> Compared:
     """Predicted, one stream alone, and as many as the shape has in flight; *noise* is a jitter and its seed."""
+    problem = as_chosen(problem, plan.shape)
     _check_origin(problem, plan)
     spread, seed = noise
     factor = jitter(spread, seed) if spread else exactly

@@ -19,7 +19,19 @@ from shoal.fleet.views import (
     ProfileRequest,
 )
 from shoal.ids import NodeId
-from shoal.plan.problem import Answer, Infeasible, Limits, Objective, Pin, Plan, Problem, RequestShape, Residency
+from shoal.plan.problem import (
+    Answer,
+    Choose,
+    Cloud,
+    Infeasible,
+    Limits,
+    Objective,
+    Pin,
+    Plan,
+    Problem,
+    RequestShape,
+    Residency,
+)
 from shoal.profile.fleet import FleetProfile
 
 T = TypeVar("T")
@@ -36,6 +48,8 @@ class PlanOptions(TypedDict, total=False):
     exclude: tuple[NodeId, ...]
     limits: Limits
     residency: Residency
+    choose: Choose
+    cloud: Cloud | None
 
 
 class Call(msgspec.Struct, Generic[T], frozen=True, kw_only=True):

@@ -3,7 +3,7 @@
 import msgspec
 
 from shoal.ids import DeploymentId, Digest, NodeId
-from shoal.plan.problem import Limits, Objective, Pin, RequestShape, Residency
+from shoal.plan.problem import Choose, Cloud, Limits, Objective, Pin, RequestShape, Residency
 
 
 class DeploymentSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -21,4 +21,6 @@ class DeploymentSpec(msgspec.Struct, frozen=True, kw_only=True):
     exclude: tuple[NodeId, ...] = ()
     limits: Limits = Limits()
     residency: Residency = Residency()
+    choose: Choose = Choose()
+    cloud: Cloud | None = None
     generation: int = 1

@@ -10,7 +10,7 @@ import msgspec
 
 from shoal.fleet.state import Standing
 from shoal.ids import DeploymentId, NodeId
-from shoal.plan.problem import Limits, Objective, Pin, Plan, RequestShape, Residency
+from shoal.plan.problem import Choose, Cloud, Limits, Objective, Pin, Plan, RequestShape, Residency
 
 
 class LinkView(msgspec.Struct, frozen=True, kw_only=True):
@@ -144,6 +144,10 @@ class PlanRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     exclude: tuple[NodeId, ...] = ()
     limits: Limits = Limits()
     residency: Residency = Residency()
+    choose: Choose = Choose()
+    """What of the shape a plan for throughput may choose."""
+    cloud: Cloud | None = None
+    """An endpoint to weigh beside the plan."""
 
 
 class DeployRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -216,6 +216,8 @@ class FleetApi:
             exclude=wanted.exclude,
             limits=wanted.limits,
             residency=wanted.residency,
+            choose=wanted.choose,
+            cloud=wanted.cloud,
         )
 
     def _kind(self, model: str) -> str:

@@ -133,6 +133,8 @@ class FleetPlanner:
             exclude=spec.exclude,
             limits=spec.limits,
             residency=spec.residency,
+            choose=spec.choose,
+            cloud=spec.cloud,
         )
         setting = Setting(objective=spec.objective, promised_bytes=dict(promised), demands=demands)
         return problem(known.blocks, fleet, spec.shape, spec.source, setting)

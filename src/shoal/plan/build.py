@@ -16,6 +16,8 @@ from shoal.model.frontier import Block
 from shoal.plan.problem import (
     BatchTimes,
     BlockSpec,
+    Choose,
+    Cloud,
     DeviceSpec,
     Limits,
     LinkSpec,
@@ -54,6 +56,8 @@ class Demands(msgspec.Struct, frozen=True, kw_only=True):
     exclude: tuple[NodeId, ...] = ()
     limits: Limits = Limits()
     residency: Residency = Residency()
+    choose: Choose = Choose()
+    cloud: Cloud | None = None
 
 
 class Setting(msgspec.Struct, frozen=True, kw_only=True):
@@ -92,6 +96,8 @@ def problem(
         exclude=demands.exclude,
         limits=demands.limits,
         residency=demands.residency,
+        choose=demands.choose,
+        cloud=demands.cloud,
         shared=shared_tensors(blocks),
     )
 

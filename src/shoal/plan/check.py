@@ -5,11 +5,22 @@ from collections import Counter
 from collections.abc import Iterable
 
 from shoal.errors import InvalidRequestError
-from shoal.plan.problem import BatchTimes, DeviceSpec, Limits, LinkSpec, Problem, RequestShape, SharedTensor
+from shoal.plan.problem import (
+    BatchTimes,
+    Choose,
+    Cloud,
+    DeviceSpec,
+    Limits,
+    LinkSpec,
+    Problem,
+    RequestShape,
+    SharedTensor,
+)
 
 LARGEST = 1e18
 """No figure is larger: beyond that sums lose their seconds, and products leave the numbers that there are."""
 SLOWEST_BYTES_PER_S = 1e-6
+MOST_STREAMS = 1024
 LARGEST_TABLE = 60_000_000
 """Devices x devices x cuts that solvers keep at once: 480 MB for each of a handful of tables."""
 
@@ -35,6 +46,9 @@ def check(problem: Problem) -> None:
     for link in problem.links:
         _check_link(link)
     _check_limits(problem.limits)
+    _check_choose(problem.choose, problem.shape)
+    if problem.cloud is not None:
+        _check_cloud(problem.cloud)
     _check_pins(problem)
     _check_counts(problem)
     _check_size(problem)
@@ -123,6 +137,29 @@ def _check_limits(limits: Limits) -> None:
         value = getattr(limits, name)
         if value is not None:
             not_negative((value,), f"limits.{name}", f"limits.{name}")
+
+
+def _check_choose(choose: Choose, shape: RequestShape) -> None:
+    not_negative((choose.in_flight, choose.slots), "choose", "choose.in_flight or choose.slots")
+    if any(batch < 1 for batch in choose.batch):
+        raise fault(f"choose.batch names {min(choose.batch)}; a micro-batch has at least 1 sequence", "choose.batch")
+    most = max(choose.in_flight, choose.slots, *choose.batch, len(choose.batch))
+    if most > MOST_STREAMS:
+        raise fault(f"choose goes up to {most}; at most {MOST_STREAMS} are weighed", "choose")
+    least = min(choose.batch, default=shape.batch) * (1 if choose.in_flight else shape.in_flight)
+    if least > (choose.slots or shape.slots):
+        raise fault(
+            f"the smallest choice needs {least} slots, {choose.slots or shape.slots} are allowed",
+            "choose.slots",
+            hint=f"set choose.slots to {least} or more, or allow smaller batches",
+        )
+
+
+def _check_cloud(cloud: Cloud) -> None:
+    for name in cloud.__struct_fields__:
+        value = getattr(cloud, name)
+        if isinstance(value, int | float):
+            not_negative((value,), f"cloud.{name}", f"cloud.{name}")
 
 
 def _check_pins(problem: Problem) -> None:

@@ -34,7 +34,17 @@ import msgspec
 
 from shoal.errors import InfeasibleError
 from shoal.ids import NodeId
-from shoal.plan.problem import DeviceSpec, Estimate, Limits, LinkSpec, Objective, Problem, RequestShape, Stage
+from shoal.plan.problem import (
+    DeviceSpec,
+    Estimate,
+    Limits,
+    LinkSpec,
+    Objective,
+    Problem,
+    RequestShape,
+    Residency,
+    Stage,
+)
 
 TOKEN_BYTES = 4
 TOKEN_FRAME_BYTES = 64
@@ -330,10 +340,16 @@ def owners(problem: Problem) -> dict[int, NodeId]:
 def barred(problem: Problem) -> dict[NodeId, str]:
     """Devices that may neither hold a block nor relay, and why."""
     found = dict.fromkeys(problem.exclude, "excluded by request")
-    rule = problem.residency
     for device in problem.devices:
-        for what, name, allowed in (("region", device.region, rule.regions), ("trust", device.trust, rule.trusts)):
-            if allowed and name not in allowed:
-                said = f"{what} {name}" if name else f"a device that names no {what}"
-                found.setdefault(device.node, f"activations may not enter {said}, only {', '.join(allowed)}")
+        if said := foreign(problem.residency, device.region, device.trust):
+            found.setdefault(device.node, said)
     return found
+
+
+def foreign(rule: Residency, region: str, trust: str) -> str:
+    """Why activations may not enter a place of this region and trust; empty where they may."""
+    for what, name, allowed in (("region", region, rule.regions), ("trust", trust, rule.trusts)):
+        if allowed and name not in allowed:
+            said = f"{what} {name}" if name else f"a device that names no {what}"
+            return f"activations may not enter {said}, only {', '.join(allowed)}"
+    return ""

@@ -70,6 +70,9 @@ class _Share:
         self.steps -= 1
         return self.steps < 0 or self.whole.spent()
 
+    def share(self, part: float) -> Budget:
+        return self.whole.share(part)
+
 
 def elementary(
     tables: Tables, passes: list[Pass], budget: Budget, choice: Choice = FREE, *, hint: Found | None = None

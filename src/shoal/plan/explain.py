@@ -27,6 +27,8 @@ EXPLAINED_DEVICES = 8
 EXPLAINED_WITHIN_LIMITS = 6
 """The same for plans within limits: with a device that is of no use, each search has little to prune by."""
 RIVAL_TOLERANCE = 0.01
+RIVAL_PART = 0.4
+"""Of what is left to explain, for one device."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,8 +129,9 @@ def _rival(case: Case, choice: Choice) -> Priced | str:
     most = EXPLAINED_DEVICES if case.problem.limits == Limits() else EXPLAINED_WITHIN_LIMITS
     if case.found.solver not in {EXACT, VECTORS} or len(case.tables.nodes) > most:
         return "other sets of devices were not all tried"
-    rival = best(case.problem, case.tables, case.budget, choice, RIVAL_TOLERANCE)
-    if case.budget.spent():
+    part = case.budget.share(RIVAL_PART)
+    rival = best(case.problem, case.tables, part, choice, RIVAL_TOLERANCE)
+    if part.spent():
         return "the time to plan was up before other sets of devices were tried"
     return price(case.problem, rival.spans(case.tables)) if rival.chain else ""
 

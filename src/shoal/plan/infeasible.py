@@ -6,6 +6,7 @@ placement exists.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from msgspec.structs import replace
 
@@ -15,21 +16,37 @@ from shoal.plan.figures import size
 from shoal.plan.found import Found
 from shoal.plan.problem import DeviceSpec, Infeasible, Problem, RequestShape, Residency
 from shoal.plan.search import cheapest, demanded
-from shoal.plan.tables import Tables, build_tables, cost_passes, missing_passes
+from shoal.plan.tables import INF, Tables, build_tables, cost_passes, missing_passes
 
 CONTEXT_STEP_TOKENS = 64
+PART = 0.4
+"""Of what is left to explain, for one question: the first hard one would leave nothing for the others."""
 
 
-def infeasible(problem: Problem, tables: Tables | None, budget: Budget) -> Infeasible:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Searched:
+    """What is known when there is no plan: the least memory that is missing, and whether it is proven that there is none."""
+
+    missing: Found
+    proven: bool
+
+
+def least_missing(problem: Problem, tables: Tables, budget: Budget) -> Found:
+    """The chain whose stages overflow their devices least; its cost is in bytes."""
+    return cheapest(tables, list(missing_passes(tables)), budget.share(PART), demanded(problem, tables))
+
+
+def infeasible(problem: Problem, tables: Tables | None, budget: Budget, searched: Searched | None = None) -> Infeasible:
     """Say what is missing; *tables* is None when no device is left at all, or one that is wanted may not take part."""
     if tables is None:
         return _barred(problem)
-    missing = cheapest(tables, list(missing_passes(tables)), budget, demanded(problem, tables))
+    missing = searched.missing if searched else least_missing(problem, tables, budget)
+    proven = searched is not None and searched.proven
     if missing.chain is None:
-        return _not_memory(problem, budget)
+        return _not_memory(problem, budget, proven=proven or missing.bound == INF)
     if missing.cost <= 0:
         return _undecided(problem)
-    return _memory(problem, tables, missing, budget)
+    return _memory(problem, tables, Searched(missing=missing, proven=proven), budget)
 
 
 def _barred(problem: Problem) -> Infeasible:
@@ -47,7 +64,8 @@ def _barred(problem: Problem) -> Infeasible:
     return Infeasible(reason=said, needed_bytes=0, available_bytes=0, hint=hint)
 
 
-def _memory(problem: Problem, tables: Tables, missing: Found, budget: Budget) -> Infeasible:
+def _memory(problem: Problem, tables: Tables, searched: Searched, budget: Budget) -> Infeasible:
+    missing = searched.missing
     chain = missing.chain or ()
     needed = int(sum(tables.need_bytes[device, start, stop] for device, start, stop in chain))
     stages = ", ".join(
@@ -55,8 +73,9 @@ def _memory(problem: Problem, tables: Tables, missing: Found, budget: Budget) ->
         f"and has {size(tables.free_bytes[device])}"
         for device, start, stop in chain
     )
-    proven = missing.bound >= missing.cost
-    about = "" if proven else "about "
+    least = missing.bound >= missing.cost
+    about = "" if least else "about "
+    proven = least or searched.proven or missing.bound > 0
     verdict = "the model does not fit" if proven else "no placement was found, not proven that none exists"
     return Infeasible(
         reason=f"{verdict}: {about}{size(missing.cost)} of memory are missing; the nearest placement: {stages}",
@@ -108,10 +127,10 @@ def _fits(problem: Problem, budget: Budget, shape: RequestShape) -> bool:
     if budget.spent():
         return False
     tables = build_tables(replace(problem, shape=shape))
-    return cheapest(tables, list(cost_passes(tables)), budget, demanded(problem, tables)).chain is not None
+    return cheapest(tables, list(cost_passes(tables)), budget.share(PART), demanded(problem, tables)).chain is not None
 
 
-def _not_memory(problem: Problem, budget: Budget) -> Infeasible:
+def _not_memory(problem: Problem, budget: Budget, *, proven: bool) -> Infeasible:
     """No chain exists even with endless memory: find the one demand without which one would."""
     links = f"no chain of links leads from {problem.source} through enough devices and back"
     untimed = tuple(device.node for device in problem.devices if not device.decode_s)
@@ -142,11 +161,11 @@ def _not_memory(problem: Problem, budget: Budget) -> Infeasible:
         if nearby == problem:
             continue
         if budget.spent():
-            return _undecided(problem)
-        tables = build_tables(nearby)
-        choice = demanded(nearby, tables)
-        if cheapest(tables, list(missing_passes(tables)), budget, choice).chain is not None:
+            return _unexplained(problem) if proven else _undecided(problem)
+        if least_missing(nearby, build_tables(nearby), budget).chain is not None:
             return Infeasible(reason=reason, needed_bytes=0, available_bytes=0, hint=hint)
+    if not proven:
+        return _undecided(problem)
     return Infeasible(reason=links, needed_bytes=0, available_bytes=0, hint="connect the devices, or drop a demand")
 
 
@@ -171,4 +190,14 @@ def _undecided(problem: Problem) -> Infeasible:
         needed_bytes=0,
         available_bytes=0,
         hint="allow more time to plan, or exclude devices",
+    )
+
+
+def _unexplained(problem: Problem) -> Infeasible:
+    return Infeasible(
+        reason=f"no placement of {len(problem.blocks)} blocks on {len(problem.devices)} devices keeps to all demands, "
+        "whatever the memory; which demand stands in the way was not found before the search ended",
+        needed_bytes=0,
+        available_bytes=0,
+        hint="allow more time to plan, or drop a demand: number of stages, pins, devices that must take part",
     )

@@ -35,6 +35,8 @@ SECTIONS = 16
 FARTHEST = 2.0**10
 """How far a price is raised: a bound that still grows there has no chain to meet."""
 TOLERANCE = 1e-4
+TOLD_PART = 0.5
+"""Of what is left to explain, for one limit."""
 TIE = 1e-12
 """Relative; a chain this little better is the same chain added up in another order."""
 
@@ -253,7 +255,7 @@ class _Lagrange:
 def blocked(problem: Problem, tables: Tables, budget: Budget) -> Infeasible | None:
     """Which limit stands in the way, and the best that is reachable; None when it is something else."""
     free = msgspec.structs.replace(problem, limits=Limits())
-    if solve(tables, problem.objective, budget, demanded(problem, tables)).chain is None:
+    if solve(tables, problem.objective, budget.share(TOLD_PART), demanded(problem, tables)).chain is None:
         return None
     bounds = bounds_of(problem)
     for measure in bounds:
@@ -278,7 +280,7 @@ def _told(
     nearby = msgspec.structs.replace(problem, objective=objective)
     tables = build_tables(nearby)
     aim = Aim(target=measure, bounds=kept, choice=demanded(nearby, tables))
-    found = least(build_parts(nearby, tables), aim, budget)
+    found = least(build_parts(nearby, tables), aim, budget.share(TOLD_PART))
     if found.chain is None or found.bound <= limit * (1 + ROUNDING):
         return None
     return Infeasible(

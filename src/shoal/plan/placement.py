@@ -6,18 +6,24 @@ from msgspec.structs import replace
 
 from shoal.plan.budget import Budget
 from shoal.plan.check import check
+from shoal.plan.choosing import choose, is_open, smallest
+from shoal.plan.cloud import cloud_alternative
 from shoal.plan.cost import ROUNDING, barred, objective_value, owners, prefill_rounds, prefill_steps, price
 from shoal.plan.explain import Case, alternatives, reasons
 from shoal.plan.found import Found
-from shoal.plan.infeasible import infeasible
+from shoal.plan.infeasible import Searched, infeasible, least_missing
 from shoal.plan.limited import best, blocked
 from shoal.plan.problem import Answer, Limits, Objective, Plan, Problem
-from shoal.plan.search import demanded, solve
-from shoal.plan.tables import Tables, build_tables
+from shoal.plan.search import NOTHING, demanded, solve
+from shoal.plan.tables import INF, Tables, build_tables
+
+SEARCH, WHY, WHY_NOT = 0.9, 0.4, 0.6
+"""Parts of what is left to plan: for the plan itself, for the reasons of its devices, for what stands in the way of one."""
+LEAST_MISSING = "least-overflow"
 
 
 def place(problem: Problem, budget: Budget) -> Answer:
-    """Choose devices and cuts; raises InvalidRequestError when the problem makes no sense.
+    """Choose devices and cuts, and micro-batches where they are left open; raises InvalidRequestError for what makes no sense.
 
     Exact (gap 0) for up to a dozen devices, and for more where the budget allows; else, or when several chunks of a prompt are in
     flight (`shoal.plan.cost`), the best found with its gap stated.
@@ -26,12 +32,36 @@ def place(problem: Problem, budget: Budget) -> Answer:
     out, wanted = barred(problem), {*owners(problem).values(), *problem.require}
     if all(device.node in out for device in problem.devices) or wanted & out.keys():
         return infeasible(problem, None, budget)
+    if is_open(problem):
+        return _choose(problem, budget)
     tables = build_tables(problem)
-    found = _search(problem, tables, budget)
+    found = _search(problem, tables, budget.share(SEARCH))
     if found.chain is None:
-        limits = blocked(problem, tables, budget) if problem.limits != Limits() else None
-        return limits or infeasible(problem, tables, budget)
-    return _plan(problem, tables, found, budget)
+        return _without(problem, tables, found, budget.share(WHY_NOT))
+    return _plan(problem, tables, found, budget.share(WHY))
+
+
+def _choose(problem: Problem, budget: Budget) -> Answer:
+    chosen, proven = choose(problem, budget.share(SEARCH), _search)
+    if chosen is None:
+        least = smallest(problem)
+        nothing = dataclasses.replace(NOTHING, bound=INF if proven else 0.0)
+        return _without(least, build_tables(least), nothing, budget.share(WHY_NOT))
+    plan = _plan(chosen.problem, chosen.tables, chosen.found, budget.share(WHY))
+    return replace(plan, weighed=chosen.weighed)
+
+
+def _without(problem: Problem, tables: Tables, found: Found, budget: Budget) -> Answer:
+    """What stands in the way; or the plan after all, where looking for that finds one."""
+    limits = blocked(problem, tables, budget) if problem.limits != Limits() else None
+    if limits is not None:
+        return limits
+    missing = least_missing(problem, tables, budget)
+    if missing.chain is None or missing.cost > 0:
+        return infeasible(problem, tables, budget, Searched(missing=missing, proven=found.bound == INF))
+    value = _value(problem, tables, missing) * _tokens(problem)
+    bound = min(value, found.bound) if found.bound < INF else 0.0
+    return _plan(problem, tables, dataclasses.replace(missing, cost=value, bound=bound, solver=LEAST_MISSING), budget)
 
 
 def _search(problem: Problem, tables: Tables, budget: Budget) -> Found:
@@ -72,6 +102,7 @@ def _plan(problem: Problem, tables: Tables, found: Found, budget: Budget) -> Pla
             Case(problem=problem, tables=tables, found=found, chosen=priced, proven=bound >= value, budget=budget)
         ),
         alternatives=alternatives(problem),
+        cloud=cloud_alternative(problem),
     )
 
 

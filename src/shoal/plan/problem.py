@@ -120,6 +120,40 @@ class RequestShape(msgspec.Struct, frozen=True, kw_only=True):
     """Stages keep what they sent for live sequences, so that a successor can be rebuilt: memory like a cache."""
 
 
+class Choose(msgspec.Struct, frozen=True, kw_only=True):
+    """What a plan for throughput may choose of the shape.  Everything else takes the shape as it stands.
+
+    More micro-batches hide the lap, larger ones share a step, and the cache of each sequence takes memory from the blocks.
+    """
+
+    batch: tuple[int, ...] = ()
+    """Sizes of a micro-batch to choose from; empty: the shape's."""
+    in_flight: int = 0
+    """At most so many micro-batches in the pipeline; 0: the shape's number."""
+    slots: int = 0
+    """At most so many slots, and as many as the choice needs (batch x in flight); 0: the shape's number, whatever is chosen."""
+
+
+class Cloud(msgspec.Struct, frozen=True, kw_only=True):
+    """An endpoint that answers instead of the fleet, priced beside a plan.  What it gives is declared, not measured."""
+
+    name: str
+    time_to_first_token_s: float
+    """From the last byte of the question there to the first token here, for a typical prompt."""
+    time_per_output_token_s: float
+    round_trip_s: float = 0.0
+    """To the endpoint and back, once a request."""
+    price_per_request: float = 0.0
+    price_per_1k_tokens_in: float = 0.0
+    price_per_1k_tokens_out: float = 0.0
+    """In the currency of the devices' prices."""
+    streams: int = 0
+    """Requests that it answers at once for us; 0: as many as the shape has in flight."""
+    region: str = ""
+    trust: str = ""
+    """Names that `Residency` goes by; empty: unknown."""
+
+
 class Residency(msgspec.Struct, frozen=True, kw_only=True):
     """Where activations may be: a hard rule, for blocks and relays alike.  An empty list allows everything.
 
@@ -183,6 +217,9 @@ class Problem(msgspec.Struct, frozen=True, kw_only=True):
     relay: bool = False
     """Between two stages frames may pass through one node that holds no block."""
     shared: tuple[SharedTensor, ...] = ()
+    choose: Choose = Choose()
+    cloud: Cloud | None = None
+    """Weighed beside the plan."""
 
 
 class Stage(msgspec.Struct, frozen=True, kw_only=True):
@@ -260,12 +297,32 @@ class Alternative(msgspec.Struct, frozen=True, kw_only=True):
     """Why it is not possible; empty when it is."""
 
 
+class CloudAlternative(msgspec.Struct, frozen=True, kw_only=True):
+    """The same requests at the problem's cloud endpoint."""
+
+    name: str
+    estimate: Estimate
+    """What it would give, also where it is refused; joules are those of its own machines and count as none."""
+    refused: str = ""
+    """Why it is not allowed; empty when it is."""
+
+
+class Weighed(msgspec.Struct, frozen=True, kw_only=True):
+    """A size of micro-batches, and the best plan found with it."""
+
+    batch: int
+    in_flight: int
+    slots: int
+    tokens_per_s: float
+
+
 class Plan(msgspec.Struct, frozen=True, kw_only=True, tag="plan"):
     """A placement with its certificate."""
 
     stages: tuple[Stage, ...]
     objective: Objective
     shape: RequestShape
+    """The problem's, with what was chosen of it."""
     estimate: Estimate
     lower_bound: float
     """Of the objective's value: seconds of latency, seconds per token for throughput, joules or money per request."""
@@ -274,6 +331,9 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, tag="plan"):
     solver: str
     reasons: tuple[Reason, ...] = ()
     alternatives: tuple[Alternative, ...] = ()
+    cloud: CloudAlternative | None = None
+    weighed: tuple[Weighed, ...] = ()
+    """Sizes of micro-batches that were searched, where the problem leaves them open; bounds ruled out the others."""
 
 
 Answer = Plan | Infeasible

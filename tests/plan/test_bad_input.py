@@ -247,7 +247,7 @@ def test_a_context_of_any_size_is_answered(chain: Chain) -> None:
 
 
 def test_a_budget_that_is_spent_ends_the_search_for_reasons_too(chain: Chain) -> None:
-    """Pins that contradict each other: that there is no plan is proven, which demand it is takes several nearby problems to find."""
+    """Pins that contradict each other: no plan is proven, which demand it is takes several searches."""
     pins = (Pin(block=1, node=NODES[1]), Pin(block=2, node=NODES[0]))
     answer = place(chain([1] * 4, [1, 1, 1], [9, 9, 9], LINKS, pins=pins), StepBudget(0))
 

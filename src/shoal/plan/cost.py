@@ -305,6 +305,16 @@ def bottleneck_s(
     work: tuple[int, int],
 ) -> float:
     """Seconds that *work*, prompts and further steps, keeps the busiest device, link or medium occupied."""
+    return max(busy_times(problem, wires, stages, work).values())
+
+
+def busy_times(
+    problem: Problem,
+    wires: dict[tuple[NodeId, NodeId], LinkSpec],
+    stages: Sequence[Stage],
+    work: tuple[int, int],
+) -> dict[object, float]:
+    """Seconds that *work*, prompts and further steps, keeps each device, link or medium occupied."""
     prompts, laps = work
     busy_s: defaultdict[object, float] = defaultdict(float)
     for stage in stages:
@@ -314,7 +324,7 @@ def bottleneck_s(
         link = wires[here.node, there.node]
         sent = prompts * prompt_bytes + laps * row_bytes
         busy_s[occupied(link)] += sent / link.bytes_per_s
-    return max(busy_s.values())
+    return busy_s
 
 
 def occupied(link: LinkSpec) -> object:

@@ -11,7 +11,7 @@ from msgspec.structs import replace
 
 from shoal.ids import NodeId
 from shoal.plan.budget import StepBudget
-from shoal.plan.cost import Span, free_bytes, occupied
+from shoal.plan.cost import Span, free_bytes, occupied, owners
 from shoal.plan.exact import placements, satisfies
 from shoal.plan.packing import pack
 from shoal.plan.placement import place
@@ -79,9 +79,11 @@ def fleets(draw: st.DrawFn) -> Problem:
 
 
 def best_pair(problem: Problem) -> float:
-    """The most of any one or two pipelines that fit together, whatever they share."""
+    """The most of any one or two pipelines that fit together; they share the devices that a block is pinned to."""
+    common = set(owners(problem).values())
     ways = [spans for spans in placements(problem) if satisfies(problem, spans)]
-    sets = [*((way,) for way in ways), *combinations(ways, 2)]
+    apart = [(a, b) for a, b in combinations(ways, 2) if not {s.node for s in a} & {s.node for s in b} - common]
+    sets = [*((way,) for way in ways), *apart]
     tokens = problem.shape.batch * problem.shape.tokens_out
     return max((spread(problem, pair).rate * tokens for pair in sets if fits_together(problem, pair)), default=0.0)
 
@@ -130,14 +132,15 @@ def test_what_enters_a_shard_leaves_it_and_weights_share_it_out(problem: Problem
     answer = replicate(problem, most, StepBudget(10**9))
     if isinstance(answer, Infeasible):
         return
-    into: defaultdict[tuple[NodeId, int], float] = defaultdict(float)
+    into: defaultdict[Span, float] = defaultdict(float)
     out, weights = into.copy(), into.copy()
     for route in answer.routes:
-        into[route.target, route.target_start] += route.requests_per_s
-        out[route.source, route.source_start] += route.requests_per_s
-        weights[route.source, route.source_start] += route.weight
+        into[route.target] += route.requests_per_s
+        out[route.source] += route.requests_per_s
+        weights[route.source] += route.weight
     requests_per_s = answer.tokens_per_s / problem.shape.tokens_out
-    begun = {(p.stages[0].node, p.stages[0].start) for p in answer.pipelines}
+    firsts = (pipeline.stages[0] for pipeline in answer.pipelines)
+    begun = {Span(first.node, first.start, first.stop) for first in firsts}
 
     assert all(into[shard] == pytest.approx(amount) for shard, amount in out.items() if shard not in begun)
     assert all(total == pytest.approx(1) for total in weights.values())

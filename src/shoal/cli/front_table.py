@@ -27,7 +27,9 @@ def render_front(front: Front | Infeasible, names: Names | None = None) -> Rende
 
 def placement_text(plan: Plan, names: Names) -> str:
     """Who runs which blocks, in one line."""
-    return ", ".join(f"{names.get(stage.node, stage.node)} {_blocks(stage.start, stage.stop)}" for stage in plan.stages)
+    return ", ".join(
+        f"{names.get(stage.node, stage.node)} {blocks_text(stage.start, stage.stop)}" for stage in plan.stages
+    )
 
 
 def figure_text(objective: Objective, estimate: Estimate) -> str:
@@ -90,7 +92,8 @@ def _summary(front: Front) -> Text:
     return text
 
 
-def _blocks(start: int, stop: int) -> str:
+def blocks_text(start: int, stop: int) -> str:
+    """A range of blocks, or that a device relays."""
     if start == stop:
         return "(relay)"
     return str(start) if stop - start == 1 else f"{start}-{stop - 1}"

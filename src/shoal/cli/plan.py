@@ -11,11 +11,13 @@ import typer
 from rich.console import Console, RenderableType
 
 from shoal.cli.connect import URL_HELP, connect
+from shoal.cli.files import read_cloud, read_either, read_problem
 from shoal.cli.front_picture import picture as front_picture
 from shoal.cli.front_table import render_front
 from shoal.cli.graph_table import render_graph_plan
 from shoal.cli.plan_flags import ASK, DEMANDS, AskFlags, DemandFlags, options
 from shoal.cli.plan_table import render_plan
+from shoal.cli.replicas_table import render_replicas
 from shoal.cli.spread import spread
 from shoal.client import Shoal
 from shoal.client.calls import PlanOptions
@@ -24,18 +26,22 @@ from shoal.ids import NodeId
 from shoal.plan.budget import DeadlineBudget
 from shoal.plan.dag.placement import place_graph
 from shoal.plan.dag.problem import GraphPlan, GraphProblem
-from shoal.plan.document import answer_json, parse_either, parse_problem
+from shoal.plan.document import answer_json
 from shoal.plan.pareto import Front
 from shoal.plan.pareto import pareto as front_of
+from shoal.plan.pipelines import MOST
 from shoal.plan.placement import place
 from shoal.plan.problem import Answer, Infeasible, Limits, Objective, Plan, Problem, Residency
+from shoal.plan.replicas import Replicas, replicate
+
+Shown = Answer | Front | Replicas
 
 NO_PLAN = 2
 """Exit code when nothing fits: the caller must change the question."""
 
 
-class FrontFlags(msgspec.Struct, frozen=True, kw_only=True):
-    """Whether all plans are wanted that no other beats, and how they are shown."""
+class KindFlags(msgspec.Struct, frozen=True, kw_only=True):
+    """What kind of answer is wanted instead of one plan, and how it is shown."""
 
     pareto: Annotated[bool, typer.Option("--pareto", help="Show all plans that no other beats in every objective.")] = (
         False
@@ -44,9 +50,12 @@ class FrontFlags(msgspec.Struct, frozen=True, kw_only=True):
         str, typer.Option(help="Of --pareto: two or more of latency, throughput, energy, price, with commas.")
     ] = ""
     picture: Annotated[Path | None, typer.Option(help="Of --pareto: draw the plans into this SVG file.")] = None
+    replicas: Annotated[
+        str, typer.Option(help="Place several pipelines at once: so many at most, or auto for as many as pay off.")
+    ] = ""
 
 
-FRONT = FrontFlags()
+KIND = KindFlags()
 
 
 @spread
@@ -58,34 +67,35 @@ def plan(
     ] = None,
     ask: AskFlags = ASK,
     demands: DemandFlags = DEMANDS,
-    front: FrontFlags = FRONT,
+    kind: KindFlags = KIND,
     json: Annotated[bool, typer.Option("--json", help="Print the answer as JSON.")] = False,
     seconds: Annotated[float, typer.Option(help="How long to search a problem file at most.")] = 10.0,
     url: Annotated[str, typer.Option(help=URL_HELP)] = "",
 ) -> None:
     """Show which devices would run which blocks, and the predicted speed."""
     names: dict[NodeId, str] = {}
-    answer: Answer | Front
+    answer: Shown
     if problem is not None:
         stated = read_either(problem)
         if isinstance(stated, GraphProblem):
-            refuse_for_graph((ask, ASK), (demands, DEMANDS), (front, FRONT))
+            refuse_for_graph((ask, ASK), (demands, DEMANDS), (kind, KIND))
             show(place_graph(stated, DeadlineBudget(time.monotonic, seconds)), names, json=json)
             return
-        answer = answered(with_demands(stated, demands.limits(), demands.residency()), seconds, front)
+        stated = with_demands(stated, demands.limits(), demands.residency(), ask.cloud)
+        answer = answered(stated, seconds, kind)
     elif not model:
         raise InvalidRequestError("name a model, or a problem file with --problem", hint="`shoal models` lists models")
     else:
         with connect(url) as shoal:
             machines = shoal.nodes()
             names = {n.id: n.name for n in machines}
-            answer = of_fleet(shoal, model, options(ask, demands, machines), seconds, front)
-    if front.picture is not None:
-        draw(answer, front.picture, names)
+            answer = of_fleet(shoal, model, options(ask, demands, machines), seconds, kind)
+    if kind.picture is not None:
+        draw(answer, kind.picture, names)
     show(answer, names, json=json)
 
 
-def show(answer: Answer | Front | GraphPlan, names: Mapping[NodeId, str], *, json: bool) -> None:
+def show(answer: Shown | GraphPlan, names: Mapping[NodeId, str], *, json: bool) -> None:
     """Print an answer; ends with `NO_PLAN` where nothing fits."""
     if json:
         sys.stdout.buffer.write(answer_json(answer) + b"\n")
@@ -95,21 +105,23 @@ def show(answer: Answer | Front | GraphPlan, names: Mapping[NodeId, str], *, jso
         raise typer.Exit(NO_PLAN)
 
 
-def rendered(answer: Answer | Front | GraphPlan, names: Mapping[NodeId, str]) -> RenderableType:
-    """An answer for people."""
+def rendered(answer: Shown | GraphPlan, names: Mapping[NodeId, str]) -> RenderableType:
+    """An answer of any kind as tables and sentences."""
     match answer:
         case Front():
             return render_front(answer, names)
+        case Replicas():
+            return render_replicas(answer, names)
         case GraphPlan():
             return render_graph_plan(answer)
         case Plan() | Infeasible():
             return render_plan(answer, names)
 
 
-def of_fleet(shoal: Shoal, model: str, asked: PlanOptions, limit_s: float, front: FrontFlags) -> Answer | Front:
-    """A fleet's own plan, or the front of its problem, searched here."""
-    if front.pareto:
-        return answered(shoal.problem(model, **asked), limit_s, front)
+def of_fleet(shoal: Shoal, model: str, asked: PlanOptions, limit_s: float, kind: KindFlags) -> Shown:
+    """A fleet's own plan; or the front or the replicas of its problem, searched here."""
+    if kind.pareto or kind.replicas:
+        return answered(shoal.problem(model, **asked), limit_s, kind)
     return shoal.plan(model, **asked)
 
 
@@ -118,16 +130,33 @@ def solve_file(path: Path, limit_s: float = 10.0) -> Answer:
     return place(read_problem(path), DeadlineBudget(time.monotonic, limit_s))
 
 
-def answered(stated: Problem, limit_s: float, front: FrontFlags) -> Answer | Front:
-    """One plan, or the front of the objectives."""
+def answered(stated: Problem, limit_s: float, kind: KindFlags) -> Shown:
+    """One plan, the front of the objectives, or several pipelines."""
     budget = DeadlineBudget(time.monotonic, limit_s)
-    return front_of(stated, budget, parse_objectives(front.objectives)) if front.pareto else place(stated, budget)
+    if kind.pareto and kind.replicas:
+        raise InvalidRequestError("--pareto weighs single pipelines", hint="leave out --replicas", param="replicas")
+    if kind.replicas:
+        return replicate(stated, parse_replicas(kind.replicas), budget)
+    return front_of(stated, budget, parse_objectives(kind.objectives)) if kind.pareto else place(stated, budget)
 
 
-def with_demands(stated: Problem, limits: Limits, rule: Residency) -> Problem:
+def parse_replicas(text: str) -> int:
+    """A number of pipelines at most; 0 for `auto`.  Raises InvalidRequestError."""
+    if text == "auto":
+        return 0
+    if not text.isascii() or not text.isdigit() or not 1 <= int(text) <= MOST:
+        raise InvalidRequestError(
+            f"{text!r} is no number of pipelines", hint=f"write auto, or 1 to {MOST}", param="replicas"
+        )
+    return int(text)
+
+
+def with_demands(stated: Problem, limits: Limits, rule: Residency, cloud: Path | None = None) -> Problem:
     """A file's problem with what flags demand besides; a flag replaces what the file says."""
     kept = {name: getattr(limits, name) for name in limits.__struct_fields__ if getattr(limits, name) is not None}
     changed = msgspec.structs.replace(stated, limits=msgspec.structs.replace(stated.limits, **kept))
+    if cloud is not None:
+        changed = msgspec.structs.replace(changed, cloud=read_cloud(cloud))
     return changed if rule == Residency() else msgspec.structs.replace(changed, residency=rule)
 
 
@@ -143,7 +172,7 @@ def parse_objectives(text: str) -> tuple[Objective, ...]:
     return tuple(known[word] for word in words)
 
 
-def draw(answer: Answer | Front, path: Path, names: Mapping[NodeId, str]) -> None:
+def draw(answer: Shown, path: Path, names: Mapping[NodeId, str]) -> None:
     """Write the picture of a front; raises InvalidRequestError when there is none, or when the file cannot be written."""
     match answer:
         case Front():
@@ -151,7 +180,7 @@ def draw(answer: Answer | Front, path: Path, names: Mapping[NodeId, str]) -> Non
                 path.write_text(front_picture(answer, names), encoding="utf-8")
             except OSError as error:
                 raise InvalidRequestError(f"cannot write {path}: {error.strerror}", param="picture") from error
-        case Plan():
+        case Plan() | Replicas():
             raise InvalidRequestError("--picture draws what --pareto finds", hint="add --pareto", param="picture")
         case Infeasible():
             return
@@ -166,23 +195,3 @@ def refuse_for_graph(*given: tuple[msgspec.Struct, msgspec.Struct]) -> None:
                 hint="leave that out, or state the problem as a chain of blocks",
                 param=name,
             )
-
-
-def read_problem(path: Path) -> Problem:
-    """A problem file that states a chain of blocks, checked."""
-    return parse_problem(read_file(path, "problem"))
-
-
-def read_either(path: Path) -> Problem | GraphProblem:
-    """A problem file of any kind, checked."""
-    return parse_either(read_file(path, "problem"))
-
-
-def read_file(path: Path, param: str) -> bytes:
-    """What is in *path*, which the user named as *param*."""
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise InvalidRequestError(
-            f"cannot read {path}: {error.strerror}", hint=f"give the path of a {param} file", param=param
-        ) from error

@@ -1,27 +1,61 @@
 """The options by which a plan is asked for: said once for `plan` and `serve`, and taken whole (see `spread`)."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated
 
 import msgspec
 import typer
 
+from shoal.cli.files import read_cloud
 from shoal.client.calls import PlanOptions
 from shoal.errors import SettingsError
 from shoal.fleet.views import NodeView
-from shoal.plan.problem import Limits, Objective, Pin, RequestShape, Residency
+from shoal.plan.problem import Choose, Limits, Objective, Pin, RequestShape, Residency
+
+SLOTS, MOST_SLOTS = 2, 16
+"""Where nobody says how many: for latency, and at most for throughput."""
+BATCHES = (1, 2, 4, 8)
 
 
 class AskFlags(msgspec.Struct, frozen=True, kw_only=True):
     """What is to be planned."""
 
     context: Annotated[int, typer.Option(help="Positions that one request may use, prompt and answer.", min=16)] = 2048
-    slots: Annotated[int, typer.Option(help="Requests whose cache is held at once.", min=1)] = 2
+    slots: Annotated[
+        int,
+        typer.Option(help="Requests whose cache is held at once; 0: 2, and for throughput as many as pay off.", min=0),
+    ] = 0
+    batch: Annotated[
+        int, typer.Option(help="Sequences stepped together; 0: 1, and for throughput the planner decides.", min=0)
+    ] = 0
+    in_flight: Annotated[
+        int, typer.Option(help="Batches in the pipeline at once; 0: 1, and for throughput the planner decides.", min=0)
+    ] = 0
     stages: Annotated[int, typer.Option(help="Exactly this many stages; 0: the planner decides.", min=0)] = 0
     pins: Annotated[
         list[str] | None, typer.Option("--pin", help="BLOCK=NODE: run this block there; may be repeated.")
     ] = None
     objective: Annotated[Objective, typer.Option("--objective", help="What the plan is judged by.")] = Objective.LATENCY
+    cloud: Annotated[
+        Path | None, typer.Option(help="Weigh this endpoint beside the plan: a JSON file of a `Cloud`.")
+    ] = None
+
+    def shape(self) -> RequestShape:
+        """A typical request, with what was not said at its least."""
+        batch, in_flight = self.batch or 1, self.in_flight or 1
+        slots = self.slots or max(SLOTS, batch * in_flight)
+        return RequestShape(context_tokens=self.context, slots=slots, batch=batch, in_flight=in_flight)
+
+    def choose(self) -> Choose:
+        """For throughput, what was not said is to be chosen."""
+        if self.objective is not Objective.THROUGHPUT or (self.batch and self.in_flight):
+            return Choose()
+        return Choose(
+            batch=(self.batch,) if self.batch else BATCHES,
+            in_flight=0 if self.in_flight else MOST_SLOTS,
+            slots=0 if self.slots else max(MOST_SLOTS, self.batch, self.in_flight),
+        )
 
 
 class DemandFlags(msgspec.Struct, frozen=True, kw_only=True):
@@ -61,7 +95,9 @@ DEMANDS = DemandFlags()
 def options(ask: AskFlags, demands: DemandFlags, nodes: Sequence[NodeView]) -> PlanOptions:
     """What the flags ask of the planner; raises SettingsError for a pin that cannot be read."""
     return PlanOptions(
-        shape=RequestShape(context_tokens=ask.context, slots=ask.slots),
+        shape=ask.shape(),
+        choose=ask.choose(),
+        cloud=None if ask.cloud is None else read_cloud(ask.cloud),
         objective=ask.objective,
         stages=ask.stages,
         pins=tuple(parse_pin(text, nodes) for text in ask.pins or ()),

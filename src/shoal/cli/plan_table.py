@@ -42,7 +42,7 @@ def _plan(plan: Plan, names: Names) -> Group:
         _others(plan, names),
         *_cloud(plan),
         Text(),
-        *(_reason(reason, names) for reason in plan.reasons),
+        *(reason_text(reason, names) for reason in plan.reasons),
     )
 
 
@@ -86,7 +86,7 @@ def _prediction(plan: Plan) -> Text:
     shape = plan.shape
     asked = (
         f"for {shape.tokens_in} tokens in, {shape.tokens_out} out, a context of {shape.context_tokens}, "
-        f"{shape.slots} slot{'s' * (shape.slots > 1)}, {_streams(shape)}"
+        f"{shape.slots} slot{'s' * (shape.slots > 1)}, {streams_text(shape)}"
     )
     chosen = f"           {_weighed(plan.weighed)}\n" if plan.weighed else ""
     value = _bound(plan)
@@ -101,7 +101,8 @@ def _prediction(plan: Plan) -> Text:
     )
 
 
-def _streams(shape: RequestShape) -> str:
+def streams_text(shape: RequestShape) -> str:
+    """How many micro-batches, and of what size."""
     return f"{shape.in_flight} in flight" + (f", {shape.batch} sequences each" if shape.batch > 1 else "")
 
 
@@ -168,7 +169,8 @@ def _cloud(plan: Plan) -> list[Text]:
     return [Text(), Text.assemble((f"cloud {cloud.name}  ", "bold"), f"{figures}; {verdict}")]
 
 
-def _reason(reason: Reason, names: Names) -> Text:
+def reason_text(reason: Reason, names: Names) -> Text:
+    """A device and why it takes part or not."""
     style = "green" if reason.used else "yellow"
     return Text.assemble((f"{_name(reason.node, names)}: ", style), _named(reason.text, names))
 

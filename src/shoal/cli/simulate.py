@@ -9,7 +9,8 @@ import msgspec
 import typer
 from rich.console import Console
 
-from shoal.cli.plan import NO_PLAN, read_file, read_problem
+from shoal.cli.files import read_file, read_problem
+from shoal.cli.plan import NO_PLAN
 from shoal.cli.plan_table import render_plan
 from shoal.cli.simulate_table import Compared, render_compared
 from shoal.errors import InvalidRequestError

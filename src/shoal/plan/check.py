@@ -48,7 +48,7 @@ def check(problem: Problem) -> None:
     _check_limits(problem.limits)
     _check_choose(problem.choose, problem.shape)
     if problem.cloud is not None:
-        _check_cloud(problem.cloud)
+        check_cloud(problem.cloud)
     _check_pins(problem)
     _check_counts(problem)
     _check_size(problem)
@@ -155,7 +155,8 @@ def _check_choose(choose: Choose, shape: RequestShape) -> None:
         )
 
 
-def _check_cloud(cloud: Cloud) -> None:
+def check_cloud(cloud: Cloud) -> None:
+    """Raise InvalidRequestError naming the first figure that makes no sense."""
     for name in cloud.__struct_fields__:
         value = getattr(cloud, name)
         if isinstance(value, int | float):

@@ -40,12 +40,12 @@ class Columns:
 
 
 def bounded(problem: Problem, known: Sequence[Way], most: int, budget: Budget) -> Columns:
-    """Bound all sets of pipelines, *most* at once (0: any number); *known* are some to begin with."""
+    """Bound all sets of *most* pipelines; *known* are some to begin with."""
     tables, ways = build_tables(problem), list(dict.fromkeys(known))
     bound = INF
     for _ in range(ROUNDS):
         columns = [(way, cost) for way in ways if (cost := costed(problem, way)) is not None]
-        if not all(any(cost.busy_s.values()) for _, cost in columns):
+        if not all(cost.lap_s for _, cost in columns):  # takes no time
             return Columns(ways=tuple(ways), bound=INF)
         packed, prices = _packed(problem, [cost for _, cost in columns], most)
         ways = [way for way, _ in columns]
@@ -69,10 +69,9 @@ def _packed(problem: Problem, costs: Sequence[Costed], most: int) -> tuple[Packi
     keys = list(dict.fromkeys(key for cost in costs for key, busy_s in cost.busy_s.items() if busy_s > 0))
     rows = [[cost.busy_s.get(key, 0.0) for cost in costs] for key in keys]
     limits = [1.0 for _ in keys]
-    if most:
-        rows.append([cost.lap_s for cost in costs])
-        limits.append(float(most * problem.shape.in_flight))
-        keys.append(_IN_FLIGHT)
+    rows.append([cost.lap_s for cost in costs])
+    limits.append(float(most * problem.shape.in_flight))
+    keys.append(_IN_FLIGHT)
     packed = pack(np.array(rows).reshape(len(keys), len(costs)), np.array(limits))
     return packed, dict(zip(keys, packed.prices.tolist(), strict=True))
 

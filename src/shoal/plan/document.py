@@ -6,11 +6,12 @@ import msgspec
 
 from shoal.errors import InvalidRequestError, UnsupportedVersionError
 from shoal.ids import NodeId
-from shoal.plan.check import check
+from shoal.plan.check import check, check_cloud
 from shoal.plan.dag.check import check_graph
 from shoal.plan.dag.problem import GRAPH_VERSION, GraphAnswer, GraphProblem
 from shoal.plan.pareto import Front
-from shoal.plan.problem import PROBLEM_VERSION, Answer, Infeasible, Plan, Problem
+from shoal.plan.problem import PROBLEM_VERSION, Answer, Cloud, Infeasible, Plan, Problem
+from shoal.plan.replicas import Replicas
 
 JSON_HINT = "docs/reference/problem.md lists every field; examples/problems has files that work"
 
@@ -74,6 +75,20 @@ def _strictly(raw: object, kind: type[Stated], newest: int) -> Stated:
     return problem
 
 
+def parse_cloud(document: bytes) -> Cloud:
+    """Read and check an endpoint; raises InvalidRequestError naming what is wrong."""
+    try:
+        raw = msgspec.json.decode(document)
+        cloud = msgspec.convert(raw, Cloud)
+    except msgspec.MsgspecError as error:
+        raise InvalidRequestError(f"this is not a cloud endpoint: {error}", hint=JSON_HINT, param="cloud") from error
+    unknown = _unknown_fields(raw, msgspec.to_builtins(cloud), "cloud.")
+    if unknown:
+        raise InvalidRequestError(f"unknown field {unknown[0]}", hint=JSON_HINT, param=unknown[0])
+    check_cloud(cloud)
+    return cloud
+
+
 def parse_plan(document: bytes) -> Plan:
     """Read a plan as `answer_json` writes it; raises InvalidRequestError when it is none."""
     try:
@@ -85,8 +100,8 @@ def parse_plan(document: bytes) -> Plan:
     return answer
 
 
-def answer_json(answer: Answer | Front | GraphAnswer) -> bytes:
-    """An answer as indented JSON; its `type` is `plan`, `front`, `graph-plan` or `infeasible`."""
+def answer_json(answer: Answer | Front | Replicas | GraphAnswer) -> bytes:
+    """An answer as indented JSON; its `type` is `plan`, `front`, `replicas`, `graph-plan` or `infeasible`."""
     return msgspec.json.format(msgspec.json.encode(answer), indent=2)
 
 

@@ -14,7 +14,7 @@ from msgspec.structs import replace
 
 from shoal.ids import NodeId
 from shoal.plan.budget import Budget
-from shoal.plan.cost import Span, barred, owners, shard_memory
+from shoal.plan.cost import Span, barred, free_bytes, kv_positions, owners, repeated_bytes, shard_memory
 from shoal.plan.limited import best
 from shoal.plan.problem import Pin, Problem
 from shoal.plan.routes import Way, costed, fits_together, shards
@@ -24,7 +24,7 @@ from shoal.plan.tables import build_tables
 PART = 0.25
 """Of what is left to plan, for one pipeline."""
 MOST = 16
-"""Pipelines at once, where nobody says how many."""
+"""Pipelines at once."""
 FAIR = 6
 """Numbers of pipelines whose fair shares of devices are tried."""
 LENGTHS = 4
@@ -57,6 +57,24 @@ def families(problem: Problem, known: Sequence[Way], most: int, budget: Budget) 
 def shared_devices(problem: Problem) -> frozenset[NodeId]:
     """Devices that every pipeline passes."""
     return frozenset(owners(problem).values())
+
+
+def most_at_once(problem: Problem, most: int) -> int:
+    """*most* (0: any number), or the fewer that there are devices and memory for.
+
+    What the devices of all pipelines cannot hold of the model must be held anew by each pipeline, on devices of its own.
+    """
+    out, common = barred(problem), shared_devices(problem)
+    devices = [device for device in problem.devices if device.node not in out]
+    own = [device for device in devices if device.node not in common]
+    factor = min((device.weights_factor for device in devices), default=1.0)
+    stored = sum(block.weights_bytes for block in problem.blocks) - repeated_bytes(problem, 0, len(problem.blocks))
+    cache = sum(block.kv_bytes_per_token for block in problem.blocks) * kv_positions(problem.shape)
+    outside = factor * stored + cache - sum(free_bytes(device) for device in devices if device.node in common)
+    count = len(own) + 2  # those without a device of their own: the best plan, and the whole model on one device
+    if outside > 0:
+        count = min(len(own), int(sum(free_bytes(device) for device in own) / outside))
+    return max(1, min(most or count, count))
 
 
 def _courses(problem: Problem, known: Sequence[Way], most: int) -> Iterator[_Course]:

@@ -1,8 +1,9 @@
 """Several pipelines at once: the most tokens per second of a fleet, with the bound that no set of pipelines exceeds.
 
 Placement is a bounded heuristic (`shoal.plan.pipelines`), how requests are spread over it is exact (`shoal.plan.routes`), and the
-bound holds for all placements (`shoal.plan.columns`).  Between the two is the gap: what memory that several pipelines share
-forbids, which the bound does not know, and what the heuristic missed.  The best single pipeline is always a candidate.
+bound holds for all placements in which a device serves one pipeline, but for devices that every pipeline passes
+(`shoal.plan.columns`).  Between the two is the gap: what memory forbids several pipelines at once, which the bound knows by
+totals only, and what the heuristic missed.  The best single pipeline is always a candidate.
 
 Micro-batches are those of the best single plan, chosen or given; each pipeline has as many in flight, with the cache for them.
 """
@@ -19,7 +20,7 @@ from shoal.plan.choosing import as_chosen
 from shoal.plan.columns import bounded
 from shoal.plan.cost import Span, barred
 from shoal.plan.figures import share
-from shoal.plan.pipelines import MOST, families
+from shoal.plan.pipelines import MOST, families, most_at_once
 from shoal.plan.placement import place
 from shoal.plan.problem import Estimate, Infeasible, Objective, Plan, Problem, Reason, RequestShape, Stage
 from shoal.plan.routes import Route, Spread, Way, costed, routes, spread
@@ -72,10 +73,11 @@ def replicate(problem: Problem, most: int, budget: Budget) -> Replicas | Infeasi
         return single
     stated = as_chosen(problem, single.shape)
     first = tuple(Span(stage.node, stage.start, stage.stop) for stage in single.stages)
-    known = bounded(stated, [first], most, budget.share(BOUND))
+    count = most_at_once(stated, most)
+    known = bounded(stated, [first], count, budget.share(BOUND))
     placed = budget.share(PLACED)
     best: tuple[tuple[Way, ...], Spread] | None = None
-    for ways in families(stated, [first, *(way for way in known.ways if way != first)], most or MOST, placed):
+    for ways in families(stated, [first, *(way for way in known.ways if way != first)], min(count, MOST), placed):
         if not set(stated.require) <= {span.node for way in ways for span in way}:
             continue
         found = spread(stated, ways)

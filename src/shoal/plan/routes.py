@@ -166,12 +166,10 @@ def _spread(problem: Problem, pipelines: Sequence[Way], ways: Sequence[Way]) -> 
 
 
 class Route(msgspec.Struct, frozen=True, kw_only=True):
-    """One step of requests from a shard to the next; a shard is named by its device and its first block."""
+    """One step of requests from a shard to the next."""
 
-    source: NodeId
-    source_start: int
-    target: NodeId
-    target_start: int
+    source: Span
+    target: Span
     requests_per_s: float
     weight: float
     """Of the requests at the first of the two shards, how many go on to the second."""
@@ -188,10 +186,8 @@ def routes(problem: Problem, found: Spread) -> tuple[Route, ...]:
         leaving[here] = leaving.get(here, 0.0) + amount
     return tuple(
         Route(
-            source=here.node,
-            source_start=here.start,
-            target=there.node,
-            target_start=there.start,
+            source=here,
+            target=there,
             requests_per_s=amount,
             weight=amount / leaving[here],
         )

@@ -10,7 +10,8 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from shoal.cli.plan import plan, read_problem
+from shoal.cli.files import read_problem
+from shoal.cli.plan import plan
 from shoal.errors import InvalidRequestError, UnsupportedVersionError
 from shoal.plan.dag.problem import GraphAnswer, GraphPlan, GraphProblem, OpPin
 from shoal.plan.document import parse_either

@@ -98,7 +98,7 @@ def as_chosen(problem: Problem, shape: RequestShape) -> Problem:
 
 def smallest(problem: Problem) -> Problem:
     """The choice that takes the least memory."""
-    found = min(_ranges(problem), key=lambda choice: (choice.batch * choice.low, choice.batch))
+    found = _least(list(_ranges(problem)))
     return shaped(problem, found.batch, found.low)
 
 
@@ -106,16 +106,17 @@ def choose(problem: Problem, budget: Budget, search: Search) -> tuple[Chosen | N
     """The best choice and its chain, or none; and whether that is proven, where there is none."""
     state, lowest = _State(problem=problem), INF
     waiting = list(_ranges(problem))
-    roots = len(waiting)
+    least = _least(waiting)
     heapify(waiting)
     while waiting:
         first = heappop(waiting)
         if state.hopeless(first.bound):
             break
-        if budget.spent() and (state.best is not None or roots <= 0):
+        if budget.spent():
             lowest = min(lowest, first.bound)
+            if state.best is None and least in {first, *waiting}:  # what fits at all, fits there
+                _searched(state, least, search, budget)
             break
-        roots -= 1
         bound = _searched(state, first, search, budget)
         if state.hopeless(bound):
             continue
@@ -139,6 +140,10 @@ def _ranges(problem: Problem) -> Iterator[_Range]:
             low, most = shape.in_flight, min(most, shape.in_flight)
         if most >= max(1, low):
             yield _Range(_work_bound(problem, batch), batch, low, most)
+
+
+def _least(ranges: Sequence[_Range]) -> _Range:
+    return min(ranges, key=lambda choice: (choice.batch * choice.low, choice.batch))
 
 
 def _searched(state: _State, part: _Range, search: Search, budget: Budget) -> float:

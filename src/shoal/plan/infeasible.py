@@ -5,17 +5,19 @@ which a stage exceeds its device).  The nearest setting is the largest context, 
 placement exists.
 """
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from msgspec.structs import replace
 
 from shoal.plan.budget import Budget
+from shoal.plan.chain import relax
 from shoal.plan.cost import barred, owners
 from shoal.plan.figures import size
 from shoal.plan.found import Found
 from shoal.plan.problem import DeviceSpec, Infeasible, Problem, RequestShape, Residency
-from shoal.plan.search import cheapest, demanded
+from shoal.plan.search import NOTHING, cheapest, demanded
 from shoal.plan.tables import INF, Tables, build_tables, cost_passes, missing_passes
 
 CONTEXT_STEP_TOKENS = 64
@@ -32,8 +34,12 @@ class Searched:
 
 
 def least_missing(problem: Problem, tables: Tables, budget: Budget) -> Found:
-    """The chain whose stages overflow their devices least; its cost is in bytes."""
-    return cheapest(tables, list(missing_passes(tables)), budget.share(PART), demanded(problem, tables))
+    """The chain whose stages overflow their devices least; its cost is in bytes.  Without time to look, its bound alone."""
+    passes = list(missing_passes(tables))
+    if budget.spent():
+        bound = min((relax(tables, search).bound for search in passes), default=INF)
+        return dataclasses.replace(NOTHING, bound=bound)
+    return cheapest(tables, passes, budget.share(PART), demanded(problem, tables))
 
 
 def infeasible(problem: Problem, tables: Tables | None, budget: Budget, searched: Searched | None = None) -> Infeasible:
@@ -42,6 +48,8 @@ def infeasible(problem: Problem, tables: Tables | None, budget: Budget, searched
         return _barred(problem)
     missing = searched.missing if searched else least_missing(problem, tables, budget)
     proven = searched is not None and searched.proven
+    if missing.chain is None and 0 < missing.bound < INF:
+        return _at_least(missing.bound)
     if missing.chain is None:
         return _not_memory(problem, budget, proven=proven or missing.bound == INF)
     if missing.cost <= 0:
@@ -83,6 +91,15 @@ def _memory(problem: Problem, tables: Tables, searched: Searched, budget: Budget
         available_bytes=needed - int(missing.cost),
         hint=_nearest(problem, budget)
         or f"add a device, or {about}{size(missing.cost)} of memory budget to those in the reason",
+    )
+
+
+def _at_least(missing_bytes: float) -> Infeasible:
+    return Infeasible(
+        reason=f"the model does not fit: at least {size(missing_bytes)} of memory are missing; where, was not searched in time",
+        needed_bytes=int(missing_bytes),
+        available_bytes=0,
+        hint="allow more time to plan, add a device, or ask for a smaller context or fewer slots",
     )
 
 

@@ -25,6 +25,8 @@ from shoal.plan.tables import INF, LATENCY, Chain, Pass, Tables, Weights, busy_s
 
 SWEEP_LIMIT = 16_384
 """Array operations that one exact search may take; about 25 us each at 70 blocks.  Throughput needs some 25 searches."""
+BISECTED = 8
+"""How many sweeps a circuit that minimises max(T, L / B) at once is worth; a bisection takes some 25 of them."""
 
 EXACT = "exact-subsets"
 RELAXATION = "layered-shortest-path"
@@ -117,7 +119,7 @@ def _better(one: Found, other: Found) -> Found:
 def _tokens_at_once(tables: Tables, budget: Budget, choice: Choice) -> Found | None:
     """The circuit that minimises max(T, L / B) itself; None where it does not apply."""
     passes = list(cost_passes(tables))
-    if _few(tables, len(passes)) or not installed():
+    if _few(tables, BISECTED * len(passes)) or not installed():
         return None
     form = periodic(passes)
     return circuit_tokens(tables, passes, form, budget, Scope(choice=choice)) if form and form.exact else None

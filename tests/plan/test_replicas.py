@@ -11,9 +11,11 @@ from msgspec.structs import replace
 
 from shoal.ids import NodeId
 from shoal.plan.budget import StepBudget
+from shoal.plan.columns import bounded
 from shoal.plan.cost import Span, free_bytes, occupied, owners
 from shoal.plan.exact import placements, satisfies
 from shoal.plan.packing import pack
+from shoal.plan.pipelines import most_at_once
 from shoal.plan.placement import place
 from shoal.plan.problem import (
     BlockSpec,
@@ -103,6 +105,19 @@ def test_no_two_pipelines_give_more_than_the_bound_and_the_best_single_one_never
     assert best <= answer.upper_bound * (1 + 1e-9)
     assert single.estimate.tokens_per_s * (1 - 1e-9) <= answer.tokens_per_s <= best * (1 + 1e-9)
     assert answer.gap == pytest.approx(1 - answer.tokens_per_s / answer.upper_bound, abs=1e-9)
+
+
+@LAWS
+@given(fleets(), st.sampled_from([0, 3, 10**9]))
+def test_a_bound_on_pipelines_is_true_however_little_time_there_is(problem: Problem, steps: int) -> None:
+    single = place(problem, StepBudget(10**9))
+    if isinstance(single, Infeasible):
+        return
+    known = [tuple(Span(stage.node, stage.start, stage.stop) for stage in single.stages)]
+
+    found = bounded(problem, known, most_at_once(problem, 2), StepBudget(steps))
+
+    assert best_pair(problem) <= found.bound * problem.shape.tokens_out * (1 + 1e-9)
 
 
 @LAWS

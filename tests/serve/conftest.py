@@ -212,6 +212,8 @@ class FakeFleet:
             links=(),
             source=NodeId("a"),
             limits=wanted.limits,
+            choose=wanted.choose,
+            cloud=wanted.cloud,
             residency=wanted.residency,
         )
 

@@ -13,7 +13,7 @@ from shoal.errors import InfeasibleError, InvalidRequestError, NodeUnreachableEr
 from shoal.fleet.views import ComponentHealth, DeploymentHealth, DeploymentState, EventView, HealthView
 from shoal.ids import DeploymentId, NodeId
 from shoal.observe.metrics import CONTENT_TYPE
-from shoal.plan.problem import Infeasible, Limits, Pin, RequestShape, Residency
+from shoal.plan.problem import Choose, Cloud, Infeasible, Limits, Pin, RequestShape, Residency
 
 if TYPE_CHECKING:
     from tests.serve.conftest import Gateway
@@ -37,10 +37,12 @@ def test_a_plan_that_cannot_be_is_an_answer(shoal: Shoal) -> None:
 
 def test_the_problem_behind_a_plan_comes_with_its_limits_and_residency(shoal: Shoal) -> None:
     limits, rule = Limits(joules=2.0), Residency(regions=("eu",))
+    choose, cloud = Choose(in_flight=4), Cloud(name="c", time_to_first_token_s=1.0, time_per_output_token_s=0.1)
 
-    problem = shoal.problem("m", limits=limits, residency=rule)
+    problem = shoal.problem("m", limits=limits, residency=rule, choose=choose, cloud=cloud)
 
     assert (problem.blocks[0].name, problem.limits, problem.residency) == ("m", limits, rule)
+    assert (problem.choose, problem.cloud) == (choose, cloud)
 
 
 def test_deploy_list_stop(shoal: Shoal) -> None:

@@ -37,7 +37,7 @@ def place(problem: Problem, budget: Budget) -> Answer:
     tables = build_tables(problem)
     found = _search(problem, tables, budget.share(SEARCH))
     if found.chain is None:
-        return _without(problem, tables, found, budget.share(WHY_NOT))
+        return why_not(problem, tables, found, budget.share(WHY_NOT))
     return _plan(problem, tables, found, budget.share(WHY))
 
 
@@ -46,12 +46,12 @@ def _choose(problem: Problem, budget: Budget) -> Answer:
     if chosen is None:
         least = smallest(problem)
         nothing = dataclasses.replace(NOTHING, bound=INF if proven else 0.0)
-        return _without(least, build_tables(least), nothing, budget.share(WHY_NOT))
+        return why_not(least, build_tables(least), nothing, budget.share(WHY_NOT))
     plan = _plan(chosen.problem, chosen.tables, chosen.found, budget.share(WHY))
     return replace(plan, weighed=chosen.weighed)
 
 
-def _without(problem: Problem, tables: Tables, found: Found, budget: Budget) -> Answer:
+def why_not(problem: Problem, tables: Tables, found: Found, budget: Budget) -> Answer:
     """What stands in the way; or the plan after all, where looking for that finds one."""
     limits = blocked(problem, tables, budget) if problem.limits != Limits() else None
     if limits is not None:

@@ -49,13 +49,19 @@ def placed(problem: GraphProblem, steps: int = ENOUGH) -> GraphAnswer | None:
 @HUNDREDS
 @given(graph_problems(2, most=9))
 def test_two_tiers_are_cut_as_well_as_can_be(problem: GraphProblem) -> None:
-    assert_best(problem, place_graph(problem, StepBudget(ENOUGH)), placements(problem))
+    answer = place_graph(problem, StepBudget(ENOUGH))
+
+    assert_best(problem, answer, placements(problem))
+    assert isinstance(answer, Infeasible) or answer.solver in {"chain", "min-cut"}, "one cut was not enough"
 
 
 @HUNDREDS
 @given(graph_problems(3, most=9))
 def test_three_tiers_are_cut_as_well_as_can_be(problem: GraphProblem) -> None:
-    assert_best(problem, place_graph(problem, StepBudget(ENOUGH)), placements(problem))
+    answer = place_graph(problem, StepBudget(ENOUGH))
+
+    assert_best(problem, answer, placements(problem))
+    assert isinstance(answer, Infeasible) or answer.solver in {"chain", "min-cut"}, "one cut was not enough"
 
 
 @HUNDREDS

@@ -167,20 +167,37 @@ def test_without_a_link_the_source_does_all(line: Line) -> None:
     assert plan.reasons[1].text.startswith("left out: no operator may be there")
 
 
-def test_a_spent_budget_gives_a_plan_with_its_gap(line: Line) -> None:
+@pytest.fixture
+def knapsack(line: Line) -> GraphProblem:
     """Weights that no sum of makes the limit exactly: one price cannot tell which operators go."""
     count = 12
     stars = [(1, None, [0]), *((3 + i % 3, 0 if i == 1 else None, [i]) for i in range(1, count))]
-    problem = line(stars, [10.0, 1.0], weights=[0, *(5 + 3 * (i % 4) for i in range(1, count))], memory=[60, 61])
-    problem = replace(problem, pin_inputs=False)
+    weights = [0, *(5 + 3 * (i % 4) for i in range(1, count))]
+    return line(stars, [10.0, 1.0], weights=weights, memory=[60, 61], pin_inputs=False)
 
-    best, early = solved(problem), place_graph(problem, StepBudget(20))
 
-    assert best.gap == 0.0
-    assert best.solver == "min-cut-branch-and-bound"
-    assert isinstance(early, GraphPlan)
+def test_a_spent_budget_gives_a_plan_with_its_gap(knapsack: GraphProblem) -> None:
+    best, early = solved(knapsack), solved(knapsack, steps=20)
+
+    assert (best.gap, best.solver) == (0.0, "min-cut-branch-and-bound")
     assert early.lower_bound <= best.latency_s <= early.latency_s
     assert early.gap > 0
+
+
+def test_whenever_the_budget_is_spent_the_bound_is_true(knapsack: GraphProblem) -> None:
+    best = solved(knapsack)
+    for steps in range(3, 400, 7):
+        answer = solved(knapsack, steps)
+
+        assert answer.lower_bound <= best.latency_s * (1 + 1e-9) <= answer.latency_s * (1 + 2e-9), steps
+
+
+def test_a_source_without_room_for_its_own_worker_cannot_take_part(line: Line) -> None:
+    problem = line([(1, None, [0])], [9.0, 1.0], weights=[1], memory=[4, 9], pin_inputs=False)
+    crowded = replace(problem, tiers=(replace(problem.tiers[0], fixed_bytes=5), problem.tiers[1]))
+
+    assert ops_of(solved(problem)) == [(), (0,)]
+    assert isinstance(place_graph(crowded, StepBudget(ENOUGH)), Infeasible)
 
 
 @pytest.mark.parametrize("tiers", [2, 3])

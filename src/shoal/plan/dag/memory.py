@@ -12,6 +12,7 @@ that several operators share are not sums; a price sees the part of them that is
 """
 
 import heapq
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -94,8 +95,9 @@ class Search:
 def pack(known: Facts, budget: Budget, hint: Labels | None = None) -> Packed:
     """Minimise latency within memory; *hint* is a placement to begin with."""
     search = Search(known=known, budget=budget, held=_held(known), worst_s=2 * worst_s(known))
-    if hint is not None:
-        search.offer(hint)
+    for placement in (hint, _filled(known)):
+        if placement is not None:
+            search.offer(placement)
     tiers = len(known.op_s)
     ranges = ((0, tiers - 1),) * len(known.order)
     root = _relax(search, ranges, (0.0,) * tiers)
@@ -108,6 +110,24 @@ def pack(known: Facts, budget: Budget, hint: Labels | None = None) -> Packed:
             root = _climb(search, ranges, root, (tier, ROOT_STEPS))
     bound = root.bound if search.proven(root.bound) else _explore(search, Branch(ranges=ranges, relaxed=root))
     return _packed(search, bound, branched=True)
+
+
+def _filled(known: Facts) -> Labels | None:
+    """Operators in their order, each on the first tier with room that no earlier one has left; to have something early."""
+    problem, labels = known.problem, [0] * len(known.order)
+    tier, stored, workspace = 0, 0.0, 0
+    for op in known.order:
+        spec = problem.ops[op]
+        while tier < len(problem.tiers):
+            most = max(workspace, spec.workspace_bytes)
+            packed = problem.tiers[tier].weights_factor * (stored + spec.weights_bytes)
+            if math.ceil(packed) + most <= known.free_bytes[tier] and known.op_s[tier][op] < INF:
+                break
+            tier, stored, workspace = tier + 1, 0.0, 0
+        if tier == len(problem.tiers):
+            return None
+        labels[op], stored, workspace = tier, stored + spec.weights_bytes, max(workspace, spec.workspace_bytes)
+    return tuple(labels)
 
 
 def _packed(search: Search, bound: float, *, branched: bool) -> Packed:

@@ -377,7 +377,7 @@ def test_a_first_stage_that_is_not_heard_does_not_count_as_drained(serving: Flee
     state = serving
     for at_s in (0.9, 1.0):
         state = leaving(state, NODES[1], live_requests=0, at_s=at_s)
-    assert CHAT in state.quiet_since_s
+    assert (CHAT, 1) in state.quiet_since_s
 
     assert standing_of(state, 1.0 + 1.4 * DRAINED_AFTER_S) == (Phase.DRAINING, "")
 

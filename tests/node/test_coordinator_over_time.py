@@ -12,11 +12,12 @@ import pytest
 
 from shoal.clock import SystemClock
 from shoal.errors import NodeUnreachableError, ShoalError, UnsupportedVersionError
+from shoal.fleet.deployment import Deployment
 from shoal.fleet.order import Accepted, Hold, Reply, Retire, Wire
 from shoal.fleet.reconcile import Addressed, Phase
 from shoal.fleet.report import NodeFacts, NodeReport, ShardId, ShardReport, ShardState
 from shoal.fleet.spec import DeploymentSpec
-from shoal.fleet.state import Deployment, Standing
+from shoal.fleet.state import Standing
 from shoal.fleet.view import CoordinatorView, DeploymentStatus
 from shoal.ids import DeploymentId, Digest, NodeId
 from shoal.node import coordinator as timing

@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 
 from shoal.errors import CorruptFileError
+from shoal.fleet.deployment import Deployment
 from shoal.fleet.order import Hold
 from shoal.fleet.reconcile import Phase
 from shoal.fleet.report import ShardId
 from shoal.fleet.spec import DeploymentSpec
-from shoal.fleet.state import Deployment
 from shoal.fleet.view import CoordinatorView, DeploymentStatus, Lease
 from shoal.ids import DeploymentId, Digest, NodeId
 from shoal.node.in_use import in_use, journal_file

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import anyio
+import msgspec
 
 from shoal.errors import StorageFullError
 from shoal.fleet.order import Accepted, Hold, Refused, Retire, Wire
@@ -137,6 +138,41 @@ def test_a_shard_is_fetched_loaded_wired_and_given_up(journal: Journal) -> None:
 
     assert run(journal, use) == ["fetch m/1/0", "launch m/1/0", "stopped"]
     assert not journal.all("hold", Hold)
+
+
+def test_a_shard_beside_an_earlier_plan_leaves_that_one_alone(journal: Journal) -> None:
+    async def use(bench: Bench) -> None:
+        for epoch in (1, 2):
+            bench.keeper.offer(hold(shard(plan_epoch=epoch)))
+            await bench.loading(shard(plan_epoch=epoch))
+        bench.keeper.offer(msgspec.structs.replace(hold(shard(plan_epoch=3)), beside=(2,)))
+        await bench.loading(shard(plan_epoch=3))
+
+        assert [r.shard.plan_epoch for r in bench.keeper.reports()] == [2, 3]
+
+    log = run(journal, use)
+    assert log[: log.index("launch m/3/0")].count("stopped") == 1, "the first plan's, for the second"
+
+
+def test_a_shard_that_is_told_to_wait_is_fetched_beside_the_earlier_plan_and_loaded_in_its_place(
+    journal: Journal,
+) -> None:
+    async def use(bench: Bench) -> None:
+        bench.keeper.offer(hold(shard()))
+        await bench.loading(shard())
+        fetched = msgspec.structs.replace(hold(shard(plan_epoch=2)), load=False, beside=(1,))
+        for _ in range(2):
+            bench.keeper.offer(fetched)
+        await bench.until(lambda: (r := bench.report(shard(plan_epoch=2))) and r.state is ShardState.FETCHED)
+        assert bench.report(shard()) is not None
+        assert shard(plan_epoch=2) not in bench.workers
+
+        bench.keeper.offer(hold(shard(plan_epoch=2)))
+        await bench.loading(shard(plan_epoch=2))
+        assert [r.shard for r in bench.keeper.reports()] == [shard(plan_epoch=2)]
+
+    assert run(journal, use)[:5] == ["fetch m/1/0", "launch m/1/0", "fetch m/2/0", "stopped", "launch m/2/0"]
+    assert [(h.shard.plan_epoch, h.load) for h in journal.all("hold", Hold)] == [(2, True)], "as a restart will need it"
 
 
 def test_an_order_that_is_given_again_changes_nothing(journal: Journal) -> None:

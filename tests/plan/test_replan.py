@@ -118,6 +118,14 @@ def test_noise_within_the_band_never_moves_anything(noise: list[float], cost_s: 
         assert isinstance(verdict, Keep)
 
 
+def test_what_counted_as_equal_is_not_held_against_the_current_plan_later() -> None:
+    state, rules = Settling(), Rules(band=0.1, dwell_s=0.0)
+    for second in range(300):
+        state, _ = look(state, 10.0, 9.1, 3.0, float(second), rules)
+
+    assert isinstance(look(state, 10.0, 8.9, 3.0, 300.0, rules)[1], Keep)
+
+
 @given(st.floats(0.11, 0.9), st.floats(0.1, 10), st.floats(0.3, 5), st.floats(0, 100))
 def test_a_gain_that_stays_moves_it_in_the_end(gain: float, cost_s: float, requests: float, dwell_s: float) -> None:
     rules = Rules(dwell_s=dwell_s)

@@ -11,7 +11,10 @@ from shoal.ids import Digest, NodeId
 
 
 class Hold(msgspec.Struct, frozen=True, kw_only=True, tag="hold"):
-    """Have this shard loaded: fetch its chunks from *sources*, load it, report its locators."""
+    """Have this shard loaded: fetch its chunks from *sources*, load it, report its locators.
+
+    The memory of earlier plans of the deployment is free for it, except of those that are named in `beside`: they still answer.
+    """
 
     fencing_epoch: int
     shard: ShardId
@@ -24,6 +27,10 @@ class Hold(msgspec.Struct, frozen=True, kw_only=True, tag="hold"):
     in_flight: int
     memory_bytes: int
     sources: tuple[NodeId, ...]
+    load: bool = True
+    """False: have its chunks, and wait to be told again."""
+    beside: tuple[int, ...] = ()
+    """Plan epochs of the same deployment that stay meanwhile."""
 
 
 class Wire(msgspec.Struct, frozen=True, kw_only=True, tag="wire"):

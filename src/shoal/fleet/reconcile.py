@@ -8,9 +8,10 @@ from enum import StrEnum
 import msgspec
 
 from shoal.errors import NodeUnreachableError
+from shoal.fleet.deployment import Deployment
 from shoal.fleet.order import Hold, Order, Retire, Wire
 from shoal.fleet.report import NodeReport, ShardId, ShardReport, ShardState
-from shoal.fleet.state import Deployment, FleetState, Standing, drained, standing
+from shoal.fleet.state import FleetState, Standing, drained, standing
 from shoal.ids import DeploymentId, Digest, NodeId
 from shoal.plan.problem import Infeasible, Plan
 
@@ -23,6 +24,8 @@ class Phase(StrEnum):
     SERVING = "serving"
     DRAINING = "draining"
     """A node of the plan is leaving: running requests end, new ones are asked to come again (503 with Retry-After)."""
+    MOVING = "moving"
+    """Memory does not admit this plan and the next at once: running requests end, new ones wait for the next (`fleet.moves`)."""
     RECOVERING = "recovering"
     REFUSED = "refused"
 
@@ -44,11 +47,14 @@ def phase(deployment: Deployment, reports: Mapping[NodeId, NodeReport], *, is_dr
         case Plan() as plan:
             if broken(deployment, reports, is_drained=is_drained):
                 return Phase.RECOVERING
-            shards = [_shard_of(deployment, plan, i, reports) for i in range(len(plan.stages))]
+            shards = [shard_of(deployment, plan, i, reports) for i in range(len(plan.stages))]
             if any(reports[s.node].leaving for s in plan.stages):
                 return Phase.DRAINING
-            wired = all(s is not None and s.state is ShardState.WIRED for s in shards)
-            return Phase.SERVING if wired else Phase.LOADING
+            if deployment.successor is not None and deployment.successor.closing_s is not None:
+                return Phase.MOVING
+            if all(s is not None and s.state is ShardState.WIRED for s in shards):
+                return Phase.SERVING
+            return Phase.MOVING if deployment.held else Phase.LOADING
 
 
 def broken(deployment: Deployment, reports: Mapping[NodeId, NodeReport], *, is_drained: bool = False) -> str:
@@ -59,10 +65,10 @@ def broken(deployment: Deployment, reports: Mapping[NodeId, NodeReport], *, is_d
     for index, stage in enumerate(plan.stages):
         if stage.node not in reports:
             return f"node {stage.node} of stage {index} is gone"
-        shard = _shard_of(deployment, plan, index, reports)
+        shard = shard_of(deployment, plan, index, reports)
         if shard is not None and shard.state is ShardState.FAILED:
             return f"stage {index} on {stage.node} failed: {shard.error}"
-    shards = [_shard_of(deployment, plan, i, reports) for i in range(len(plan.stages))]
+    shards = [shard_of(deployment, plan, i, reports) for i in range(len(plan.stages))]
     leaving = [stage.node for stage in plan.stages if reports[stage.node].leaving]
     if leaving and (is_drained or shards[0] is None):
         return f"node {leaving[0]} is leaving"
@@ -84,7 +90,7 @@ def missing_orders(state: FleetState, fencing_epoch: int, now_s: float) -> tuple
         sound = not broken(deployment, reports, is_drained=drained(state, name))
         if isinstance(deployment.answer, Plan) and sound:
             orders += _towards(deployment, deployment.answer, reports, fencing_epoch)
-    wanted = {n: d.plan_epoch for n, d in state.deployments.items()}
+    wanted = {n: d.epochs for n, d in state.deployments.items()}
     for node, report in reports.items():
         orders += [
             Addressed(node=node, order=Retire(fencing_epoch=fencing_epoch, shard=s.shard))
@@ -123,7 +129,7 @@ def promised_bytes(
     reports: Iterable[NodeReport], deployments: Iterable[Deployment], besides: DeploymentId
 ) -> dict[NodeId, int]:
     """Memory of each node that is not for *besides*: what others hold there, or what their plans will, whichever is more."""
-    others = {d.spec.deployment: d.answer for d in deployments if isinstance(d.answer, Plan)}
+    others = {d.spec.deployment: d for d in deployments}
     promised: dict[NodeId, int] = {}
     for report in reports:
         held: dict[DeploymentId, int] = {}
@@ -131,38 +137,52 @@ def promised_bytes(
             if shard.state is not ShardState.FAILED:
                 name = shard.shard.deployment
                 held[name] = held.get(name, 0) + shard.memory_bytes
-        planned = {n: sum(s.memory_bytes for s in a.stages if s.node == report.node) for n, a in others.items()}
+        planned = {n: _planned_bytes(d, report.node) for n, d in others.items()}
         names = (held.keys() | planned.keys()) - {besides}
         promised[report.node] = sum(max(held.get(n, 0), planned.get(n, 0)) for n in names)
     return promised
+
+
+def _planned_bytes(deployment: Deployment, node: NodeId) -> int:
+    """What the plans of *deployment* will take of *node*; during a move both at once, unless memory does not admit that."""
+    now, then = deployment.answer, deployment.successor
+    held = sum(s.memory_bytes for s in now.stages if s.node == node) if isinstance(now, Plan) else 0
+    coming = sum(s.memory_bytes for s in then.plan.stages if s.node == node) if then else 0
+    return max(held, coming) if then and then.waits else held + coming
 
 
 def _towards(
     deployment: Deployment, plan: Plan, reports: Mapping[NodeId, NodeReport], fencing_epoch: int
 ) -> list[Addressed]:
     count = len(plan.stages)
-    shards = [_shard_of(deployment, plan, i, reports) for i in range(count)]
+    shards = [shard_of(deployment, plan, i, reports) for i in range(count)]
     orders: list[Addressed] = []
     for index, stage in enumerate(plan.stages):
         shard = shards[index]
         follower = shards[(index + 1) % count]
-        if shard is None:
-            hold = _hold(deployment, plan, index, reports, fencing_epoch)
+        if shard is None or shard.state is ShardState.FETCHED:
+            hold = hold_order(deployment, plan, index, reports, fencing_epoch)
             orders.append(Addressed(node=stage.node, order=hold))
         elif shard.state is ShardState.READY and follower is not None and follower.locators:
-            wire = Wire(
-                fencing_epoch=fencing_epoch,
-                shard=shard.shard,
-                next_node=plan.stages[(index + 1) % count].node,
-                next_locators=follower.locators,
-            )
-            orders.append(Addressed(node=stage.node, order=wire))
+            orders.append(wire_order(plan, index, shard.shard, follower, fencing_epoch))
     return orders
 
 
-def _hold(
+def wire_order(plan: Plan, index: int, shard: ShardId, follower: ShardReport, fencing_epoch: int) -> Addressed:
+    """Have stage *index* of *plan* send to the worker that *follower* reports."""
+    wire = Wire(
+        fencing_epoch=fencing_epoch,
+        shard=shard,
+        next_node=plan.stages[(index + 1) % len(plan.stages)].node,
+        next_locators=follower.locators,
+    )
+    return Addressed(node=plan.stages[index].node, order=wire)
+
+
+def hold_order(
     deployment: Deployment, plan: Plan, index: int, reports: Mapping[NodeId, NodeReport], fencing_epoch: int
 ) -> Hold:
+    """Have stage *index* of the plan of *deployment* fetched and loaded."""
     stage, spec = plan.stages[index], deployment.spec
     return Hold(
         fencing_epoch=fencing_epoch,
@@ -176,12 +196,14 @@ def _hold(
         in_flight=plan.shape.in_flight,
         memory_bytes=stage.memory_bytes,
         sources=sources(spec.manifest, reports, asker=stage.node, source=spec.source),
+        beside=tuple(epoch for epoch in deployment.epochs if epoch != deployment.plan_epoch),
     )
 
 
-def _shard_of(
+def shard_of(
     deployment: Deployment, plan: Plan, index: int, reports: Mapping[NodeId, NodeReport]
 ) -> ShardReport | None:
+    """What the node of stage *index* reports of that shard."""
     report = reports.get(plan.stages[index].node)
     if report is None:
         return None
@@ -202,5 +224,5 @@ def _suffers(shard: ShardReport, follower: ShardReport | None) -> bool:
     return shard.state is ShardState.WIRED or (shard.state is ShardState.READY and listens)
 
 
-def _stale(shards: Iterable[ShardReport], wanted: Mapping[DeploymentId, int]) -> list[ShardReport]:
-    return [s for s in shards if wanted.get(s.shard.deployment, -1) != s.shard.plan_epoch]
+def _stale(shards: Iterable[ShardReport], wanted: Mapping[DeploymentId, tuple[int, ...]]) -> list[ShardReport]:
+    return [s for s in shards if s.shard.plan_epoch not in wanted.get(s.shard.deployment, ())]

@@ -20,9 +20,11 @@ class ShardId(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ShardState(StrEnum):
-    """How far a shard has come.  Each state follows the one before it; `failed` may follow any."""
+    """How far a shard has come.  Each state follows one before it (`fetched` may be passed over); `failed` may follow any."""
 
     FETCHING = "fetching"
+    FETCHED = "fetched"
+    """On disk, and told to wait: another plan still has the memory."""
     LOADING = "loading"
     READY = "ready"
     WIRED = "wired"

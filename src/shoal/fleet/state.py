@@ -4,11 +4,22 @@ A member's standing is a function of how long ago it was heard (`standing`), on 
 that silence alone could make wrong.
 """
 
+from collections.abc import Iterator, Mapping
 from enum import StrEnum
 from typing import assert_never
 
 import msgspec
 
+from shoal.fleet.deployment import (
+    Deployment,
+    MoveBegun,
+    MoveClosing,
+    MoveDropped,
+    MoveEnded,
+    MoveEvent,
+    MoveMade,
+    moved,
+)
 from shoal.fleet.report import NodeReport, ShardId
 from shoal.fleet.spec import DeploymentSpec
 from shoal.ids import DeploymentId, NodeId
@@ -48,22 +59,13 @@ class Member(msgspec.Struct, frozen=True, kw_only=True):
     """When its process or link was seen to end, unless it was heard since."""
 
 
-class Deployment(msgspec.Struct, frozen=True, kw_only=True):
-    """What is wanted and the plan made for it; `plan_epoch` 0 means that none was made yet."""
-
-    spec: DeploymentSpec
-    plan_epoch: int = 0
-    answer: Answer | None = None
-    planned_s: float = 0.0
-
-
 class FleetState(msgspec.Struct, frozen=True, kw_only=True):
     """Members by id and deployments by name."""
 
     members: dict[NodeId, Member] = {}
     deployments: dict[DeploymentId, Deployment] = {}
-    quiet_since_s: dict[DeploymentId, float] = {}
-    """Of deployments with a leaving node: when their first stage began to say that it answers nobody."""
+    quiet_since_s: dict[tuple[DeploymentId, int], float] = {}
+    """Of plans that are to end, by epoch: when their first stage began to say that it answers nobody."""
 
 
 class NodeHeard(msgspec.Struct, frozen=True, kw_only=True, tag="node_heard"):
@@ -110,7 +112,7 @@ class PlanMade(msgspec.Struct, frozen=True, kw_only=True, tag="plan_made"):
     at_s: float
 
 
-Event = NodeHeard | NodeVanished | NodeForgotten | DeploymentWanted | DeploymentDropped | PlanMade
+Event = NodeHeard | NodeVanished | NodeForgotten | DeploymentWanted | DeploymentDropped | PlanMade | MoveEvent
 
 
 def apply(state: FleetState, event: Event) -> FleetState:
@@ -118,12 +120,8 @@ def apply(state: FleetState, event: Event) -> FleetState:
     match event:
         case NodeHeard():
             return _heard(state, event)
-        case NodeVanished(node=node, incarnation=incarnation, at_s=at_s):
-            known = state.members.get(node)
-            if known is None or known.report.incarnation != incarnation or at_s < known.heard_s:
-                return state
-            gone = msgspec.structs.replace(known, vanished_s=at_s)
-            return msgspec.structs.replace(state, members={**state.members, node: gone})
+        case NodeVanished():
+            return _vanished(state, event)
         case NodeForgotten(node=node, incarnation=incarnation):
             known = state.members.get(node)
             if known is None or known.report.incarnation > incarnation:
@@ -140,13 +138,19 @@ def apply(state: FleetState, event: Event) -> FleetState:
             if old is None or old.spec.generation > generation:
                 return state
             rest = {n: d for n, d in state.deployments.items() if n != name}
-            return _without_quiet(msgspec.structs.replace(state, deployments=rest), name)
+            return _without_quiet(msgspec.structs.replace(state, deployments=rest), name, *old.epochs)
         case PlanMade():
             old = state.deployments.get(event.deployment)
             if old is None or old.plan_epoch >= event.plan_epoch:
                 return state
-            planned = Deployment(spec=old.spec, plan_epoch=event.plan_epoch, answer=event.answer, planned_s=event.at_s)
+            planned = Deployment(
+                spec=old.spec, plan_epoch=event.plan_epoch, answer=event.answer, planned_s=event.at_s, held=old.held
+            )
             return _with_deployment(state, planned)
+        case MoveBegun() | MoveClosing() | MoveMade() | MoveEnded() | MoveDropped():
+            old = state.deployments.get(event.deployment)
+            after = moved(old, event) if old is not None else None
+            return _with_deployment(state, after) if after is not None else state
         case _:
             assert_never(event)
 
@@ -177,20 +181,25 @@ def unheard(state: FleetState) -> bool:
 
 def highest_plan_epoch(state: FleetState) -> int:
     """Shards are known by deployment and plan epoch: no epoch may come twice, also after a drop or a takeover."""
-    made = [deployment.plan_epoch for deployment in state.deployments.values()]
+    made = [epoch for deployment in state.deployments.values() for epoch in deployment.epochs]
     held = [s.shard.plan_epoch for m in state.members.values() for s in m.report.shards]
     return max([0, *made, *held])
 
 
-def drained(state: FleetState, name: DeploymentId) -> bool:
-    """Whether the plan of *name*, which a node is leaving, has answered nobody for `DRAINED_AFTER_S`.
+def drained(state: FleetState, name: DeploymentId, *, former: bool = False) -> bool:
+    """Whether the plan of *name*, or its *former* one, is to end and has answered nobody for `DRAINED_AFTER_S`.
 
     From report to report of its first stage's node: silence is no proof that nobody is answered.
     """
-    since_s, deployment = state.quiet_since_s.get(name), state.deployments.get(name)
-    if since_s is None or deployment is None or not isinstance(deployment.answer, Plan):
+    deployment = state.deployments.get(name)
+    if deployment is None:
         return False
-    first = state.members.get(deployment.answer.stages[0].node)
+    left = deployment.former
+    epoch, plan = (left.plan_epoch, left.plan) if former and left else (deployment.plan_epoch, deployment.answer)
+    since_s = state.quiet_since_s.get((name, epoch))
+    if since_s is None or not isinstance(plan, Plan):
+        return False
+    first = state.members.get(plan.stages[0].node)
     return first is not None and first.heard_s - since_s >= DRAINED_AFTER_S
 
 
@@ -200,10 +209,19 @@ def _heard(state: FleetState, event: NodeHeard) -> FleetState:
         return state
     member = Member(report=event.report, heard_s=event.at_s, vanished_s=_still_vanished(known, event))
     state = msgspec.structs.replace(state, members={**state.members, event.report.node: member})
-    for deployment in state.deployments.values():
-        if isinstance(deployment.answer, Plan) and deployment.answer.stages[0].node == event.report.node:
-            state = _with_quiet(state, deployment, deployment.answer)
+    for name, deployment in state.deployments.items():
+        for epoch, plan, ends in _plans(deployment, state.members):
+            if plan.stages[0].node == event.report.node:
+                state = _with_quiet(state, ShardId(deployment=name, plan_epoch=epoch, stage=0), member, ends=ends)
     return state
+
+
+def _vanished(state: FleetState, event: NodeVanished) -> FleetState:
+    known = state.members.get(event.node)
+    if known is None or known.report.incarnation != event.incarnation or event.at_s < known.heard_s:
+        return state
+    gone = msgspec.structs.replace(known, vanished_s=event.at_s)
+    return msgspec.structs.replace(state, members={**state.members, event.node: gone})
 
 
 def _still_vanished(known: Member | None, event: NodeHeard) -> float | None:
@@ -212,23 +230,35 @@ def _still_vanished(known: Member | None, event: NodeHeard) -> float | None:
     return known.vanished_s if event.at_s - known.vanished_s < HINT_RACE_S else None
 
 
-def _with_quiet(state: FleetState, deployment: Deployment, plan: Plan) -> FleetState:
+def _plans(deployment: Deployment, members: Mapping[NodeId, Member]) -> Iterator[tuple[int, Plan, bool]]:
+    """The plans of *deployment* that may answer, and whether they are to end."""
+    if isinstance(deployment.answer, Plan):
+        stages, heir = deployment.answer.stages, deployment.successor
+        leaving = any(members[s.node].report.leaving for s in stages if s.node in members)
+        closing = heir is not None and heir.closing_s is not None
+        yield deployment.plan_epoch, deployment.answer, leaving or closing
+    if deployment.former is not None:
+        yield deployment.former.plan_epoch, deployment.former.plan, True
+
+
+def _with_quiet(state: FleetState, shard: ShardId, first: Member, *, ends: bool) -> FleetState:
     """*state* after the node of the first stage was heard."""
-    name, first = deployment.spec.deployment, state.members[plan.stages[0].node]
-    leaving = any(state.members[s.node].report.leaving for s in plan.stages if s.node in state.members)
-    shard = ShardId(deployment=name, plan_epoch=deployment.plan_epoch, stage=0)
     busy = any(s.live_requests + s.waiting_requests for s in first.report.shards if s.shard == shard)
-    if not leaving or busy:
-        return _without_quiet(state, name)
-    return msgspec.structs.replace(state, quiet_since_s={name: first.heard_s, **state.quiet_since_s})
+    key = (shard.deployment, shard.plan_epoch)
+    if not ends or busy:
+        return _without_quiet(state, *key)
+    return msgspec.structs.replace(state, quiet_since_s={key: first.heard_s, **state.quiet_since_s})
 
 
-def _without_quiet(state: FleetState, name: DeploymentId) -> FleetState:
-    if name not in state.quiet_since_s:
+def _without_quiet(state: FleetState, name: DeploymentId, *epochs: int) -> FleetState:
+    gone = {(name, epoch) for epoch in epochs}
+    if not gone & state.quiet_since_s.keys():
         return state
-    return msgspec.structs.replace(state, quiet_since_s={n: s for n, s in state.quiet_since_s.items() if n != name})
+    return msgspec.structs.replace(state, quiet_since_s={n: s for n, s in state.quiet_since_s.items() if n not in gone})
 
 
 def _with_deployment(state: FleetState, deployment: Deployment) -> FleetState:
-    changed = {**state.deployments, deployment.spec.deployment: deployment}
-    return _without_quiet(msgspec.structs.replace(state, deployments=changed), deployment.spec.deployment)
+    """What was said of its plans before says nothing of what they are now."""
+    name, old = deployment.spec.deployment, state.deployments.get(deployment.spec.deployment)
+    changed = msgspec.structs.replace(state, deployments={**state.deployments, name: deployment})
+    return _without_quiet(changed, name, *deployment.epochs, *(old.epochs if old is not None else ()))

@@ -3,8 +3,9 @@
 from collections.abc import Mapping
 from typing import assert_never
 
+from shoal.fleet.deployment import Deployment
 from shoal.fleet.reconcile import Phase, broken, heard, phase
-from shoal.fleet.state import Deployment, FleetState, Member, drained
+from shoal.fleet.state import FleetState, Member, drained
 from shoal.fleet.view import DeploymentStatus
 from shoal.ids import DeploymentId, NodeId
 from shoal.plan.problem import Answer, Infeasible, Plan
@@ -55,6 +56,7 @@ def _reason(state: FleetState, deployment: Deployment, now_s: float) -> str:
         case Infeasible() as infeasible:
             return f"{infeasible.reason}; {infeasible.hint}" if infeasible.hint else infeasible.reason
         case Plan() | None:
-            return why_broken(state, deployment, now_s)
+            heir = deployment.successor
+            return why_broken(state, deployment, now_s) or (f"moving: {heir.why}" if heir is not None else "")
         case _:
             assert_never(deployment.answer)

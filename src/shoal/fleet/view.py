@@ -5,8 +5,8 @@ Gateways route by it, a standby takes over from it, and a node that sees a highe
 
 import msgspec
 
+from shoal.fleet.deployment import Deployment
 from shoal.fleet.reconcile import Phase
-from shoal.fleet.state import Deployment
 from shoal.ids import DeploymentId, NodeId
 
 LEASE_S = 3.0

@@ -16,13 +16,13 @@ import msgspec
 
 from shoal.clock import Clock
 from shoal.errors import InvalidRequestError, ShoalError, UnknownModelError
+from shoal.fleet.deployment import Deployment
 from shoal.fleet.order import Refused, Reply
 from shoal.fleet.reconcile import Addressed, Phase, missing_orders
 from shoal.fleet.report import NodeReport
 from shoal.fleet.spec import DeploymentSpec
 from shoal.fleet.state import (
     LOST_AFTER_S,
-    Deployment,
     DeploymentDropped,
     DeploymentWanted,
     FleetState,

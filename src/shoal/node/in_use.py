@@ -10,8 +10,8 @@ from pathlib import Path
 import msgspec
 
 from shoal.errors import CorruptFileError
+from shoal.fleet.deployment import Deployment
 from shoal.fleet.order import Hold
-from shoal.fleet.state import Deployment
 from shoal.ids import DeploymentId, Digest
 from shoal.node.journal import Journal
 from shoal.node.last_plan import recall

@@ -8,9 +8,9 @@ from collections.abc import Mapping
 
 import msgspec
 
+from shoal.fleet.deployment import Deployment
 from shoal.fleet.reconcile import Phase, broken, phase
 from shoal.fleet.report import NodeFacts, NodeReport, ShardId, ShardReport, ShardState
-from shoal.fleet.state import Deployment
 from shoal.fleet.view import CoordinatorView, DeploymentStatus
 from shoal.ids import NodeId
 from shoal.node.journal import Journal
@@ -69,7 +69,9 @@ def alone(view: CoordinatorView, report: NodeReport, others: Mapping[NodeId, Nod
 
 
 def _alone(status: DeploymentStatus, heard: Mapping[NodeId, NodeReport]) -> DeploymentStatus:
-    deployment, plan = status.deployment, status.deployment.answer
+    # Half of a move is none: nobody is there to end it.
+    deployment = msgspec.structs.replace(status.deployment, successor=None, former=None, held=False)
+    plan, status = deployment.answer, msgspec.structs.replace(status, deployment=deployment)
     if isinstance(plan, Plan) and plan.stages[0].node in heard:
         reports = {
             **{n: _believed(deployment, plan, n, heard) for n in {s.node for s in plan.stages} - heard.keys()},
@@ -103,6 +105,6 @@ def _believed(deployment: Deployment, plan: Plan, node: NodeId, heard: Mapping[N
     return NodeReport(node=node, incarnation=0, sequence=0, facts=facts, shards=tuple(shards))
 
 
-def _plans(view: CoordinatorView) -> list[tuple[str, int, int]]:
+def _plans(view: CoordinatorView) -> list[tuple[str, int, tuple[int, ...]]]:
     found = (status.deployment for status in view.deployments)
-    return sorted((d.spec.deployment, d.spec.generation, d.plan_epoch) for d in found)
+    return sorted((d.spec.deployment, d.spec.generation, d.epochs) for d in found)

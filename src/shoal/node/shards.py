@@ -61,6 +61,7 @@ class _Kept:
     silent_looks: int = 0
     port: int = 0
     """Of the worker's data session, as it is on disk."""
+    may_load: anyio.Event = field(default_factory=anyio.Event)
     ended: anyio.Event = field(default_factory=anyio.Event)
 
 
@@ -164,11 +165,11 @@ class ShardKeeper:
         match order:
             case Hold():
                 kept = self._kept.get(order.shard)
-                if kept is None:
-                    for elder in self._elders(order.shard):
+                if kept is None or (order.load and not kept.hold.load):
+                    for elder in self._elders(order) if order.load else ():
                         await self._give_up(elder)
                     await anyio.to_thread.run_sync(lambda: self._journal.put("hold", str(order.shard), order))
-                    self._start(order, group)
+                    self._start(order, group) if kept is None else self._load(kept, order)
             case Wire():
                 await anyio.to_thread.run_sync(lambda: self._journal.put("wire", str(order.shard), order))
                 self._wire(order)
@@ -186,9 +187,15 @@ class ShardKeeper:
             await anyio.to_thread.run_sync(self._journal.remove, kind, str(shard))
         await anyio.to_thread.run_sync(forget_port, self._journal, shard)
 
-    def _elders(self, shard: ShardId) -> list[ShardId]:
-        """Shards of earlier plans of the same deployment: the memory for *shard* is theirs."""
-        return [s for s in self._kept if s.deployment == shard.deployment and s.plan_epoch < shard.plan_epoch]
+    def _elders(self, hold: Hold) -> list[ShardId]:
+        """Shards of earlier plans of the same deployment: the memory for this one is theirs, unless it is beside them."""
+        mine = [s for s in self._kept if s.deployment == hold.shard.deployment]
+        return [s for s in mine if s.plan_epoch < hold.shard.plan_epoch and s.plan_epoch not in hold.beside]
+
+    def _load(self, kept: _Kept, hold: Hold) -> None:
+        """What was only fetched may be loaded now."""
+        kept.hold = hold
+        kept.may_load.set()
 
     def _wire(self, order: Wire) -> None:
         kept = self._kept.get(order.shard)
@@ -215,7 +222,10 @@ class ShardKeeper:
         with kept.scope:
             try:
                 await self._fetch(kept.hold, lambda n: self._note(kept, fetched_bytes=kept.report.fetched_bytes + n))
-                for elder in [self._kept[shard] for shard in self._elders(kept.hold.shard)]:
+                if not kept.hold.load:
+                    self._note(kept, state=ShardState.FETCHED)
+                    await kept.may_load.wait()
+                for elder in [self._kept[shard] for shard in self._elders(kept.hold)]:
                     await elder.ended.wait()
                 self._note(kept, state=ShardState.LOADING)
                 worker = await self._launch(kept.hold)

@@ -7,10 +7,10 @@ import pytest
 from structlog.typing import FilteringBoundLogger
 
 from shoal.clock import ManualClock
+from shoal.fleet.deployment import Deployment
 from shoal.fleet.reconcile import Phase
 from shoal.fleet.report import ShardId
 from shoal.fleet.spec import DeploymentSpec
-from shoal.fleet.state import Deployment
 from shoal.fleet.view import LEASE_S, CoordinatorView, DeploymentStatus, Lease
 from shoal.fleet.views import DeploymentHealth, HealthView
 from shoal.ids import DeploymentId, Digest, NodeId, RequestId
@@ -160,7 +160,7 @@ def test_questions_at_once_share_one_probe(run: Run) -> None:
 def test_a_model_that_answers_is_not_asked_and_a_sign_of_life_is_enough_while_it_reads_a_long_prompt(run: Run) -> None:
     async def use(gateway: Gateway) -> None:
         await gateway.report()
-        client = gateway.models.get(CHAT).executor.client  # type: ignore[attr-defined]
+        client = gateway.models._open[CHAT].pipeline
         heard: list[object] = []
         client.listen(RequestId("long"), heard.append)
 

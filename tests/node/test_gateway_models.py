@@ -9,11 +9,11 @@ from structlog.typing import FilteringBoundLogger
 
 from shoal.clock import ManualClock
 from shoal.errors import InfeasibleError, UnavailableError, UnknownModelError
+from shoal.fleet.deployment import Deployment, Former
 from shoal.fleet.reconcile import Phase
 from shoal.fleet.report import NodeFacts, NodeReport, ShardId, ShardReport, ShardState
 from shoal.fleet.spec import DeploymentSpec
-from shoal.fleet.state import Deployment
-from shoal.fleet.view import CoordinatorView, DeploymentStatus, Lease
+from shoal.fleet.view import LEASE_S, CoordinatorView, DeploymentStatus, Lease
 from shoal.ids import DeploymentId, Digest, NodeId, RequestId
 from shoal.node.artifacts import Artifacts
 from shoal.node.gateway import Models
@@ -108,7 +108,7 @@ def test_a_model_is_made_ready_while_its_engine_loads_and_answers_when_that_is_t
 
 @pytest.mark.parametrize(
     ("phase", "served"),
-    [(phase, phase in {Phase.SERVING, Phase.DRAINING}) for phase in Phase],
+    [(phase, phase in {Phase.SERVING, Phase.DRAINING, Phase.MOVING}) for phase in Phase],
 )
 def test_a_node_knows_whether_any_model_of_the_fleet_answers(
     run: Callable[..., None], tiny_store: Tiny, phase: Phase, *, served: bool
@@ -150,7 +150,7 @@ def test_requests_are_broken_off_when_their_pipeline_is_no_more(
     async def use(models: Models) -> None:
         await opened(models, view(1, tiny_store[1], Phase.SERVING))
         heard: list[object] = []
-        client = models.get("chat").executor.client  # type: ignore[attr-defined]
+        client = models._open[CHAT].pipeline
         client.listen(RequestId("r"), heard.append)
 
         later = view(2, tiny_store[1], phase or Phase.SERVING, plan_epoch=plan_epoch, reason="stage 1 died")
@@ -168,13 +168,106 @@ def test_a_pipeline_that_drains_ends_what_runs_and_takes_nothing_new(
     async def use(models: Models) -> None:
         await opened(models, view(1, tiny_store[1], Phase.SERVING))
         heard: list[object] = []
-        models.get("chat").executor.client.listen(RequestId("r"), heard.append)  # type: ignore[attr-defined]
+        models._open[CHAT].pipeline.listen(RequestId("r"), heard.append)
 
         models.hear(view(2, tiny_store[1], Phase.DRAINING))
 
         assert heard == []
         with pytest.raises(UnavailableError, match="draining"):
             models.get("chat")
+
+    run(use)
+
+
+def moving(told: CoordinatorView, **changes: object) -> CoordinatorView:
+    """*told*, its deployment changed."""
+    status = told.deployments[0]
+    deployment = msgspec.structs.replace(status.deployment, **changes)
+    return msgspec.structs.replace(told, deployments=(msgspec.structs.replace(status, deployment=deployment),))
+
+
+def executor_of(models: Models, plan_epoch: int) -> object:
+    opened = models._open.get(CHAT)
+    return opened.executor if opened is not None and opened.status.deployment.plan_epoch == plan_epoch else None
+
+
+def test_when_a_deployment_has_moved_what_runs_goes_on_and_what_comes_goes_to_the_new_pipeline(
+    run: Callable[..., None], tiny_store: Tiny
+) -> None:
+    async def use(models: Models) -> None:
+        await opened(models, view(1, tiny_store[1], Phase.SERVING))
+        heard: list[object] = []
+        models._open[CHAT].pipeline.listen(RequestId("r"), heard.append)
+        model, first = models.get("chat"), await models._way(CHAT)
+
+        former = Former(plan_epoch=1, plan=plan(ME, OTHER))
+        models.hear(moving(view(2, tiny_store[1], Phase.SERVING, plan_epoch=2), former=former))
+
+        assert models.get("chat") is model, "it waits for a moment, and is not refused"
+        with anyio.fail_after(10):
+            second = await models._way(CHAT)
+        assert second is executor_of(models, 2)
+        assert second is not first
+        assert heard == []
+
+        models.hear(view(3, tiny_store[1], Phase.SERVING, plan_epoch=2))
+        assert [d.error_code for d in heard] == ["shard_lost"], "the old pipeline is no more"
+        assert await models._way(CHAT) is second
+
+    run(use)
+
+
+def test_while_neither_pipeline_takes_requests_they_wait_for_the_next(
+    run: Callable[..., None], tiny_store: Tiny
+) -> None:
+    async def use(models: Models) -> None:
+        await opened(models, view(1, tiny_store[1], Phase.SERVING))
+        got: list[object] = []
+
+        async def ask() -> None:
+            got.append(await models.get("chat").executor.way())  # type: ignore[attr-defined]
+
+        models.hear(view(2, tiny_store[1], Phase.MOVING))
+        async with anyio.create_task_group() as group:
+            group.start_soon(ask)
+            await anyio.sleep(0.05)
+            models.hear(moving(view(3, tiny_store[1], Phase.MOVING, plan_epoch=2), held=True))
+            group.start_soon(ask)
+            await anyio.sleep(0.05)
+            assert got == []
+            models.hear(view(4, tiny_store[1], Phase.SERVING, plan_epoch=2))
+
+        assert got == [executor_of(models, 2)] * 2
+
+    run(use)
+
+
+def test_who_waits_for_a_pipeline_that_never_comes_is_told_to_come_again(
+    run: Callable[..., None], tiny_store: Tiny
+) -> None:
+    async def use(models: Models) -> None:
+        await opened(models, view(1, tiny_store[1], Phase.SERVING))
+        models.hear(moving(view(2, tiny_store[1], Phase.MOVING, plan_epoch=2), held=True))
+        model = models.get("chat")
+        models.hear(view(3, tiny_store[1], Phase.RECOVERING, plan_epoch=2))
+
+        with pytest.raises(UnavailableError, match="recovering"):
+            await model.executor.way()  # type: ignore[attr-defined]
+
+    run(use)
+
+
+def test_where_the_coordinator_is_gone_in_the_middle_of_a_move_the_old_pipeline_takes_requests_again(
+    run: Callable[..., None], tiny_store: Tiny
+) -> None:
+    async def use(models: Models) -> None:
+        await opened(models, view(1, tiny_store[1], Phase.SERVING))
+        models.hear(view(2, tiny_store[1], Phase.MOVING))
+        assert isinstance(models.clock, ManualClock)
+
+        models.clock.advance(LEASE_S + 1)
+
+        assert await models._way(CHAT) is executor_of(models, 1)
 
     run(use)
 

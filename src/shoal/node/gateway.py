@@ -1,7 +1,11 @@
-"""The models that this node's gateway answers for: follows the coordinator's view, and ends what a lost pipeline cannot."""
+"""The models that this node's gateway answers for: follows the coordinator's view, and ends what a lost pipeline cannot.
+
+When a deployment moves, requests that run stay with the pipeline that they were sent to until it has answered them; new ones go to
+the next as soon as the view names it, and wait while neither takes any.
+"""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import anyio
@@ -23,6 +27,7 @@ from shoal.node.artifacts import Artifact, Artifacts
 from shoal.node.foretold import Foretold
 from shoal.node.heap import give_back_memory
 from shoal.node.pipeline import AnswerDesk, Pipeline
+from shoal.node.routed import RoutedExecutor
 from shoal.plan.problem import Plan
 from shoal.runtime.executor.staged import StagedExecutor
 from shoal.runtime.request import GenerateRequest
@@ -31,6 +36,8 @@ from shoal.store.home import Store, read_file
 
 IDLE_S = 5.0
 PROBE_TIMEOUT_S = 2.0
+HOLD_S = 60.0
+"""So long may a request wait while a deployment moves: drain, load and link take a few seconds, on slow devices ten times that."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +45,7 @@ class _Open:
     status: DeploymentStatus
     pipeline: Pipeline
     served: ServedModel
+    executor: StagedExecutor
     probing: anyio.Lock = field(default_factory=anyio.Lock)
 
 
@@ -57,10 +65,16 @@ class Models:
     _heard_s: float | None = None
     """When a coordinator was heard last; None: not since the start."""
     _open: dict[DeploymentId, _Open] = field(default_factory=dict)
+    _left: dict[DeploymentId, _Open] = field(default_factory=dict)
+    """Pipelines that a deployment has moved from; their running requests go on."""
+    _last: dict[DeploymentId, _Open] = field(default_factory=dict)
+    """What was open last, of deployments that were not declared anew since."""
     _closed: dict[DeploymentId, str] = field(default_factory=dict)
     """Why those that serve cannot be opened here."""
     _codecs: dict[Digest, ModelCodec | None] = field(default_factory=dict)
     _news: anyio.Event = field(default_factory=anyio.Event)
+    _turned: anyio.Event = field(default_factory=anyio.Event)
+    """Set, and replaced, when a request that waits should look again."""
 
     def hear(self, view: CoordinatorView) -> None:
         """A broadcast; what is older than the newest is ignored."""
@@ -73,20 +87,24 @@ class Models:
         self.view = view
         for name, opened in list(self._open.items()):
             status = view.find(name)
-            if status is not None and status.phase is Phase.DRAINING and _epoch(status) == _epoch(opened.status):
-                self._open[name] = _Open(status, opened.pipeline, opened.served)
-            elif status is None or status.phase is not Phase.SERVING or _epoch(status) != _epoch(opened.status):
-                reason = (
-                    status.reason if status is not None and status.reason else "the deployment was changed or stopped"
-                )
-                opened.pipeline.break_off(reason)
+            if status is not None and status.phase in _ANSWERING and _epoch(status) == _epoch(opened.status):
+                self._open[name] = replace(opened, status=status)
+            else:
                 del self._open[name]
+                self._leave(name, opened)
+        for name, left in list(self._left.items()):
+            if not _ends(left, view.find(name)):
+                del self._left[name]
+                _break_off(left, view.find(name))
+        generations = {s.deployment.spec.deployment: s.deployment.spec.generation for s in view.deployments}
+        self._last = {n: o for n, o in self._last.items() if generations.get(n) == _epoch(o.status)[0]}
         self._news.set()
+        self._turn()
 
     def any_served(self) -> bool:
         """Whether any model of the fleet answers now, by the newest view.  For any thread."""
         statuses = self.view.deployments if self.view is not None else ()
-        return any(status.phase in {Phase.SERVING, Phase.DRAINING} for status in statuses)
+        return any(status.phase in _ANSWERING for status in statuses)
 
     async def run(self) -> None:
         """Open pipelines that begin to serve, until cancelled; their text is prepared while their engines load."""
@@ -113,8 +131,10 @@ class Models:
     def get(self, name: str) -> ServedModel:
         """One of them; raises UnknownModelError, InfeasibleError, or UnavailableError while it loads or recovers."""
         opened = self._open.get(DeploymentId(name))
-        if opened is not None and opened.status.phase is Phase.SERVING:
+        if opened is not None and self._takes(opened):
             return opened.served
+        if self._holds(DeploymentId(name)):
+            return self._last[DeploymentId(name)].served
         status = self.view.find(DeploymentId(name)) if self.view is not None else None
         if status is None:
             known = ", ".join(sorted(self._open)) or "none yet"
@@ -138,6 +158,48 @@ class Models:
             )
         why = f" ({status.reason})" if status.reason else ""
         raise UnavailableError(f"{name} is {status.phase.value}{why}", hint="try again in a moment", retry_after_s=2.0)
+
+    async def _way(self, name: DeploymentId) -> StagedExecutor:
+        """The pipeline to ask; waits while the deployment moves.  Raises as `get` does."""
+        with anyio.move_on_after(HOLD_S):
+            while True:
+                opened = self._open.get(name)
+                if opened is not None and (self._takes(opened) or opened.status.phase is Phase.DRAINING):
+                    return opened.executor
+                if not self._holds(name):
+                    break
+                with anyio.move_on_after(LEASE_S):  # that no coordinator is heard any more turns nothing
+                    await self._turned.wait()
+        status = self.view.find(name) if self.view is not None else None
+        stands = status.phase.value if status is not None else "stopped"
+        raise UnavailableError(f"{name} is {stands}", hint="try again in a moment", retry_after_s=2.0)
+
+    def _takes(self, opened: _Open) -> bool:
+        """Whether the pipeline takes new requests; one that is to be left does when nobody is there to end the move."""
+        silent = self._heard_s is None or self.clock.now_s() - self._heard_s > LEASE_S
+        stands = opened.status.phase
+        return stands is Phase.SERVING or (stands is Phase.MOVING and silent)
+
+    def _holds(self, name: DeploymentId) -> bool:
+        """Whether requests wait for the next pipeline, which comes in a moment."""
+        status = self.view.find(name) if self.view is not None else None
+        if status is None or name not in self._last or name in self._closed:
+            return False
+        return status.phase is Phase.MOVING or (status.phase is Phase.SERVING and name not in self._open)
+
+    def _leave(self, name: DeploymentId, opened: _Open) -> None:
+        """Keep for its running requests the pipeline that the deployment has moved from; whatever was left before is no more."""
+        status = self.view.find(name) if self.view is not None else None
+        if name in self._left:
+            _break_off(self._left.pop(name), status)
+        if _ends(opened, status):
+            self._left[name] = opened
+        else:
+            _break_off(opened, status)
+
+    def _turn(self) -> None:
+        turned, self._turned = self._turned, anyio.Event()
+        turned.set()
 
     def _way_to(self, name: str) -> str:
         """Who asks for a name that nothing here can become is not told to deploy it."""
@@ -222,7 +284,7 @@ class Models:
         )
         with anyio.move_on_after(PROBE_TIMEOUT_S):
             try:
-                async for _ in opened.served.executor.generate(request):
+                async for _ in opened.executor.generate(request):
                     pass
             except ShoalError as error:
                 self.log.warning("probe.failed", deployment=opened.served.name, error=error.message)
@@ -240,7 +302,8 @@ class Models:
         self._closed.pop(name, None)
         current = self.view.find(name) if self.view is not None else None
         if current is not None and _epoch(current) == _epoch(status) and current.phase is Phase.SERVING:
-            self._open[name] = _Open(current, opened.pipeline, opened.served)
+            self._open[name] = self._last[name] = replace(opened, status=current)
+            self._turn()
 
     def _make(self, status: DeploymentStatus) -> _Open:
         deployment = status.deployment
@@ -259,12 +322,12 @@ class Models:
         served = ServedModel(
             name=spec.deployment,
             spec=model,
-            executor=StagedExecutor(client=pipeline),
+            executor=RoutedExecutor(partial(self._way, spec.deployment)),
             codec=self._codec(artifact),
             encoder=_encoder(artifact),
             created_unix_s=int(self.unix_s()),
         )
-        return _Open(status, pipeline, served)
+        return _Open(status, pipeline, served, StagedExecutor(client=pipeline))
 
     async def _drop_codecs(self, wanted: set[Digest]) -> None:
         kept = {digest: codec for digest, codec in self._codecs.items() if digest in wanted}
@@ -283,8 +346,22 @@ class Models:
         return ModelCodec.from_files(present, self.unix_s) if "tokenizer.json" in present else None
 
 
+_ANSWERING = {Phase.SERVING, Phase.DRAINING, Phase.MOVING}
+
+
 def _epoch(status: DeploymentStatus) -> tuple[int, int]:
     return status.deployment.spec.generation, status.deployment.plan_epoch
+
+
+def _ends(opened: _Open, status: DeploymentStatus | None) -> bool:
+    """Whether the deployment has moved from this pipeline, which ends its answers."""
+    ending = status.deployment.ending if status is not None else None
+    return ending is not None and (ending.spec.generation, ending.plan_epoch) == _epoch(opened.status)
+
+
+def _break_off(opened: _Open, status: DeploymentStatus | None) -> None:
+    reason = status.reason if status is not None and status.reason else "the deployment was changed or stopped"
+    opened.pipeline.break_off(reason)
 
 
 def _with_context(artifact: Artifact, context_tokens: int) -> ModelSpec:

@@ -11,6 +11,7 @@ import pytest
 
 from shoal.errors import ContextLengthError, InvalidRequestError, OverloadedError, ShardLostError
 from shoal.ids import DeploymentId, RequestId
+from shoal.node.routed import RoutedExecutor
 from shoal.runtime.backend.null import NullBackend, null_shard
 from shoal.runtime.effects import Abandon, InferArrived
 from shoal.runtime.executor.scripted import ScriptedExecutor
@@ -125,7 +126,7 @@ async def client() -> AsyncIterator[LocalClient]:
         group.cancel_scope.cancel()
 
 
-@pytest.fixture(params=["scripted", "staged"])
+@pytest.fixture(params=["scripted", "staged", "routed"])
 async def rig(request: pytest.FixtureRequest, client: LocalClient) -> Rig:
     if request.param == "scripted":
         executor = ScriptedExecutor(script=lambda r: [(7 * i + 3) % 50 for i in range(1000)], slots=SLOTS)
@@ -136,7 +137,11 @@ async def rig(request: pytest.FixtureRequest, client: LocalClient) -> Rig:
     def live() -> int:
         return sum(len(machine.slots.held) for machine in client.pipeline.machines)
 
-    return Rig(StagedExecutor(client), lambda r: two_stages().generate(r), live, client.cancelled)
+    async def way() -> StagedExecutor:
+        return StagedExecutor(client)
+
+    executor = RoutedExecutor(way) if request.param == "routed" else StagedExecutor(client)
+    return Rig(executor, lambda r: two_stages().generate(r), live, client.cancelled)
 
 
 async def collect(executor: Executor, wanted: GenerateRequest) -> list[OutputDelta]:

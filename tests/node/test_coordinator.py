@@ -17,11 +17,12 @@ from shoal.fleet.spec import DeploymentSpec
 from shoal.fleet.state import LOST_AFTER_S
 from shoal.fleet.view import LEASE_S, CoordinatorView, Lease
 from shoal.ids import DeploymentId, Digest, NodeId
-from shoal.node.coordinator import AWAY_AFTER_S, Coordinator
+from shoal.node.attendance import AWAY_AFTER_S
+from shoal.node.coordinator import Coordinator
 from shoal.node.journal import Journal
 from shoal.node.last_plan import remember
 from shoal.node.patience import RETRY_PLAN_S
-from shoal.plan.problem import Answer, Estimate, Infeasible, Objective, Plan, RequestShape, Stage
+from shoal.plan.problem import Answer, Estimate, Infeasible, Objective, Plan, Problem, RequestShape, Stage
 from shoal.profile.fleet import FleetProfile
 
 TICK_S = 0.005
@@ -56,17 +57,29 @@ class Nodes:
     shards: dict[NodeId, dict[ShardId, ShardReport]] = field(default_factory=dict)
     fence: int = 0
     answer: Callable[[list[NodeId]], Answer] = lambda usable: plan(*sorted(usable))
+    problem: Callable[[list[NodeId]], Problem | Infeasible] = lambda _: NO_ROOM
+    """What deployments that serve are weighed by."""
     orders: list[Addressed] = field(default_factory=list)
+    facts: NodeFacts = FACTS
+    live: int = 0
+    """Requests under way in every first stage."""
+    surveys: int = 0
     sequence: int = 0
     incarnation: int = 1
     coordinating: frozenset[NodeId] = frozenset()
     manifests: tuple[Digest, ...] = ()
 
     async def survey(self, spec: DeploymentSpec, reports: Mapping[NodeId, NodeReport]) -> FleetProfile:
+        self.surveys += 1
         return FleetProfile(profile_epoch=1, devices=(), links=())
 
     async def plan(self, spec: DeploymentSpec, surveyed: FleetProfile, promised: Mapping[NodeId, int]) -> Answer:
         return self.answer(list(promised))
+
+    async def state(
+        self, spec: DeploymentSpec, surveyed: FleetProfile, promised: Mapping[NodeId, int]
+    ) -> Problem | Infeasible:
+        return self.problem(list(promised))
 
     async def obey(self, addressed: Addressed) -> Reply:
         self.orders.append(addressed)
@@ -79,7 +92,12 @@ class Nodes:
         match order:
             case Hold():
                 mine[order.shard] = ShardReport(
-                    shard=order.shard, state=ShardState.READY, start=order.start, stop=order.stop, locators=("tcp/x:1",)
+                    shard=order.shard,
+                    state=ShardState.READY if order.load else ShardState.FETCHED,
+                    start=order.start,
+                    stop=order.stop,
+                    locators=("tcp/x:1",) if order.load else (),
+                    memory_bytes=order.memory_bytes,
                 )
             case Wire():
                 mine[order.shard] = msgspec.structs.replace(mine[order.shard], state=ShardState.WIRED)
@@ -94,8 +112,11 @@ class Nodes:
                 node=node,
                 incarnation=self.incarnation,
                 sequence=self.sequence,
-                facts=msgspec.structs.replace(FACTS, coordinates=node in self.coordinating),
-                shards=tuple(self.shards.get(node, {}).values()),
+                facts=msgspec.structs.replace(self.facts, name=node[:1], coordinates=node in self.coordinating),
+                shards=tuple(
+                    msgspec.structs.replace(s, live_requests=self.live if s.shard.stage == 0 else 0)
+                    for s in self.shards.get(node, {}).values()
+                ),
                 manifests=self.manifests,
             )
             for node in sorted(self.alive)
@@ -111,6 +132,8 @@ class Office:
     clock: ManualClock
     said: list[CoordinatorView]
     noted: list[str]
+    texts: list[str]
+    """What was said with each."""
 
     async def pass_s(self, seconds: float = 0.0, *, quiet: bool = False) -> None:
         """Let time go by in steps that a heartbeat survives; *quiet*: no node is heard meanwhile."""
@@ -157,6 +180,14 @@ def run(
     fleet = nodes or Nodes(clock)
     said: list[CoordinatorView] = []
     noted: list[str] = []
+    texts: list[str] = []
+
+    def note(kind: str, text: str, **_: object) -> None:
+        noted.append(kind)
+        texts.append(text)
+
+    def begin(epoch: int) -> None:
+        note(f"lease {epoch}", "")
 
     async def scenario() -> None:
         coordinator = Coordinator(
@@ -166,15 +197,15 @@ def run(
             planner=fleet,
             send_order=fleet.obey,
             broadcast=said.append,
-            note=lambda kind, text, **_: noted.append(kind),
-            begin_log=lambda epoch: noted.append(f"lease {epoch}"),
+            note=note,
+            begin_log=begin,
             eager=eager,
             tick_s=TICK_S,
         )
         with anyio.fail_after(60):
             async with anyio.create_task_group() as group:
                 group.start_soon(coordinator.run)
-                await use(Office(coordinator, fleet, clock, said, noted))
+                await use(Office(coordinator, fleet, clock, said, noted, texts))
                 group.cancel_scope.cancel()
 
     anyio.run(scenario)

@@ -26,7 +26,7 @@ from shoal.node.coordinator import Coordinator
 from shoal.node.events import EventRing
 from shoal.node.journal import Journal
 from shoal.observe.log import set_up_logs
-from shoal.plan.problem import Answer, Estimate, Infeasible, Objective, Plan, RequestShape, Stage
+from shoal.plan.problem import Answer, Estimate, Infeasible, Objective, Plan, Problem, RequestShape, Stage
 from shoal.profile.fleet import FleetProfile
 
 DESK = NodeId("d" * 32)
@@ -49,10 +49,10 @@ def plan(stop: int = 4, memory_bytes: int = 10) -> Plan:
 
 @dataclass
 class Script:
-    """A planner that gives *answer*, and one node that obeys: its shards end in *state*."""
+    """A planner that gives *answer*, and one node that obeys: its shards end as *shards_are*."""
 
     answer: Answer | Exception = field(default_factory=plan)
-    state: ShardState = ShardState.WIRED
+    shards_are: ShardState = ShardState.WIRED
     refusal: ShoalError | None = None
     shards: dict[ShardId, ShardReport] = field(default_factory=dict)
     asked: list[tuple[DeploymentId, dict[NodeId, int]]] = field(default_factory=list)
@@ -72,6 +72,9 @@ class Script:
             raise self.answer
         return self.answer
 
+    async def state(self, *_: object) -> Problem | Infeasible:
+        return Infeasible(reason="not weighed", needed_bytes=0, available_bytes=0)
+
     async def obey(self, addressed: Addressed) -> Reply:
         order = addressed.order
         if self.refusal is not None:
@@ -79,7 +82,11 @@ class Script:
         match order:
             case Hold(shard=shard):
                 self.shards[shard] = ShardReport(
-                    shard=shard, state=self.state, start=order.start, stop=order.stop, memory_bytes=order.memory_bytes
+                    shard=shard,
+                    state=self.shards_are,
+                    start=order.start,
+                    stop=order.stop,
+                    memory_bytes=order.memory_bytes,
                 )
             case Wire():
                 pass
@@ -224,14 +231,14 @@ async def test_what_fails_as_soon_as_it_is_loaded_is_tried_ever_more_rarely(
     journal: Journal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(patience, "RETRY_PLAN_S", 0.02)
-    script = Script(state=ShardState.FAILED)
+    script = Script(shards_are=ShardState.FAILED)
     async with leading(journal, script) as coordinator:
         await coordinator.want(SPEC)
         await anyio.sleep(1.0)
         # 0.02 + 0.04 + ... + 0.64 s: with a constant delay there would be dozens.
         assert 2 <= len(script.asked) <= 8
 
-        script.state = ShardState.WIRED
+        script.shards_are = ShardState.WIRED
         await coordinator.want(msgspec.structs.replace(SPEC, shape=RequestShape(slots=7)))  # the operator tries at once
         await until(lambda: serving(script))
 

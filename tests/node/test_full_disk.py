@@ -27,7 +27,7 @@ from shoal.node.last_plan import recall
 from shoal.node.messages import VIEW
 from shoal.node.shards import ShardKeeper
 from shoal.node.voice import Bell
-from shoal.plan.problem import Answer, Infeasible
+from shoal.plan.problem import Answer, Infeasible, Problem
 from shoal.profile.fleet import FleetProfile
 from shoal.transport.keys import EventTopic, HeartbeatTopic, key_of
 from shoal.transport.memory import MemoryBus
@@ -181,6 +181,9 @@ class NoPlanner:
 
     async def plan(self, *_: object) -> Answer:
         return Infeasible(reason="nowhere", needed_bytes=1, available_bytes=0)
+
+    async def state(self, *_: object) -> Problem | Infeasible:
+        return Infeasible(reason="not weighed", needed_bytes=0, available_bytes=0)
 
 
 async def obey(addressed: Addressed) -> Reply:

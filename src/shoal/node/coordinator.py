@@ -7,7 +7,6 @@ view says of a deployment is a function of the state (`fleet.statuses`).
 
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import anyio
 import anyio.abc
@@ -16,17 +15,17 @@ import msgspec
 
 from shoal.clock import Clock
 from shoal.errors import InvalidRequestError, ShoalError, UnknownModelError
-from shoal.fleet.deployment import Deployment
+from shoal.fleet.deployment import Deployment, resumed
+from shoal.fleet.moves import move_orders
 from shoal.fleet.order import Refused, Reply
 from shoal.fleet.reconcile import Addressed, Phase, missing_orders
 from shoal.fleet.report import NodeReport
 from shoal.fleet.spec import DeploymentSpec
 from shoal.fleet.state import (
-    LOST_AFTER_S,
     DeploymentDropped,
     DeploymentWanted,
+    Event,
     FleetState,
-    NodeForgotten,
     NodeHeard,
     NodeVanished,
     PlanMade,
@@ -40,29 +39,21 @@ from shoal.fleet.state import (
 from shoal.fleet.statuses import describe_answer, named, phases, statuses, why_broken
 from shoal.fleet.view import LEASE_S, CoordinatorView, Lease
 from shoal.ids import DeploymentId, Digest, NodeId
+from shoal.node.attendance import Attendance
 from shoal.node.journal import Journal
+from shoal.node.moving import Moving, Note
 from shoal.node.ordering import Ordering
 from shoal.node.patience import Patience
 from shoal.node.placing import Placing, Planner
 from shoal.node.tenure import Tenure
+from shoal.node.weighing import Weighing
 from shoal.plan.problem import Answer, Infeasible, Plan, Problem
 from shoal.profile.fleet import FleetProfile
 
 TICK_S = 0.1
 VIEW_EVERY_S = 0.5
-FORGET_AFTER_S = 600.0
-AWAY_AFTER_S = 30.0
-"""A node that was lost for that long has come anew when it is heard, restarted or not."""
 RETRY_DISK_S = 2.0
 """Until the journal is asked again that did not take a record."""
-
-
-class Note(Protocol):
-    """Where the coordinator writes what happened; see `events`."""
-
-    def __call__(
-        self, kind: str, text: str, *, node: NodeId | None = None, deployment: DeploymentId | None = None
-    ) -> None: ...
 
 
 def hear_nothing(_report: NodeReport, _served: Mapping[DeploymentId, Digest]) -> None:
@@ -93,20 +84,33 @@ class Coordinator:
     tick_s: float = TICK_S
     state: FleetState = field(default_factory=FleetState)
     _tenure: Tenure = field(init=False)
+    _attendance: Attendance = field(init=False)
     _placing: Placing = field(init=False)
+    moving: Moving = field(init=False)
+    """What pays and is under way."""
     _patience: Patience = field(default_factory=Patience)
     _ordering: Ordering = field(default_factory=Ordering)
     _disk_rests_until_s: float = float("-inf")
-    _standings: dict[NodeId, Standing] = field(default_factory=dict)
-    _lives: dict[NodeId, int] = field(default_factory=dict)
-    """The incarnation in which a node last came."""
     _phases: dict[DeploymentId, Phase] = field(default_factory=dict)
     _one_plan: anyio.Lock = field(default_factory=anyio.Lock)
     """Two plans at once would both count on the same free memory."""
+    _one_record: anyio.Lock = field(default_factory=anyio.Lock)
+    """Of two records of one deployment, the newer should be written last."""
 
     def __post_init__(self) -> None:
         self._tenure = Tenure(me=self.me, journal=self.journal, eager=self.eager)
+        self._attendance = Attendance(self.note, self._patience.forget_all, self._apply)
         self._placing = Placing(self.planner, self.clock, lambda: self.state)
+        self.moving = Moving(
+            Weighing(self._placing, self.clock, lambda: self.state),
+            self.clock,
+            lambda: self.state,
+            self._apply,
+            lambda above: self._number("plan", above=above),
+            self._keep,
+            lambda kind, text, **where: self.note(kind, named(text, self.state.members), **where),
+            self._one_plan,
+        )
 
     @property
     def lease(self) -> Lease | None:
@@ -189,14 +193,17 @@ class Coordinator:
         """Tick until cancelled."""
         self._tenure.begin(self.clock.now_s())
         kept = {d.spec.deployment: d for d in self.journal.all("deployment", Deployment)}
-        self.state = msgspec.structs.replace(self.state, deployments={**kept, **self.state.deployments})
+        found = {n: resumed(d, self.clock.now_s()) for n, d in kept.items()}
+        self.state = msgspec.structs.replace(self.state, deployments={**found, **self.state.deployments})
         shown_s = float("-inf")
         async with anyio.create_task_group() as group:
             while True:
                 now_s = self.clock.now_s()
                 await self._write(now_s)
                 if self.lease is not None:
-                    self._watch_members(now_s)
+                    self._attendance.watch(self.state, now_s)
+                    if not self._gathering():
+                        self.moving.tick(now_s, group)
                     for deployment in self._to_plan(now_s):
                         self._patience.began(deployment.spec.deployment)
                         group.start_soon(self._replan, deployment)
@@ -243,7 +250,8 @@ class Coordinator:
 
     async def _take_over(self, view: CoordinatorView) -> None:
         """What the last holder wanted is wanted now, and what it dropped stays dropped, whatever we knew before."""
-        theirs = {status.deployment.spec.deployment: status.deployment for status in view.deployments}
+        now_s = self.clock.now_s()
+        theirs = {s.deployment.spec.deployment: resumed(s.deployment, now_s) for s in view.deployments}
         for gone in self.state.deployments.keys() - theirs.keys():
             await anyio.to_thread.run_sync(self.journal.remove, "deployment", gone)
         for deployment in theirs.values():
@@ -256,23 +264,6 @@ class Coordinator:
         Nothing is planned anew and nothing is said meanwhile, or each restart of a coordinator would break what works.
         """
         return unheard(self.state) and self.clock.now_s() - self._tenure.since_s < LEASE_S
-
-    def _watch_members(self, now_s: float) -> None:
-        for node, member in self.state.members.items():
-            now = standing(member, now_s)
-            if self._standings.get(node) is not now:
-                self.note(f"node.{now.value}", member.report.facts.name, node=node)
-                self._standings[node] = now
-            if now is Standing.ALIVE and self._lives.get(node) != member.report.incarnation:
-                # It has come, or was restarted: what had no place may have one now.  Not so when its link is back: one that
-                # flaps would let what fails be tried again and again at full speed.
-                self._patience.forget_all()
-                self._lives[node] = member.report.incarnation
-            elif now_s - member.heard_s > AWAY_AFTER_S:
-                self._lives.pop(node, None)
-            if now_s - member.heard_s > (LOST_AFTER_S if member.report.leaving else FORGET_AFTER_S):
-                forgotten = NodeForgotten(node=node, incarnation=member.report.incarnation)
-                self.state = apply(self.state, forgotten)
 
     def _to_plan(self, now_s: float) -> list[Deployment]:
         if self._gathering():
@@ -288,16 +279,17 @@ class Coordinator:
                     self._patience.serves(name, now_s)
                 case Phase.DRAINING:
                     self._patience.drains(name)
-                case Phase.LOADING:
+                case Phase.LOADING | Phase.MOVING:
                     pass
         return found
 
     async def _replan(self, deployment: Deployment) -> None:
         name = deployment.spec.deployment
         try:
-            surveyed = await self._placing.survey(deployment.spec)
+            ready = self.moving.weighing.ready(deployment)
+            surveyed = await self._placing.survey(deployment.spec) if ready is None else None
             async with self._one_plan:
-                await self._plan_anew(deployment.spec, surveyed)
+                await self._plan_anew(deployment.spec, surveyed, ready)
         except ShoalError as error:
             self._failed(name, error.message)
         except Exception as error:  # noqa: BLE001 a fault in planning one model must not end the service of the others
@@ -305,9 +297,11 @@ class Coordinator:
         finally:
             self._patience.ended(name, self.clock.now_s())
 
-    async def _plan_anew(self, spec: DeploymentSpec, surveyed: FleetProfile) -> None:
+    async def _plan_anew(self, spec: DeploymentSpec, surveyed: FleetProfile | None, ready: Plan | None) -> None:
+        """Put *ready* in force, or what is found on the *surveyed* fleet."""
         name = spec.deployment
-        answer = await self._placing.place(spec, surveyed)
+        answer = ready if surveyed is None else await self._placing.place(spec, surveyed)
+        assert answer is not None
         current = self.state.deployments.get(name)
         if self.lease is None or current is None or current.spec.generation != spec.generation:
             return
@@ -324,12 +318,22 @@ class Coordinator:
         made = PlanMade(deployment=name, plan_epoch=epoch, answer=answer, at_s=self.clock.now_s())
         self.state = apply(self.state, made)
         self._patience.counted(name)
-        self.note("plan.made", named(describe_answer(answer), self.state.members), deployment=name)
-        try:
-            await self._remember(self.state.deployments[name])
-        except ShoalError as error:  # the plan is in force all the same: it did not fail
-            self.note("coordinator.not_written", error.message, deployment=name)
+        said = named(describe_answer(answer), self.state.members)
+        self.note("plan.made", f"{said}{'; made before the loss' if ready else ''}", deployment=name)
+        await self._keep(name)
         self.show()
+
+    async def _keep(self, name: DeploymentId) -> None:
+        """Have *name* on disk as it is now; what is in force is in force all the same when the disk does not take it."""
+        async with self._one_record:
+            try:
+                if name in self.state.deployments:
+                    await self._remember(self.state.deployments[name])
+            except ShoalError as error:
+                self.note("coordinator.not_written", error.message, deployment=name)
+
+    def _apply(self, event: Event) -> None:
+        self.state = apply(self.state, event)
 
     def _failed(self, name: DeploymentId, why: str) -> None:
         self._patience.counted(name)
@@ -357,7 +361,9 @@ class Coordinator:
         """Send what is due; nobody waits here for a node that does not answer."""
         if self.lease is None:
             return
-        for addressed in self._ordering.due(missing_orders(self.state, self.lease.fencing_epoch, now_s), now_s):
+        epoch = self.lease.fencing_epoch
+        missing = (*missing_orders(self.state, epoch, now_s), *move_orders(self.state, epoch, now_s))
+        for addressed in self._ordering.due(missing, now_s):
             group.start_soon(self._send, addressed)
 
     async def _send(self, addressed: Addressed) -> None:

@@ -6,7 +6,7 @@ message goes out under a shield, for nobody else would free the slot.
 """
 
 import math
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 from typing import Protocol, Self
 
@@ -62,7 +62,7 @@ class StagedExecutor:
     client: PipelineClient
     silence_s: float = 15.0
 
-    async def generate(self, request: GenerateRequest) -> AsyncIterator[OutputDelta]:
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[OutputDelta, None]:
         """See `Executor.generate`."""
         async with _Ear(self, request.request) as ear:
             await self.client.submit(request)

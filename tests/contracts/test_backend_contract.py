@@ -122,7 +122,7 @@ def rig(request: pytest.FixtureRequest, tmp_path: Path) -> Rig:
         case "canonical":
             return onnx_rig(tmp_path, OnnxBackend(), target=None, blocked=True, mapped_every=1)
         case "throttled":
-            return onnx_rig(tmp_path, Throttled(OnnxBackend(), slowdown=1.5), target="cpu-exact", blocked=False)
+            return onnx_rig(tmp_path, Throttled(OnnxBackend(), slowdown=lambda: 1.5), target="cpu-exact", blocked=False)
         case other:
             raise AssertionError(other)
 

@@ -65,7 +65,7 @@ def throttled(cpu_steps_s: Sequence[float], sleeps_late_s: float) -> tuple[Manua
         spent["waiting_s"] += seconds + sleeps_late_s
         clock.advance(seconds + sleeps_late_s)
 
-    backend = Throttled(inner, 4.0, clock, lambda: clock.now_s() - spent["waiting_s"], wait)
+    backend = Throttled(inner, lambda: 4.0, clock, lambda: clock.now_s() - spent["waiting_s"], wait)
     session = backend.load(null_shard(0, 1))
     return clock, lambda: session.step([rows(1)], {"input_ids": np.ones((1, 1), np.int64)}) and None
 

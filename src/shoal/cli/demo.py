@@ -20,6 +20,7 @@ import typer
 from rich.console import Console
 from rich.rule import Rule
 
+from shoal.cli import demo_weather
 from shoal.cli.chat import INTERRUPTED, LENGTH, Piece, show, stream
 from shoal.cli.deploy import curl_line, deploy_and_wait, have_model, show_plan
 from shoal.cli.nodes import render_nodes
@@ -61,17 +62,30 @@ def demo(
     port: Annotated[int, typer.Option(help="Port of the gateway; 0 takes any free one.", min=0, max=65535)] = 0,
     question: Annotated[str, typer.Option(help="What to ask.")] = QUESTION,
     refresh: Annotated[bool, typer.Option("--refresh", help="Measure devices and links again.")] = False,
+    slow: Annotated[
+        list[str] | None,
+        typer.Option("--slow", help="Of the demo that runs: slow a device down, as in box=6; may be repeated."),
+    ] = None,
+    link: Annotated[
+        list[str] | None,
+        typer.Option(help="Of the demo that runs: change a link, as in gateway:box=40ms,10mbit; may be repeated."),
+    ] = None,
+    restore: Annotated[bool, typer.Option("--restore", help="Of the demo that runs: all as at its start.")] = False,
 ) -> None:
-    """Three unequal nodes on this machine answer through one pipeline."""
+    """Three unequal nodes on this machine answer through one pipeline; --slow and --link change them while they do."""
     for number in (signal.SIGTERM, signal.SIGHUP):  # else a closed terminal would leave three nodes behind
         signal.signal(number, _end)
     console = Console()
     base = Path(read_settings().home) / "demo"
     homes = {device.name: base / device.name for device in DEVICES}
+    if slow or link or restore:
+        demo_weather.change(homes, slow or (), link or (), restore=restore)
+        return
     settings = msgspec.structs.replace(read_settings(), home=str(homes["gateway"]))
     console.print(Rule("1. the model", align="left"))
     have_model(MODEL, settings, Console(stderr=True))
     console.print(f"{MODEL} is on node gateway; the others will fetch only the blocks that they run")
+    demo_weather.clear(homes)
     with ExitStack() as stack:
         url = _start(homes, port, stack)
         shoal = stack.enter_context(Shoal(url))
@@ -251,6 +265,9 @@ def _stay(console: Console, url: str) -> None:
     console.print(f"\nThe service stays up at {url}/v1 until Ctrl-C. Try:")
     console.print(curl_line(url, MODEL), soft_wrap=True, highlight=False)
     console.print(f"SHOAL_URL={url} shoal chat", highlight=False)
+    console.print(
+        "shoal demo --slow box=6 (in another terminal; the deployment moves, see `shoal ps`)", highlight=False
+    )
     try:
         signal.pause()
     except KeyboardInterrupt:

@@ -23,6 +23,7 @@ from shoal.node.launch import engine_environment
 from shoal.node.messages import BlocksOf, Links, ModelBlocks, ProbeLinks, Profiled, ProfileModel
 from shoal.node.probe import Dial, measure_links
 from shoal.node.trials import METHOD, TrialResult, TrialSpec, trial_spans
+from shoal.node.weather import slowdown_of
 from shoal.profile.fleet import DeviceProfile
 from shoal.store.disk import home_named
 from shoal.store.fetch import Fetcher
@@ -89,7 +90,7 @@ class Measurer:
             home=str(self.store.home),
             manifest=manifest,
             threads=self.threads,
-            slowdown=facts.slowdown,
+            slowdown=slowdown_of(self.store.home, facts.slowdown),
             memory_bytes=facts.memory_budget_bytes,
         )
         with anyio.move_on_after(_TRIALS_TIMEOUT_S):

@@ -237,7 +237,7 @@ def main() -> None:
     """Entry point of the process."""
     spec = msgspec.json.decode(sys.stdin.readline(), type=TrialSpec)
     engine: Backend = OnnxBackend()
-    backend = Throttled(engine, slowdown=spec.slowdown) if spec.slowdown > 1 else engine
+    backend = Throttled(engine, slowdown=lambda: spec.slowdown) if spec.slowdown > 1 else engine
     try:
         with alone_on_this_machine():
             result = run_trials(open_store(Path(spec.home)), spec, backend, SystemClock())

@@ -25,6 +25,7 @@ from shoal.node.artifacts import Artifact, load_shard, open_artifact
 from shoal.node.messages import REPORT, WIRE
 from shoal.node.stage_keys import submit_topic
 from shoal.node.stage_loop import StageLoop, Stopped
+from shoal.node.weather import ChangingLinks, Slowness, link_of, links_of
 from shoal.node.wiring import Outcome, Wirer
 from shoal.node.worker_spec import Wiring, WorkerSpec
 from shoal.observe.log import set_up_logs
@@ -37,7 +38,7 @@ from shoal.runtime.settings import StageSettings, TensorForm
 from shoal.store.home import Store, open_store
 from shoal.transport.bus import Bus
 from shoal.transport.keys import ROOT, WorkerTopic, key_of
-from shoal.transport.shaped import Link, ShapedBus, Way
+from shoal.transport.shaped import ShapedBus
 from shoal.transport.zenoh import ZenohBus, open_control, open_data
 
 _REPORT_EVERY_S = 0.5
@@ -251,11 +252,13 @@ def _load(
 
 def shaped(bus: Bus, spec: WorkerSpec, wiring: Wiring) -> Bus:
     """*bus* as over the emulated link to the next node; as it is where none is emulated."""
-    for link in spec.links:
-        if link.target == wiring.next_node:
-            way = Way(latency_s=link.latency_s, bytes_per_s=link.bytes_per_s)
-            return ShapedBus(bus, {ROOT: Link(out=way, back=way)}, SystemClock())
-    return bus
+    home = Path(spec.home)
+    mine = tuple(link for link in links_of(home, spec.links) if link.target == wiring.next_node)
+    if not mine:
+        return bus
+    shaped_bus = ShapedBus(bus, {ROOT: link_of(mine[0])}, SystemClock())
+    ChangingLinks(shaped_bus, home, mine, lambda _: (ROOT,)).start()
+    return shaped_bus
 
 
 @dataclass(slots=True)
@@ -273,9 +276,10 @@ class _Life:
 
 
 def make_backend(spec: WorkerSpec) -> Backend:
-    """The engine for this machine, slowed down when the spec says so."""
+    """The engine for this machine, slowed down as its weather says where the spec emulates one."""
     engine: Backend = OnnxBackend()
-    return Throttled(engine, slowdown=spec.slowdown) if spec.slowdown > 1 else engine
+    emulated = spec.slowdown > 1 or spec.links
+    return Throttled(engine, slowdown=Slowness(Path(spec.home), spec.slowdown)) if emulated else engine
 
 
 def main() -> None:

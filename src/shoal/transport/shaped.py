@@ -113,11 +113,17 @@ class ShapedBus:
             self.set_link(prefix, link)
 
     def set_link(self, prefix: str, link: Link | None) -> None:
-        """Change or remove the link of *prefix*; what waits on the old one is still sent at its rate."""
+        """Change or remove the link of *prefix*; what waits on one that is removed is still sent at its rate.
+
+        On one that changes, order is kept: stages count on it.
+        """
         with self._lock:
-            self._links.pop(prefix, None)
-            if link is not None:
-                self._links[prefix] = (Wire(link.out), Wire(link.back))
+            known = self._links.pop(prefix, None)
+            if link is None:
+                return
+            out, back = known or (Wire(link.out), Wire(link.back))
+            out.way, back.way = link.out, link.back
+            self._links[prefix] = (out, back)
 
     def put(self, key: str, payload: bytes, *, lane: Lane = Lane.CONTROL) -> None:
         """See the port; returns at once, the message leaves when the wire has taken it."""

@@ -21,10 +21,10 @@ def process_cpu_s() -> float:
 
 @dataclass(frozen=True, slots=True)
 class Throttled:
-    """*engine*, *slowdown* times slower."""
+    """*engine*, *slowdown* times slower; that is asked at every step, for it may change."""
 
     engine: Backend
-    slowdown: float
+    slowdown: Callable[[], float]
     clock: Clock = field(default_factory=SystemClock)
     cpu_s: Callable[[], float] = process_cpu_s
     wait: Callable[[float], None] = time.sleep
@@ -48,7 +48,7 @@ class ThrottledSession:
         t = self.throttle
         began_s, cpu_before_s = t.clock.now_s(), t.cpu_s()
         outputs = self.session.step(sequences, tensors)
-        goal_s = t.slowdown * (t.cpu_s() - cpu_before_s) / self.threads
+        goal_s = t.slowdown() * (t.cpu_s() - cpu_before_s) / self.threads
         due_s = began_s + goal_s - self.owed_s
         if (early_s := due_s - t.clock.now_s()) > 0:
             t.wait(early_s)

@@ -14,7 +14,7 @@ from shoal.cli.logs import line
 from shoal.cli.main import app
 from shoal.cli.nodes import render_nodes
 from shoal.cli.plan_flags import parse_pin
-from shoal.cli.ps import missed_by, render_deployments
+from shoal.cli.ps import missed_by, moved_lines, render_deployments
 from shoal.cli.start import options_from, parse_size
 from shoal.errors import SettingsError
 from shoal.fleet.state import Standing
@@ -76,6 +76,13 @@ def test_the_list_of_nodes_names_state_engine_and_links() -> None:
         "100",
     ):
         assert word in text
+
+
+def test_what_has_moved_says_what_that_gained_and_cost() -> None:
+    stays = DeploymentView(name=DeploymentId("chat"), model="m", state=DeploymentState.READY)
+    moved = msgspec.structs.replace(stays, moved="51 -> 31 ms per token, move costs 3.1 s")
+
+    assert moved_lines([stays, moved]) == ["chat moved: 51 -> 31 ms per token, move costs 3.1 s"]
 
 
 def test_a_deployment_shows_why_it_is_not_ready() -> None:

@@ -5,7 +5,7 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 
 from shoal.ids import DeploymentId
-from shoal.observe.figures import Figures, PredictionError, StageFigures, register
+from shoal.observe.figures import Figures, MoveFigures, PredictionError, StageFigures, register
 from shoal.observe.metrics import Metrics
 
 MODEL = DeploymentId("smollm2")
@@ -51,12 +51,15 @@ def test_the_fleet_and_its_stages_are_read_at_each_scrape() -> None:
         predicted_s={MODEL: 0.05},
         errors=(PredictionError(deployment=MODEL, figure="time_per_output_token", ratio=0.08),),
         stages=(stage, later),
+        moves=(MoveFigures(deployment=MODEL, made=2, dropped=1, regret_s=1.5),),
         bytes_sent=10,
         bytes_received=20,
         failed_writes=3,
     )
 
     seen = samples(metrics)
+    assert (seen["shoal_moves_total", MODEL, "made"], seen["shoal_moves_total", MODEL, "dropped"]) == (2, 1)
+    assert seen["shoal_regret_seconds", MODEL] == 1.5
     assert (seen["shoal_node_up", "a"], seen["shoal_node_up", "b"]) == (1, 0)
     assert seen["shoal_predicted_time_per_output_token_seconds", MODEL] == 0.05
     assert seen["shoal_prediction_error_ratio", MODEL, "time_per_output_token"] == 0.08

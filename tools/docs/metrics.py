@@ -9,7 +9,7 @@ from pathlib import Path
 
 from prometheus_client import CollectorRegistry, Metric
 
-from shoal.observe.figures import Figures, PredictionError, StageFigures, register
+from shoal.observe.figures import Figures, MoveFigures, PredictionError, StageFigures, register
 from shoal.observe.metrics import Metrics
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -28,8 +28,15 @@ fleet shows its own node only.
 
 STAGE = StageFigures(deployment="x", stage=0, steps=1, busy_s=1.0)
 ERROR = PredictionError(deployment="x", figure="x", ratio=0.1)
+MOVE = MoveFigures(deployment="x", made=1)
 MOMENT = Figures(
-    nodes={"x": True}, predicted_s={"x": 1.0}, errors=(ERROR,), stages=(STAGE,), bytes_sent=1, bytes_received=1
+    nodes={"x": True},
+    predicted_s={"x": 1.0},
+    errors=(ERROR,),
+    stages=(STAGE,),
+    moves=(MOVE,),
+    bytes_sent=1,
+    bytes_received=1,
 )
 
 

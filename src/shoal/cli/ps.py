@@ -29,7 +29,10 @@ def ps(
     elif not found:
         typer.echo("nothing is deployed; `shoal serve MODEL` deploys a model")
     else:
-        Console().print(render_deployments(found, names))
+        console = Console()
+        console.print(render_deployments(found, names))
+        for line in moved_lines(found):
+            console.print(line, highlight=False, soft_wrap=True)
 
 
 def render_deployments(found: Sequence[DeploymentView], names: Mapping[NodeId, str]) -> Table:
@@ -52,6 +55,11 @@ def render_deployments(found: Sequence[DeploymentView], names: Mapping[NodeId, s
             f"{age_s:.0f} s ago" if age_s is not None else "-",
         )
     return table
+
+
+def moved_lines(found: Sequence[DeploymentView]) -> list[str]:
+    """Why those that have moved did."""
+    return [f"{view.name} moved: {view.moved}" for view in found if view.moved]
 
 
 def missed_by(prediction: PredictionView | None) -> str:

@@ -74,6 +74,8 @@ class DeploymentView(msgspec.Struct, frozen=True, kw_only=True):
     detail: str = ""
     plan: Plan | None = None
     plan_epoch: int = 0
+    moved: str = ""
+    """Why this plan took the place of another that served; empty where it did not."""
     last_token_age_s: float | None = None
     """Since a token went through every stage; None before the first."""
     prediction: PredictionView | None = None

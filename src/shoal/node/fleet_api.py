@@ -65,6 +65,7 @@ STATES = {
     Phase.LOADING: DeploymentState.LOADING,
     Phase.SERVING: DeploymentState.READY,
     Phase.DRAINING: DeploymentState.DEGRADED,
+    Phase.MOVING: DeploymentState.DEGRADED,
     Phase.RECOVERING: DeploymentState.DEGRADED,
     Phase.REFUSED: DeploymentState.FAILED,
 }
@@ -249,6 +250,7 @@ class FleetApi:
             detail=status.reason,
             plan=deployment.answer if isinstance(deployment.answer, Plan) else None,
             plan_epoch=deployment.plan_epoch,
+            moved=deployment.moved,
             last_token_age_s=self.last_token_age_s(name),
             prediction=self.prediction(name),
         )

@@ -2,12 +2,14 @@
 
 from collections.abc import Iterable, Mapping
 
-from shoal.fleet.report import NodeReport
+import msgspec
+
+from shoal.fleet.report import NodeReport, ShardReport
 from shoal.fleet.state import Standing
 from shoal.fleet.view import CoordinatorView
 from shoal.fleet.views import PredictionView
 from shoal.node.coordinator import Coordinator
-from shoal.observe.figures import Figures, PredictionError, StageFigures
+from shoal.observe.figures import Figures, MoveFigures, PredictionError, StageFigures
 from shoal.plan.problem import Plan
 from shoal.transport.stats import BusStats
 
@@ -27,6 +29,7 @@ def figures(
         nodes=nodes or {own.facts.name: True},
         predicted_s=_predicted(view),
         stages=tuple(_stages(reports or [own])),
+        moves=tuple(_moves(coordinator)) if coordinator is not None else (),
         bytes_sent=traffic.bytes_sent,
         bytes_received=traffic.bytes_received,
         failed_writes=failed_writes,
@@ -55,11 +58,24 @@ def _predicted(view: CoordinatorView | None) -> dict[str, float]:
     return {d.spec.deployment: d.answer.estimate.time_per_output_token_s for d in plans if isinstance(d.answer, Plan)}
 
 
+def _moves(coordinator: Coordinator) -> Iterable[MoveFigures]:
+    counts, regrets_s = coordinator.moving.counts, coordinator.moving.weighing.regrets_s()
+    for name in coordinator.state.deployments:
+        yield MoveFigures(
+            deployment=name,
+            made=counts[name, "made"],
+            dropped=counts[name, "dropped"],
+            regret_s=regrets_s.get(name, 0.0),
+        )
+
+
 def _stages(reports: Iterable[NodeReport]) -> Iterable[StageFigures]:
     newest: dict[tuple[str, int], StageFigures] = {}
     epochs: dict[tuple[str, int], int] = {}
+    requests: dict[tuple[str, int], list[int]] = {}
     for shard in (shard for report in reports for shard in report.shards):
         key = (shard.shard.deployment, shard.shard.stage)
+        requests[key] = [sum(pair) for pair in zip(requests.get(key, (0, 0)), _requests(shard), strict=True)]
         if epochs.get(key, -1) < shard.shard.plan_epoch:
             epochs[key] = shard.shard.plan_epoch
             newest[key] = StageFigures(
@@ -67,7 +83,10 @@ def _stages(reports: Iterable[NodeReport]) -> Iterable[StageFigures]:
                 stage=key[1],
                 steps=shard.steps,
                 busy_s=shard.busy_s,
-                running=shard.live_requests,
-                waiting=shard.waiting_requests,
             )
-    return newest.values()
+    # While a deployment moves, two first stages answer.
+    return [msgspec.structs.replace(f, running=requests[k][0], waiting=requests[k][1]) for k, f in newest.items()]
+
+
+def _requests(shard: ShardReport) -> tuple[int, int]:
+    return shard.live_requests, shard.waiting_requests

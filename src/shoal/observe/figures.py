@@ -30,6 +30,15 @@ class PredictionError(msgspec.Struct, frozen=True, kw_only=True):
     ratio: float
 
 
+class MoveFigures(msgspec.Struct, frozen=True, kw_only=True):
+    """Moves of one deployment to other plans since this node began to coordinate, and what staying costs."""
+
+    deployment: str
+    made: int = 0
+    dropped: int = 0
+    regret_s: float = 0.0
+
+
 class Figures(msgspec.Struct, frozen=True, kw_only=True):
     """One moment.  `nodes`: display names, and whether heartbeats arrive; `predicted_s`: deployments, and seconds per token."""
 
@@ -37,6 +46,7 @@ class Figures(msgspec.Struct, frozen=True, kw_only=True):
     predicted_s: dict[str, float] = {}
     errors: tuple[PredictionError, ...] = ()
     stages: tuple[StageFigures, ...] = ()
+    moves: tuple[MoveFigures, ...] = ()
     bytes_sent: int = 0
     bytes_received: int = 0
     failed_writes: int = 0
@@ -73,7 +83,7 @@ class FiguresCollector(Collector):
         traffic.add_metric(["received"], now.bytes_received)
         failed = CounterMetricFamily("shoal_journal_failed_writes", "Records that this node's disk did not take")
         failed.add_metric([], now.failed_writes)
-        yield from (up, predicted, errors, traffic, failed, *_stages(now.stages))
+        yield from (up, predicted, errors, traffic, failed, *_stages(now.stages), *_moves(now.moves))
 
 
 def _stages(stages: tuple[StageFigures, ...]) -> Iterator[Metric]:
@@ -90,6 +100,24 @@ def _stages(stages: tuple[StageFigures, ...]) -> Iterator[Metric]:
             running.add_metric([stage.deployment], stage.running)
             waiting.add_metric([stage.deployment], stage.waiting)
     yield from (steps, busy, running, waiting)
+
+
+def _moves(moves: tuple[MoveFigures, ...]) -> Iterator[Metric]:
+    counted = CounterMetricFamily(
+        "shoal_moves",
+        "Moves of a deployment that served to another plan: made, or dropped on the way",
+        labels=["deployment", "outcome"],
+    )
+    regret = GaugeMetricFamily(
+        "shoal_regret_seconds",
+        "What requests have lost because the deployment stays where it is; it moves when that has paid for the move",
+        labels=["deployment"],
+    )
+    for move in moves:
+        counted.add_metric([move.deployment, "made"], move.made)
+        counted.add_metric([move.deployment, "dropped"], move.dropped)
+        regret.add_metric([move.deployment], move.regret_s)
+    yield from (counted, regret)
 
 
 def register(registry: CollectorRegistry, read: Callable[[], Figures]) -> None:

@@ -22,6 +22,7 @@ from shoal.fleet.state import FleetState, Standing, standing
 from shoal.ids import DeploymentId, NodeId
 from shoal.node.placing import Placing
 from shoal.plan.budget import DeadlineBudget
+from shoal.plan.choosing import as_chosen
 from shoal.plan.cost import Span, price
 from shoal.plan.losses import prepare
 from shoal.plan.problem import Answer, Infeasible, Plan, Problem
@@ -175,7 +176,7 @@ class Weighing:
 
 def repriced(problem: Problem, plan: Plan) -> Plan:
     """*plan* with the figures that *problem* gives it now; raises InfeasibleError when a link of it is not there."""
-    priced = price(problem, [Span(stage.node, stage.start, stage.stop) for stage in plan.stages])
+    priced = price(as_chosen(problem, plan.shape), [Span(stage.node, stage.start, stage.stop) for stage in plan.stages])
     return msgspec.structs.replace(plan, stages=priced.stages, estimate=priced.estimate)
 
 

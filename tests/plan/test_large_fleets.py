@@ -10,6 +10,7 @@ from shoal.plan.budget import StepBudget
 from shoal.plan.circuit import CIRCUIT
 from shoal.plan.cost import Span, objective_value
 from shoal.plan.cpsat import installed
+from shoal.plan.crowd import SITES
 from shoal.plan.elementary import LABELS
 from shoal.plan.exact import satisfies
 from shoal.plan.placement import place
@@ -77,11 +78,18 @@ def test_a_fleet_without_room_is_refused() -> None:
     assert isinstance(place(fleet(Family(devices=16, layers=40, tight=0.7), 1), StepBudget(300)), Infeasible)
 
 
-def test_without_the_solver_the_plan_says_so_and_states_its_gap(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_solver_identical_blocks_are_proven_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ortools", None)
-    problem = fleet(Family(devices=16, layers=24, tight=2.5), 1)
 
-    plan = solved(problem, steps=0)
+    plan = solved(fleet(Family(devices=16, layers=24, tight=2.5), 1))
+
+    assert (plan.solver, plan.gap) == (SITES, 0.0)
+
+
+def test_without_the_solver_blocks_of_two_kinds_say_so_and_state_their_gap(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ortools", None)
+
+    plan = solved(fleet(Family(devices=16, layers=12, kinds=(1.0, 0.4), tight=2.5), 1), steps=0)
 
     assert plan.solver == WITHOUT
     assert plan.gap > 0

@@ -1,9 +1,8 @@
-"""Many devices: a circuit on the promising ones, then on those that are not proven useless.
+"""Many devices and blocks that repeat one by one: a knapsack where links are a star's, else bounds by site.
 
-The knapsack of `shoal.plan.star` gives a bound, and the bound of every chain with a given device.  The circuit over the devices
-with the lowest of these finds a chain soon.  Devices whose bound is above it are out, and so are links that cost more than their
-ends by more than the distance between the chain and the bound; with fewer devices, prices rise and the bound with them.  What is
-left is a small circuit, whose proof is one for all devices.
+The knapsack of `shoal.plan.star` is exact on stars.  Elsewhere `shoal.plan.throng` narrows the devices down until a chain is proven
+or time is up.  A circuit (`shoal.plan.circuit`) gets what is left when that is few devices: with links as irregular as a mesh's its
+cuts prove more than bounds by site do.
 """
 
 import dataclasses
@@ -12,20 +11,25 @@ import numpy as np
 
 from shoal.plan.budget import Budget
 from shoal.plan.circuit import Scope, circuit
+from shoal.plan.cpsat import installed
 from shoal.plan.found import Choice, Found
+from shoal.plan.lineup import chain_from, lineup
 from shoal.plan.periodic import Periodic
-from shoal.plan.recut import cost_of
+from shoal.plan.recut import cost_of, recut_best
 from shoal.plan.star import Filled, applies, chain_of, fill, prices
-from shoal.plan.tables import INF, Pass, Tables
+from shoal.plan.tables import INF, Chain, Pass, Tables
+from shoal.plan.throng import LEVELS, Throng, throng
 
 STAR = "star-knapsack"
+SITES = "site-knapsacks"
 CROWD = 60
-"""Devices from which it pays."""
-CORE = 48
-CORE_EFFORT = 0.6
-ROUNDS = 4
-DRAWN = 120
-"""More devices than this are too many for a circuit in seconds: the knapsack's bound stands."""
+"""Devices from which it pays although a circuit could be drawn."""
+DRAWN = 64
+"""Devices up to which a circuit is solved in seconds."""
+EFFORT = 0.6
+"""Of a circuit, in deterministic seconds."""
+EARLY = 4
+"""Levels before a circuit is tried."""
 SURE = 1 - 1e-9
 
 
@@ -33,56 +37,74 @@ def crowd(tables: Tables, passes: list[Pass], form: Periodic, budget: Budget, ch
     """The best chain found and a bound; None where blocks do not repeat one by one from one first device."""
     if not applies(form) or len(passes) != 1:
         return None
+    best = _starred(tables, passes, form, choice)
+    if best and form.exact and best.bound >= best.cost * SURE:
+        return best
+    alone = _alone(tables, passes, form, choice)
+    state = Throng(line=lineup(tables, form, choice))
+    throng(state, budget, LEVELS[:EARLY])
+    drawn = _drawn(tables, passes, form, (state, choice), budget)
+    if not (drawn or state.proven or budget.spent()):
+        throng(state, budget, LEVELS[EARLY:])
+    found = [one for one in (best, alone, _real(passes, form, state), drawn) if one]
+    winner = min(found, key=lambda one: one.cost)
+    bound = min(max(state.bound, best.bound if best else 0.0, drawn.bound if drawn else 0.0), alone.cost)
+    return dataclasses.replace(winner, bound=min(winner.cost, bound))
+
+
+def _drawn(
+    tables: Tables, passes: list[Pass], form: Periodic, scope: tuple[Throng, Choice], budget: Budget
+) -> Found | None:
+    """The circuit over the devices that are left; its bound holds for all, as the others are out."""
+    state, choice = scope
+    few = state.line.devices.size <= DRAWN
+    if state.proven or not few or not installed() or budget.spent():
+        return None
+    others = (1 << len(tables.nodes)) - 1
+    for device in state.line.devices:
+        others &= ~(1 << int(device))
+    narrow = Choice(require=choice.require, forbid=choice.forbid | others)
+    found = circuit(tables, passes, form, budget, Scope(choice=narrow, effort=EFFORT))
+    return found if found.bound >= min(found.cost, state.cost) * SURE else None
+
+
+def _real(passes: list[Pass], form: Periodic, state: Throng) -> Found:
+    """The chain at the passes' own costs."""
+    none = Found(cost=INF, chain=None, bound=state.bound, solver=SITES)
+    if state.chain is None:
+        return none
+    chain = chain_from(form, state.chain)
+    cost = min(cost_of(search, chain) for search in passes)
+    if not (form.exact and np.isfinite(cost)):
+        again = recut_best(passes, tuple(device for device, _, _ in chain))
+        if again is None:
+            return none
+        cost, chain = again
+    return Found(cost=cost, chain=chain, bound=min(cost, state.bound), solver=SITES, via=passes[0].via)
+
+
+def _alone(tables: Tables, passes: list[Pass], form: Periodic, choice: Choice) -> Found:
+    """All blocks on the first device, where that may be."""
+    device, blocks = form.ends[0].device, passes[0].start.size - 1
+    chain: Chain = ((device, 0, blocks),)
+    cost = form.ends[0].alone if tables.stages_exactly in {0, 1} and choice.admits(1 << device) else INF
+    there = cost < INF
+    return Found(cost=cost, chain=chain if there else None, bound=cost, solver=SITES, via=passes[0].via)
+
+
+def _starred(tables: Tables, passes: list[Pass], form: Periodic, choice: Choice) -> Found | None:
+    """The knapsack's chain, if that is a star's and may be."""
     first = form.ends[0].device
     devices = [j for j in range(len(tables.nodes)) if j != first and not choice.forbid >> j & 1]
     charged = prices(form, devices)
-    filled = fill(form, charged, devices, choice)
-    best = _starred(tables, passes, form, filled) if filled.parts else None
-    if best and charged.exact and form.exact and best.bound >= best.cost * SURE:
-        return best
-    core = sorted(devices, key=lambda j: (not choice.require >> j & 1, filled.forced[j]))[:CORE]
-    found = circuit(
-        tables, passes, form, budget, Scope(choice=_only(choice, [first, *core], len(tables.nodes)), effort=CORE_EFFORT)
-    )
-    best = min([found, *([best] if best else [])], key=lambda one: one.cost)
-    for _ in range(ROUNDS):
-        before = len(devices)
-        devices = [j for j in devices if filled.forced[j] * SURE <= best.cost]
-        charged = prices(form, devices)
-        filled = fill(form, charged, devices, choice)
-        if len(devices) == before:
-            break
-    bound = filled.bound  # of two devices or more; the first alone was weighed with the core
-    drawn = len(devices) <= DRAWN or best.cost == INF
-    if (
-        drawn
-        and filled.bound < INF
-        and (best.cost == INF or (best.cost - bound) > best.cost * (1 - SURE))
-        and not budget.spent()
-    ):
-        slack = best.cost - bound
-        ends = charged.sends[:, None] + charged.receives[None, :]
-        keep = form.hop[:, :, 0] <= ends + slack * (1 + 1e-6)
-        last = circuit(
-            tables, passes, form, budget, Scope(choice=_only(choice, [first, *devices], len(tables.nodes)), keep=keep)
-        )
-        bound = max(bound, min(last.bound, best.cost))
-        best = min(best, last, key=lambda one: one.cost)
-    return dataclasses.replace(best, bound=min(best.cost, bound))
-
-
-def _starred(tables: Tables, passes: list[Pass], form: Periodic, filled: Filled) -> Found | None:
+    if not charged.exact:
+        return None
+    filled: Filled = fill(form, charged, devices, choice)
+    if not filled.parts:
+        return None
     chain = chain_of(form, filled.parts)
     cost = cost_of(passes[0], chain)
-    alone = [ends.alone for ends in form.ends]
     counted = len(chain) <= tables.max_stages and tables.stages_exactly in {0, len(chain)}
-    if not counted or not np.isfinite(cost) or min(alone) < cost:
+    if not counted or not np.isfinite(cost) or min(ends.alone for ends in form.ends) < cost:
         return None
     return Found(cost=cost, chain=chain, bound=min(filled.bound, cost), solver=STAR, via=passes[0].via)
-
-
-def _only(choice: Choice, devices: list[int], count: int) -> Choice:
-    others = (1 << count) - 1
-    for device in devices:
-        others &= ~(1 << device)
-    return Choice(require=choice.require, forbid=choice.forbid | others)

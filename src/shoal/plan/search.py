@@ -87,8 +87,7 @@ def _few(tables: Tables, passes: int) -> bool:
 
 def _many(tables: Tables, passes: list[Pass], budget: Budget, choice: Choice) -> Found:
     form = periodic(passes)
-    draws = form is not None and installed() and not budget.spent()
-    circled = _circled(tables, passes, form, budget, choice) if form and draws else None
+    circled = _circled(tables, passes, form, budget, choice) if form else None
     crowded = len(tables.nodes) >= CROWD  # a beam through them would take longer than all else
     if circled and (proven(circled) or (circled.chain and crowded)):
         return circled
@@ -100,9 +99,14 @@ def _many(tables: Tables, passes: list[Pass], budget: Budget, choice: Choice) ->
     return dataclasses.replace(found, solver=WITHOUT) if form and not installed() and found.solver == BEAM else found
 
 
-def _circled(tables: Tables, passes: list[Pass], form: Periodic, budget: Budget, choice: Choice) -> Found:
-    crowded = crowd(tables, passes, form, budget, choice) if len(tables.nodes) >= CROWD else None
-    return crowded or circuit(tables, passes, form, budget, Scope(choice=choice))
+def _circled(tables: Tables, passes: list[Pass], form: Periodic, budget: Budget, choice: Choice) -> Found | None:
+    """Blocks that repeat: by knapsacks where devices are many or there is nothing to solve a circuit, else by a circuit."""
+    draws = installed()
+    if len(tables.nodes) >= CROWD or not draws:
+        crowded = crowd(tables, passes, form, budget, choice)
+        if crowded or not draws:
+            return crowded
+    return None if budget.spent() else circuit(tables, passes, form, budget, Scope(choice=choice))
 
 
 def proven(found: Found) -> bool:

@@ -16,6 +16,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import count
 from types import MappingProxyType
+from typing import Protocol
 
 import numpy as np
 from msgspec.structs import replace
@@ -30,7 +31,15 @@ from shoal.plan.shares import nearest
 from shoal.plan.tables import INF, Chain, Floats, Pass, Tables, Weights, build_tables, cost_passes
 
 Spans = tuple[Span, ...]
-Baseline = Callable[[Problem], Spans | None]
+
+
+class Baseline(Protocol):
+    """A rule or search; *ready* are the tables that it would build for itself, without relays."""
+
+    def __call__(self, problem: Problem, ready: Tables | None = None) -> Spans | None:
+        """A plan that keeps every constraint, or None."""
+        ...
+
 
 PAIRS_PRICED = 256
 """Two-device chains that `best_pair` prices at most; the first of them is the best one but where chunks overlap."""
@@ -46,13 +55,13 @@ def worth(problem: Problem, spans: Sequence[Span]) -> float:
         return INF
 
 
-def edgeshard_latency(problem: Problem) -> Spans | None:
+def edgeshard_latency(problem: Problem, ready: Tables | None = None) -> Spans | None:
     """EdgeShard's latency search (arXiv 2405.14371, section IV), the path carrying its memory along: its best reading.
 
     Phases are weighted by the request, where the paper takes the mean of prefill and decode.  Run twice, with and without the
     paper's freedom to come back to a device; the better that keeps the constraints counts.
     """
-    tables = _tables(problem)
+    tables = ready or _tables(problem)
     if tables is None:
         return None
     devices = len(tables.nodes)
@@ -61,15 +70,15 @@ def edgeshard_latency(problem: Problem) -> Spans | None:
     return _best(problem, [_spans(tables, chain) for chain in chains if chain])
 
 
-def edgeshard_throughput(problem: Problem) -> Spans | None:
+def edgeshard_throughput(problem: Problem, ready: Tables | None = None) -> Spans | None:
     """EdgeShard's throughput search (arXiv 2405.14371, section IV): least busiest stage or transfer, over sets of devices.
 
     The lap is not looked at, but for ties.  None beyond some 15 devices: its table doubles with each.
     """
-    return _balanced(problem, lambda tables: [(device,) for device in range(len(tables.nodes))])
+    return _balanced(problem, ready, lambda tables: [(device,) for device in range(len(tables.nodes))])
 
 
-def pipeedge(problem: Problem) -> Spans | None:
+def pipeedge(problem: Problem, ready: Tables | None = None) -> Spans | None:
     """PipeEdge's scheduler (Hu et al., DSD 2022): least busiest stage or transfer, over counts of devices of each class.
 
     Like devices are those that differ in their name and links only; a hop between classes counts as its median link, and of a
@@ -83,10 +92,10 @@ def pipeedge(problem: Problem) -> Spans | None:
             alike[_figures(devices[node])].append(index)
         return [tuple(group) for group in alike.values()]
 
-    return _balanced(problem, classes)
+    return _balanced(problem, ready, classes)
 
 
-def memory_ring(problem: Problem) -> Spans | None:
+def memory_ring(problem: Problem, ready: Tables | None = None) -> Spans | None:
     """The ring of exo (ring_memory_weighted_partitioning_strategy.py): most memory first, blocks in proportion to it."""
 
     def shares(tables: Tables, order: list[int]) -> list[int]:
@@ -94,10 +103,10 @@ def memory_ring(problem: Problem) -> Spans | None:
         edges = np.cumsum([0.0, *free]) / max(float(free.sum()), 1.0)
         return [int(n) for n in np.diff(np.round(edges * len(problem.blocks)).astype(int))]
 
-    return _shared_out(problem, lambda tables: -tables.free_bytes, shares)
+    return _shared_out((problem, ready), lambda tables: -tables.free_bytes, shares)
 
 
-def speed_greedy(problem: Problem) -> Spans | None:
+def speed_greedy(problem: Problem, ready: Tables | None = None) -> Spans | None:
     """The fastest device first, each filled before the next is opened; a source that must come first takes its turn by speed."""
 
     def shares(tables: Tables, order: list[int]) -> list[int]:
@@ -109,33 +118,33 @@ def speed_greedy(problem: Problem) -> Spans | None:
             left -= wanted[device]
         return [wanted[device] + int(device == pinned) for device in order]
 
-    return _shared_out(problem, lambda tables: _speed(problem, tables), shares)
+    return _shared_out((problem, ready), lambda tables: _speed(problem, tables), shares)
 
 
-def even_split(problem: Problem) -> Spans | None:
+def even_split(problem: Problem, ready: Tables | None = None) -> Spans | None:
     """All devices in the problem's order, as many blocks on each (the usual default of pipeline runners)."""
 
     def shares(_: Tables, order: list[int]) -> list[int]:
         each, more = divmod(len(problem.blocks), len(order))
         return [each + int(place < more) for place in range(len(order))]
 
-    return _shared_out(problem, lambda tables: np.arange(len(tables.nodes), dtype=np.float64), shares)
+    return _shared_out((problem, ready), lambda tables: np.arange(len(tables.nodes), dtype=np.float64), shares)
 
 
-def best_single(problem: Problem) -> Spans | None:
+def best_single(problem: Problem, ready: Tables | None = None) -> Spans | None:
     """The whole model on the one device that is best for it."""
-    tables = _tables(problem)
+    tables = ready or _tables(problem)
     if tables is None:
         return None
     return _best(problem, [(Span(tables.nodes[first], 0, len(problem.blocks)),) for first in tables.firsts])
 
 
-def best_pair(problem: Problem) -> Spans | None:
+def best_pair(problem: Problem, ready: Tables | None = None) -> Spans | None:
     """The best cut over the best two devices; where the last block stays on the source, there and back.
 
     All of them are ranked by a bound of their value and priced in that order, until the bound passes the best.
     """
-    tables = _tables(problem)
+    tables = ready or _tables(problem)
     if tables is None:
         return None
     best: tuple[float, Spans | None] = (INF, None)
@@ -161,6 +170,15 @@ BASELINES: Mapping[str, Baseline] = MappingProxyType(
 )
 
 
+def best_baseline(problem: Problem, tables: Tables) -> tuple[str, Spans] | None:
+    """The best plan of all baselines and its author's name; *tables* are the problem's."""
+    ready = dataclasses.replace(tables, relay_s=np.full_like(tables.relay_s, INF))
+    found = [(name, spans) for name, baseline in BASELINES.items() if (spans := baseline(problem, ready))]
+    valued = [(worth(problem, spans), name, spans) for name, spans in found]
+    value, name, best = min(valued, key=lambda one: one[0], default=(INF, "", ()))
+    return (name, best) if value < INF else None
+
+
 def _tables(problem: Problem) -> Tables | None:
     """Tables without relays; None where a device that must take part may not, or none may."""
     out = barred(problem)
@@ -181,9 +199,10 @@ def _weights(problem: Problem) -> Weights:
             return Weights()
 
 
-def _balanced(problem: Problem, groups: Callable[[Tables], list[Group]]) -> Spans | None:
+def _balanced(problem: Problem, ready: Tables | None, groups: Callable[[Tables], list[Group]]) -> Spans | None:
     """Searched as a throughput problem whatever the objective: that is what these searches are for."""
-    tables = _tables(replace(problem, objective=Objective.THROUGHPUT))
+    same = ready is not None and problem.objective is Objective.THROUGHPUT
+    tables = ready if same else _tables(replace(problem, objective=Objective.THROUGHPUT))
     chain = least_bottleneck(tables, groups(tables)) if tables else None
     return _best(problem, [_spans(tables, chain)]) if tables and chain else None
 
@@ -193,10 +212,13 @@ def _figures(device: DeviceSpec) -> object:
 
 
 def _shared_out(
-    problem: Problem, rank: Callable[[Tables], Floats], shares: Callable[[Tables, list[int]], list[int]]
+    asked: tuple[Problem, Tables | None],
+    rank: Callable[[Tables], Floats],
+    shares: Callable[[Tables, list[int]], list[int]],
 ) -> Spans | None:
     """Devices by *rank*, the one that must come first in front; the feasible cuts nearest to the *shares*."""
-    tables = _tables(problem)
+    problem, ready = asked
+    tables = ready or _tables(problem)
     if tables is None:
         return None
     ranks = rank(tables)

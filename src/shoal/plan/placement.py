@@ -2,8 +2,10 @@
 
 import dataclasses
 
+import numpy as np
 from msgspec.structs import replace
 
+from shoal.plan.baselines import best_baseline, worth
 from shoal.plan.budget import Budget
 from shoal.plan.check import check
 from shoal.plan.choosing import choose, is_open, smallest
@@ -20,13 +22,15 @@ from shoal.plan.tables import INF, Tables, build_tables
 SEARCH, WHY, WHY_NOT = 0.9, 0.4, 0.6
 """Parts of what is left to plan: for the plan itself, for the reasons of its devices, for what stands in the way of one."""
 LEAST_MISSING = "least-overflow"
+BASELINE = "baseline"
+"""With its author: no solver had a better plan when time was up."""
 
 
 def place(problem: Problem, budget: Budget) -> Answer:
     """Choose devices and cuts, and micro-batches where they are left open; raises InvalidRequestError for what makes no sense.
 
     Exact (gap 0) for up to a dozen devices, and for more where the budget allows; else, or when several chunks of a prompt are in
-    flight (`shoal.plan.cost`), the best found with its gap stated.
+    flight (`shoal.plan.cost`), the best found with its gap stated; never worse than a named baseline (`shoal.plan.baselines`).
     """
     check(problem)
     out, wanted = barred(problem), {*owners(problem).values(), *problem.require}
@@ -35,7 +39,7 @@ def place(problem: Problem, budget: Budget) -> Answer:
     if is_open(problem):
         return _choose(problem, budget)
     tables = build_tables(problem)
-    found = _search(problem, tables, budget.share(SEARCH))
+    found = _no_worse(problem, tables, _search(problem, tables, budget.share(SEARCH)))
     if found.chain is None:
         return why_not(problem, tables, found, budget.share(WHY_NOT))
     return _plan(problem, tables, found, budget.share(WHY))
@@ -47,7 +51,8 @@ def _choose(problem: Problem, budget: Budget) -> Answer:
         least = smallest(problem)
         nothing = dataclasses.replace(NOTHING, bound=INF if proven else 0.0)
         return why_not(least, build_tables(least), nothing, budget.share(WHY_NOT))
-    plan = _plan(chosen.problem, chosen.tables, chosen.found, budget.share(WHY))
+    found = _no_worse(chosen.problem, chosen.tables, chosen.found)
+    plan = _plan(chosen.problem, chosen.tables, found, budget.share(WHY))
     return replace(plan, weighed=chosen.weighed)
 
 
@@ -78,6 +83,24 @@ def _search(problem: Problem, tables: Tables, budget: Budget) -> Found:
     rival = solve(in_turn, problem.objective, budget, demanded(problem, in_turn))
     chosen = min((f for f in (found, rival) if f.chain), key=lambda f: _value(problem, tables, f))
     return dataclasses.replace(found, chain=chosen.chain, via=chosen.via)
+
+
+def _no_worse(problem: Problem, tables: Tables, found: Found) -> Found:
+    """What was found, or a named baseline's plan where that is better: what is proven needs no comparison."""
+    value = _value(problem, tables, found) if found.chain else INF
+    if found.bound / _tokens(problem) >= value * (1 - ROUNDING):
+        return found
+    rival = best_baseline(problem, tables)
+    if rival is None or worth(problem, rival[1]) >= value:
+        return found
+    name, spans = rival
+    return dataclasses.replace(
+        found,
+        chain=tuple((tables.nodes.index(span.node), span.start, span.stop) for span in spans),
+        via=np.full((len(tables.nodes), len(tables.nodes), len(problem.blocks) + 1), -1),
+        solver=f"{BASELINE}: {name}",
+        finals=(),
+    )
 
 
 def _value(problem: Problem, tables: Tables, found: Found) -> float:

@@ -80,8 +80,13 @@ def _proven(rows: Rows, what: str, limits: tuple[float, float]) -> list[Finding]
     goal = f"proven, p50 < {half} s, p95 < {most} s" if half < most else f"proven in < {most} s"
     gaps = [row.get("gap", 1.0) for row in rows if not _is_proven(row)]
     rest = f"; the others' gaps up to {max(gaps):.2%}" if gaps else ""
-    said = f"**p50 {p50:.2f} s, p95 {p95:.2f} s**, proven {proven} of {len(rows)}{rest}"
+    said = f"**p50 {p50:.2f} s, p95 {p95:.2f} s** of CPU ({_clock(rows)}), proven {proven} of {len(rows)}{rest}"
     return [Finding(what=what, goal=goal, measured=said, met=p50 < half and p95 < most and proven == len(rows))]
+
+
+def _clock(rows: Rows) -> str:
+    clock = [row["clock_s"] for row in rows]
+    return f"by the clock {quantile(clock, 0.5):.2f} s and {quantile(clock, 0.95):.2f} s"
 
 
 def _near(rows: Rows, what: str) -> list[Finding]:
@@ -89,9 +94,18 @@ def _near(rows: Rows, what: str) -> list[Finding]:
         return []
     gap = max(row.get("gap", 1.0) for row in rows)
     longest_s, stages = max(row["took_s"] for row in rows), min(row.get("stages", 0) for row in rows)
-    said = f"**gap {gap:.2%}** at most, {longest_s:.1f} s at most, {stages} stages at least, {len(rows)} instances"
+    each = ", ".join(f"{name} {max(gaps):.2%}" for name, gaps in _by_network(rows).items())
+    time = f"{longest_s:.1f} s of CPU at most ({_clock(rows)})"
+    said = f"**gap {gap:.2%}** at most ({each}), {time}, {stages} stages at least, {len(rows)} instances"
     met = gap < 0.02 and longest_s <= 5
     return [Finding(what=what, goal="gap < 2 % in 5 s, 20 stages or more", measured=said, met=met)]
+
+
+def _by_network(rows: Rows) -> dict[str, list[float]]:
+    gaps: dict[str, list[float]] = {}
+    for row in rows:
+        gaps.setdefault(row["network"], []).append(row.get("gap", 1.0))
+    return gaps
 
 
 def _answers(rows: Rows) -> list[Finding]:
@@ -173,9 +187,7 @@ def _time(rows: Rows) -> str:
     took = [row["took_s"] for row in rows]
     solvers = Counter(row["solver"] for row in rows if row["said"] == "plan")
     by = ", ".join(f"{name} {count}" for name, count in solvers.most_common())
-    return (
-        f"p50 {quantile(took, 0.5):.3f} s, p95 {quantile(took, 0.95):.3f} s; {len(rows)} instances ({by or 'no plans'})"
-    )
+    return f"p50 {quantile(took, 0.5):.3f} s, p95 {quantile(took, 0.95):.3f} s of CPU; {len(rows)} instances ({by or 'no plans'})"
 
 
 def _told(what: str, measured: str) -> Finding:

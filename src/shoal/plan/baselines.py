@@ -15,6 +15,7 @@ import heapq
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import count
+from math import prod
 from types import MappingProxyType
 from typing import Protocol
 
@@ -22,7 +23,7 @@ import numpy as np
 from msgspec.structs import replace
 
 from shoal.errors import InfeasibleError
-from shoal.plan.bottleneck import Group, least_bottleneck
+from shoal.plan.bottleneck import WORK_LIMIT, Group, least_bottleneck
 from shoal.plan.cost import Span, barred, objective_value, owners, price
 from shoal.plan.exact import satisfies
 from shoal.plan.layerwise import layer_by_layer
@@ -201,6 +202,8 @@ def _weights(problem: Problem) -> Weights:
 
 def _balanced(problem: Problem, ready: Tables | None, groups: Callable[[Tables], list[Group]]) -> Spans | None:
     """Searched as a throughput problem whatever the objective: that is what these searches are for."""
+    if ready is not None and prod(len(group) + 1 for group in groups(ready)) > WORK_LIMIT:
+        return None  # tables of their own are not worth building
     same = ready is not None and problem.objective is Objective.THROUGHPUT
     tables = ready if same else _tables(replace(problem, objective=Objective.THROUGHPUT))
     chain = least_bottleneck(tables, groups(tables)) if tables else None

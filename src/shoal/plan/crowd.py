@@ -41,10 +41,12 @@ def crowd(tables: Tables, passes: list[Pass], form: Periodic, budget: Budget, ch
     if best and form.exact and best.bound >= best.cost * SURE:
         return best
     alone = _alone(tables, passes, form, choice)
-    state = Throng(line=lineup(tables, form, choice))
+    state = Throng(
+        line=lineup(tables, form, choice), cost=choice.below, any_will_do=choice.below < INF, near=choice.near
+    )
     throng(state, budget, LEVELS[:EARLY])
     drawn = _drawn(tables, passes, form, (state, choice), budget)
-    if not (drawn or state.proven or budget.spent()):
+    if not (drawn or state.done or budget.spent()):
         throng(state, budget, LEVELS[EARLY:])
     found = [one for one in (best, alone, _real(passes, form, state), drawn) if one]
     winner = min(found, key=lambda one: one.cost)
@@ -58,14 +60,14 @@ def _drawn(
     """The circuit over the devices that are left; its bound holds for all, as the others are out."""
     state, choice = scope
     few = state.line.devices.size <= DRAWN
-    if state.proven or not few or not installed() or budget.spent():
+    if state.done or not few or not installed() or budget.spent():
         return None
     others = (1 << len(tables.nodes)) - 1
     for device in state.line.devices:
         others &= ~(1 << int(device))
-    narrow = Choice(require=choice.require, forbid=choice.forbid | others)
+    narrow = dataclasses.replace(choice, forbid=choice.forbid | others)
     found = circuit(tables, passes, form, budget, Scope(choice=narrow, effort=EFFORT))
-    return found if found.bound >= min(found.cost, state.cost) * SURE else None
+    return found if found.bound >= min(found.cost, state.cost) * SURE else None  # half a proof is none
 
 
 def _real(passes: list[Pass], form: Periodic, state: Throng) -> Found:

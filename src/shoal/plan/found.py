@@ -4,15 +4,19 @@ from dataclasses import dataclass
 
 from shoal.plan.chain import Final
 from shoal.plan.cost import Span
-from shoal.plan.tables import Chain, Tables, Whole, spans_of
+from shoal.plan.tables import INF, Chain, Tables, Whole, spans_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choice:
-    """Bit masks of devices that must, or must not, take part."""
+    """Bit masks of devices that must, or must not, take part; and what a search through a crowd may be content with."""
 
     require: int = 0
     forbid: int = 0
+    below: float = INF
+    """Any chain that costs less will do, and no other is looked for; infinite: the cheapest."""
+    near: float = 0.0
+    """A gap that need not be closed."""
 
     def admits(self, mask: int) -> bool:
         return not (self.require & ~mask or self.forbid & mask)

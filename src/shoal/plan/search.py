@@ -14,13 +14,14 @@ from math import nextafter
 from shoal.plan.beam import beam
 from shoal.plan.budget import Budget
 from shoal.plan.chain import Final, relax, sweep, trace
-from shoal.plan.circuit import Scope, circuit, circuit_tokens
+from shoal.plan.circuit import Scope, circuit, circuit_tokens, load_of
 from shoal.plan.cpsat import installed
 from shoal.plan.crowd import CROWD, crowd
 from shoal.plan.elementary import elementary
 from shoal.plan.found import FREE, Choice, Found, mask_of
 from shoal.plan.periodic import Periodic, periodic
 from shoal.plan.problem import Objective, Problem
+from shoal.plan.star import period_bound_s
 from shoal.plan.tables import INF, LATENCY, Chain, Pass, Tables, Weights, busy_s, cost_passes
 
 SWEEP_LIMIT = 16_384
@@ -58,6 +59,8 @@ def solve(tables: Tables, objective: Objective, budget: Budget, choice: Choice =
     def find(cap_s: float = INF, weights: Weights = LATENCY) -> Found:
         return cheapest(tables, list(cost_passes(tables, cap_s, weights)), budget, choice)
 
+    if objective is Objective.THROUGHPUT and len(tables.nodes) >= CROWD:
+        return crowd_tokens(tables, budget, choice, tolerance)
     if objective is Objective.THROUGHPUT and (direct := _tokens_at_once(tables, budget, choice)):
         return direct if proven(direct) else _better(direct, _looped(tables, find()))
     match objective:
@@ -150,6 +153,37 @@ def most_tokens(tables: Tables, find: Callable[[float], Found], tolerance: float
         elif not proven:
             break
     return dataclasses.replace(best, bound=min(lower, best.cost))
+
+
+ROUGH = 0.02
+"""Gap of the first search for throughput through a crowd: the lap may not be what binds."""
+
+
+def crowd_tokens(tables: Tables, budget: Budget, choice: Choice, tolerance: float) -> Found:
+    """Least max(T, L / B) through a crowd: the shortest lap where that binds, else by halves between what is known.
+
+    Whether a chain has T and L / B below a limit is a search under a cap for any chain of less than a lap: most are soon denied.
+    """
+
+    def find(cap_s: float) -> Found:
+        if cap_s == INF:
+            near = dataclasses.replace(choice, near=ROUGH if tables.in_flight > 1 else 0.0)
+            return _with_period(tables, cheapest(tables, list(cost_passes(tables)), budget, near), choice)
+        if budget.spent():
+            return Found(cost=INF, chain=None, bound=0.0, solver=BEAM)
+        below = dataclasses.replace(choice, below=cap_s * tables.in_flight * (1 + PROVEN))
+        return cheapest(tables, list(cost_passes(tables, cap_s)), budget, below)
+
+    return most_tokens(tables, find, tolerance)
+
+
+def _with_period(tables: Tables, found: Found, choice: Choice) -> Found:
+    """The bound raised by what the busiest device or link must do, in seconds of a lap."""
+    passes = list(cost_passes(tables))
+    form = periodic(passes)
+    load = load_of(tables, passes, form) if form and form.exact and not choice.require else None
+    bound_s = period_bound_s(load.busy) * tables.in_flight if load else 0.0
+    return dataclasses.replace(found, bound=max(found.bound, bound_s))
 
 
 def _looped(tables: Tables, found: Found) -> Found:

@@ -36,6 +36,10 @@ class Throng:
     chain: tuple[tuple[int, int], ...] | None = None
     """Devices as the tables number them, and their units"""
     bound: float = 0.0
+    any_will_do: bool = False
+    """Of the chains that cost less than the first `cost`"""
+    near: float = 0.0
+    """A gap that is enough"""
 
     def __post_init__(self) -> None:
         self.prices = np.zeros(self.line.devices.size + 1)
@@ -43,6 +47,12 @@ class Throng:
     @property
     def proven(self) -> bool:
         return self.bound >= self.cost * (1 - 2 * ROUNDING)
+
+    @property
+    def done(self) -> bool:
+        """Whether there is nothing left to do."""
+        enough = self.bound >= self.cost * (1 - max(self.near, 2 * ROUNDING))
+        return enough or (self.any_will_do and self.chain is not None)
 
 
 class Ceaseless:
@@ -59,7 +69,7 @@ def throng(state: Throng, budget: Budget, levels: Sequence[tuple[int, int]] = LE
         if state.proven:
             break
         _walked(state, visits, width, Ceaseless() if width == LEVELS[0][1] else budget)
-        if budget.spent():
+        if state.done or budget.spent():
             break
         _narrow(state, visits)
     state.bound = min(state.bound, state.cost)

@@ -40,6 +40,8 @@ class Throng:
     """Of the chains that cost less than the first `cost`"""
     near: float = 0.0
     """A gap that is enough"""
+    dealt: Whole | None = None
+    """The dealing to keep to, while prices still raise its bound"""
 
     def __post_init__(self) -> None:
         self.prices = np.zeros(self.line.devices.size + 1)
@@ -84,13 +86,14 @@ def _walked(state: Throng, visits: Visits, width: int, budget: Budget) -> None:
 
 def _ascended(state: Throng, start: Visits, steps: int, budget: Budget) -> Visits:
     """The best of so many steps."""
-    best = start
+    best, left = start, steps
     state.bound = max(state.bound, start.bound)
     for tried in islice(ascend(start, state.cost), steps):
-        best = tried if tried.bound > best.bound else best
+        best, left = tried if tried.bound > best.bound else best, left - 1
         state.bound = max(state.bound, best.bound)
         if state.proven or budget.spent():
             break
+    state.dealt = None if left else best.sites.of
     return best
 
 
@@ -101,8 +104,9 @@ def _named(line: Lineup, parts: Parts) -> tuple[tuple[int, int], ...]:
 def _best_dealing(state: Throng, budget: Budget) -> Visits:
     """The dealing to sites that has the highest bound after a few steps from the prices known, or from none."""
     best: Visits | None = None
+    kept = state.dealt is not None
     seen: list[Whole] = []
-    for of in dealings(state.line):
+    for of in dealings(state.line) if state.dealt is None else (state.dealt,):
         if any(np.array_equal(of, other) for other in seen) or (best is not None and budget.spent()):
             continue
         seen.append(of)
@@ -110,7 +114,7 @@ def _best_dealing(state: Throng, budget: Budget) -> Visits:
         start = relaxed(state.line, sites, state.prices)
         if state.prices.any() and (free := relaxed(state.line, sites, np.zeros_like(state.prices))).bound > start.bound:
             start = free
-        visits = _ascended(state, start, TRIED, budget)
+        visits = start if kept else _ascended(state, start, TRIED, budget)
         best = visits if best is None or visits.bound > best.bound else best
     assert best is not None
     return best
@@ -123,3 +127,4 @@ def _narrow(state: Throng, visits: Visits) -> None:
     places = np.flatnonzero(keep)
     state.line = state.line.only(places)
     state.prices = visits.prices[[*places, -1]]
+    state.dealt = None if state.dealt is None else state.dealt[places]

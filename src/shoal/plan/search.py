@@ -167,14 +167,23 @@ def crowd_tokens(tables: Tables, budget: Budget, choice: Choice, tolerance: floa
 
     def find(cap_s: float) -> Found:
         if cap_s == INF:
-            near = dataclasses.replace(choice, near=ROUGH if tables.in_flight > 1 else 0.0)
-            return _with_period(tables, cheapest(tables, list(cost_passes(tables)), budget, near), choice)
+            return _with_period(tables, _lap(tables, budget, choice), choice)
         if budget.spent():
             return Found(cost=INF, chain=None, bound=0.0, solver=BEAM)
         below = dataclasses.replace(choice, below=cap_s * tables.in_flight * (1 + PROVEN))
         return cheapest(tables, list(cost_passes(tables, cap_s)), budget, below)
 
     return most_tokens(tables, find, tolerance)
+
+
+def _lap(tables: Tables, budget: Budget, choice: Choice) -> Found:
+    """The shortest lap: roughly where it does not bind."""
+    passes = list(cost_passes(tables))
+    if tables.in_flight > 1:
+        rough = cheapest(tables, passes, budget, dataclasses.replace(choice, near=ROUGH))
+        if rough.chain is None or proven(rough) or _looped(tables, rough).cost > rough.cost / tables.in_flight:
+            return rough
+    return cheapest(tables, passes, budget, choice)
 
 
 def _with_period(tables: Tables, found: Found, choice: Choice) -> Found:

@@ -111,8 +111,8 @@ def _starlike(part: Floats, of: Whole) -> Floats:
         into[mine] = np.where(np.isfinite(part[hub, mine]), part[hub, mine], 0.0)
         if mine.size > 2 and hub:
             other, third = mine[1], mine[2]
-            told = part[other, hub] + part[hub, third] - part[other, third]
-            into[hub] = told if np.isfinite(told) else 0.0
+            known = part[[other, hub, other], [hub, third, third]]
+            into[hub] = known[0] + known[1] - known[2] if np.isfinite(known).all() else 0.0
     return into
 
 

@@ -12,7 +12,7 @@ from itertools import islice
 import numpy as np
 
 from shoal.plan.ascent import ascend
-from shoal.plan.budget import Budget
+from shoal.plan.budget import Budget, StepBudget
 from shoal.plan.lineup import Lineup, Parts
 from shoal.plan.sites import dealings, sites_of
 from shoal.plan.tables import INF, Floats, Whole
@@ -21,6 +21,9 @@ from shoal.plan.walks import ROUNDING, walk
 
 LEVELS = ((20, 16), (30, 64), (40, 256), (40, 1024), (40, 4096), (40, 16384), (40, 65536))
 """Steps of prices, and how many beginnings at each number of units then."""
+
+UNHURRIED = 10**9
+"""Questions of the first walk's budget: it is of bounded work, and must be done for there to be a chain at all."""
 
 TRIED = 8
 """Steps before a dealing is judged."""
@@ -57,20 +60,13 @@ class Throng:
         return enough or (self.any_will_do and self.chain is not None)
 
 
-class Ceaseless:
-    """A budget for what is of bounded work and must be done."""
-
-    def spent(self) -> bool:
-        return False
-
-
 def throng(state: Throng, budget: Budget, levels: Sequence[tuple[int, int]] = LEVELS) -> None:
     """Look for the cheapest chain of two stages or more, as far as these levels and the budget go."""
-    for steps, width in levels:
+    for level, (steps, width) in enumerate(levels):
         visits = _ascended(state, _best_dealing(state, budget), steps, budget)
         if state.proven:
             break
-        _walked(state, visits, width, Ceaseless() if width == LEVELS[0][1] else budget)
+        _walked(state, visits, width, budget if level else StepBudget(UNHURRIED))
         if state.done or budget.spent():
             break
         _narrow(state, visits)

@@ -1,6 +1,6 @@
 """What every Backend keeps: run on the null engine and on ONNX Runtime, the latter with every kind of graph that it is fed."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -19,6 +19,7 @@ from shoal.model.rope import Rope, inverse_frequencies
 from shoal.model.transformer import TransformerConfig, build, matrix_shapes, vector_sizes
 from shoal.runtime.backend.null import NullBackend, null_shard
 from shoal.runtime.backend.onnx import OnnxBackend, OnnxSession
+from shoal.runtime.backend.passing import PassingSession
 from shoal.runtime.backend.throttled import Throttled
 from shoal.runtime.pipeline import LocalPipeline, LocalStage
 from shoal.runtime.ports import Backend, SequenceStep, Session, Shard
@@ -298,16 +299,35 @@ def test_a_pipeline_of_shards_answers_token_for_token_like_the_whole(rig: Rig, s
     assert answers([0, 1, rig.parts]) == answers([0, rig.parts // 2, rig.parts - 1, rig.parts]) == whole
 
 
-def test_a_closed_session_refuses_to_work_and_closes_again(rig: Rig) -> None:
-    session = rig.whole()
-    session.close()
-    session.close()
+def test_a_relay_between_two_shards_changes_no_bit(rig: Rig) -> None:
+    step = rows(0, 9, logits=2)
+    cut = rig.parts // 2
+    chains = [[rig.load(0, cut), *relays, rig.load(cut, rig.parts)] for relays in ([], [PassingSession()])]
 
-    with pytest.raises(ShoalError, match="closed"):
-        run(session, rows(0, 3))
+    direct, relayed = [through(chain, step) for chain in chains]
+
+    assert direct.keys() == relayed.keys() == {"logits"}
+    assert np.array_equal(direct["logits"], relayed["logits"])
+
+
+def through(chain: Sequence[Session], step: SequenceStep) -> dict[str, Array]:
+    tensors: dict[str, Array] = {"input_ids": IDS[:, step.start : step.start + step.count]}
+    for session in chain:
+        tensors = session.step([step], tensors)
+    return tensors
+
+
+def test_a_closed_session_refuses_to_work_and_closes_again(rig: Rig) -> None:
+    for session in (rig.whole(), PassingSession()):
+        session.close()
+        session.close()
+
+        with pytest.raises(ShoalError, match="closed"):
+            run(session, rows(0, 3))
 
 
 def test_releasing_a_slot_that_holds_nothing_is_harmless(rig: Rig) -> None:
+    PassingSession().release(1)
     session = rig.whole()
     session.release(1)
     session.release(99)

@@ -7,6 +7,7 @@ import pytest
 
 from shoal.ids import DeploymentId, RequestId
 from shoal.runtime.backend.null import NullBackend, null_shard
+from shoal.runtime.backend.passing import PassingSession
 from shoal.runtime.pipeline import LocalPipeline, LocalStage
 from shoal.runtime.request import FinishReason, GenerateRequest, SamplingParams
 from shoal.runtime.scheduler import SchedulerSettings
@@ -45,7 +46,10 @@ def make_request() -> Callable[..., GenerateRequest]:
 
 @pytest.fixture
 def make_pipeline() -> Callable[..., LocalPipeline]:
-    """*cuts* of six null layers into stages, for example (2, 4) for three; the rest are settings."""
+    """*cuts* of six null layers into stages, for example (2, 4) for three; the rest are settings.
+
+    A stage between two others that has no layer is a relay: (2, 2, 4) has one.
+    """
 
     def make(
         cuts: Sequence[int] = (),
@@ -73,7 +77,8 @@ def make_pipeline() -> Callable[..., LocalPipeline]:
                 vocabulary=VOCABULARY,
                 scheduler=SchedulerSettings(in_flight=in_flight, chunk_rows=chunk, queue_limit=queue),
             )
-            stages.append(LocalStage(stage, NullBackend().load(shard)))
+            relays = begin == end and 0 < index < len(cuts)
+            stages.append(LocalStage(stage, PassingSession() if relays else NullBackend().load(shard)))
         return LocalPipeline(stages, **timing)
 
     return make

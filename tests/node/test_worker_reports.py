@@ -11,8 +11,8 @@ from shoal.clock import ManualClock
 from shoal.fleet.report import ShardId, ShardReport, ShardState
 from shoal.ids import DeploymentId, Digest, NodeId
 from shoal.node.messages import REPORT
+from shoal.node.reporter import Reporter, worker_key
 from shoal.node.stage_loop import StageLoop
-from shoal.node.worker import Reporter, worker_key
 from shoal.node.worker_spec import WorkerSpec
 from shoal.runtime.settings import StageSettings
 from shoal.transport.memory import MemoryBus

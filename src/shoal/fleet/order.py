@@ -14,6 +14,8 @@ class Hold(msgspec.Struct, frozen=True, kw_only=True, tag="hold"):
     """Have this shard loaded: fetch its chunks from *sources*, load it, report its locators.
 
     The memory of earlier plans of the deployment is free for it, except of those that are named in `beside`: they still answer.
+
+    One without blocks (`start` equals `stop`) is a relay: nothing is fetched or loaded for it.
     """
 
     fencing_epoch: int
@@ -31,6 +33,11 @@ class Hold(msgspec.Struct, frozen=True, kw_only=True, tag="hold"):
     """False: have its chunks, and wait to be told again."""
     beside: tuple[int, ...] = ()
     """Plan epochs of the same deployment that stay meanwhile."""
+
+    @property
+    def is_relay(self) -> bool:
+        """Whether it passes frames on and holds no block."""
+        return self.start == self.stop
 
 
 class Wire(msgspec.Struct, frozen=True, kw_only=True, tag="wire"):

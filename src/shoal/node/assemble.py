@@ -26,6 +26,7 @@ from shoal.node.artifacts import Artifacts
 from shoal.node.calls import Caller, Handler
 from shoal.node.coordinator import Coordinator
 from shoal.node.corrections import Corrections
+from shoal.node.crews import Crews
 from shoal.node.desk import CoordinatorDesk
 from shoal.node.emulated import dial_agent, shaped_agent
 from shoal.node.events import EventRing
@@ -37,7 +38,7 @@ from shoal.node.holding import complete_manifests, fetch_hold
 from shoal.node.in_use import journal_file
 from shoal.node.journal import Journal
 from shoal.node.last_plan import kept_port
-from shoal.node.launch import launch
+from shoal.node.launch import RELAY, launch
 from shoal.node.measuring import Measurer
 from shoal.node.options import NodeOptions
 from shoal.node.pipeline import AnswerDesk
@@ -201,7 +202,7 @@ def _agent(parts: _Parts, voice: Voice, bell: Bell, models: Models) -> Agent:
     keeper = ShardKeeper(
         parts.journal,
         partial(fetch_hold, parts.store, fetcher, parts.artifacts),
-        partial(launch_hold, parts),
+        partial(launch_hold, parts, Crews(partial(launch, module=RELAY))),
         voice.tell_worker,
         bell.ring,
         parts.log,
@@ -295,8 +296,8 @@ def new_id() -> str:
     return secrets.token_hex(8)
 
 
-async def launch_hold(parts: _Parts, hold: Hold) -> WorkerHandle:
-    """Start the worker of a shard, where it listened before if it was here before."""
+async def launch_hold(parts: _Parts, crews: Crews, hold: Hold) -> WorkerHandle:
+    """Start the worker of a shard, or a relay, where it listened before if it was here before."""
     options = parts.options
     host = options.listen.removeprefix("tcp/").rpartition(":")[0]
     port = await anyio.to_thread.run_sync(kept_port, parts.journal, hold.shard)
@@ -318,7 +319,7 @@ async def launch_hold(parts: _Parts, hold: Hold) -> WorkerHandle:
         slowdown=options.slowdown,
         links=options.links,
     )
-    return await launch(spec)
+    return await (crews.begin(spec) if hold.is_relay else launch(spec))
 
 
 def _join(facts: NodeFacts, options: NodeOptions) -> JoinView:

@@ -19,7 +19,12 @@ from shoal.store.home import Store, missing_bytes
 async def fetch_hold(
     store: Store, fetcher: Fetcher, artifacts: Artifacts, hold: Hold, arrived: Callable[[int], None]
 ) -> None:
-    """Bring the chunks of a shard here; *arrived* is called on the event loop.  Cancelled, it ends with the next piece."""
+    """Bring the chunks of a shard here; *arrived* is called on the event loop.  Cancelled, it ends with the next piece.
+
+    A relay needs none, not even the graph.
+    """
+    if hold.is_relay:
+        return
 
     def tell(size_bytes: int) -> None:
         anyio.from_thread.check_cancelled()

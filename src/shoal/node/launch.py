@@ -30,6 +30,16 @@ class WorkerProcess:
         """Process id."""
         return self._process.pid
 
+    @property
+    def ended(self) -> bool:
+        """Whether it is no more."""
+        return self._process.returncode is not None
+
+    async def tell(self, spec: WorkerSpec) -> None:
+        """Give it one more spec, if it is a process that takes several (`relay`)."""
+        assert self._process.stdin is not None
+        await self._process.stdin.send(msgspec.json.encode(spec) + b"\n")
+
     async def wait(self) -> str:
         """Wait for its end; the reason in words."""
         code = await self._process.wait()
@@ -75,7 +85,10 @@ def _huge_pages_are_small(size_file: Path) -> bool:
         return False  # a kernel without huge pages, or one that does not say how large they are
 
 
-async def launch(spec: WorkerSpec, module: str = "shoal.node.worker") -> WorkerProcess:
+WORKER, RELAY = "shoal.node.worker", "shoal.node.relay"
+
+
+async def launch(spec: WorkerSpec, module: str = WORKER) -> WorkerProcess:
     """Start the worker of *spec*; its log goes to our standard error."""
     process = await anyio.open_process(
         [sys.executable, "-m", module],
@@ -85,6 +98,6 @@ async def launch(spec: WorkerSpec, module: str = "shoal.node.worker") -> WorkerP
         env={**os.environ, **engine_environment(os.environ, spec.threads)},
         start_new_session=True,  # Ctrl-C at the terminal is the agent's to handle
     )
-    assert process.stdin is not None
-    await process.stdin.send(msgspec.json.encode(spec) + b"\n")
-    return WorkerProcess(process)
+    worker = WorkerProcess(process)
+    await worker.tell(spec)
+    return worker

@@ -21,7 +21,7 @@ from shoal.fleet.state import Standing
 from shoal.fleet.views import DeploymentState, DeploymentView, EventView, LinkView, NodeView, PredictionView
 from shoal.ids import DeploymentId, NodeId
 from shoal.node.fleet_api import check_name
-from shoal.plan.problem import Pin
+from shoal.plan.problem import Estimate, Objective, Pin, Plan, RequestShape, Stage
 
 A, B = NodeId("a" * 32), NodeId("b" * 32)
 NODES = (
@@ -99,6 +99,29 @@ def test_a_deployment_shows_how_far_its_plan_was_off() -> None:
 
     assert "- first, 8% per token" in shown(render_deployments([view], {}))
     assert missed_by(None) == "-"
+
+
+def test_a_relay_is_among_the_stages_of_a_deployment(chain_through: Plan) -> None:
+    view = DeploymentView(name=DeploymentId("chat"), model="m", state=DeploymentState.READY, plan=chain_through)
+
+    text = shown(render_deployments([view], {A: "desk", B: "attic"}))
+
+    assert "desk [0, 1) -> attic (relay) -> desk [1, 2)" in text
+
+
+@pytest.fixture
+def chain_through() -> Plan:
+    def stage(node: NodeId, start: int, stop: int) -> Stage:
+        return Stage(
+            node=node, start=start, stop=stop, weights_bytes=0, kv_bytes=0, memory_bytes=0, prefill_s=0.0, decode_s=0.0,
+            send_prefill_s=0.0, send_decode_s=0.0,
+        )  # fmt: skip
+
+    figures = Estimate(time_to_first_token_s=1.0, time_per_output_token_s=0.1, tokens_per_s=10.0, latency_s=2.0)
+    return Plan(
+        stages=(stage(A, 0, 1), stage(B, 1, 1), stage(A, 1, 2)), objective=Objective.LATENCY, shape=RequestShape(),
+        estimate=figures, lower_bound=2.0, gap=0.0, solver="x",
+    )  # fmt: skip
 
 
 def test_an_event_is_one_line_with_its_time() -> None:

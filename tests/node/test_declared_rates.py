@@ -7,7 +7,7 @@ from shoal.fleet.report import NodeFacts
 from shoal.fleet.spec import DeploymentSpec
 from shoal.ids import DeploymentId, Digest, NodeId
 from shoal.node.planning import with_facts
-from shoal.plan.problem import Limits, Residency
+from shoal.plan.problem import Limits, Relays, Residency
 from shoal.profile.fleet import Declared, DeviceProfile
 
 SAID = Declared(watts=15.0, price_per_hour=0.2, joules_per_byte=3e-7, region="eu", trust="own")
@@ -50,7 +50,7 @@ def test_a_node_of_an_older_version_declares_nothing() -> None:
     assert msgspec.convert(older, NodeFacts).declared == Declared()
 
 
-def test_a_deployment_that_was_written_before_limits_existed_is_read_without_any() -> None:
+def test_a_deployment_that_was_written_before_limits_and_relays_existed_is_read_without_any() -> None:
     spec = DeploymentSpec(
         deployment=DeploymentId("d"),
         model="m",
@@ -58,9 +58,11 @@ def test_a_deployment_that_was_written_before_limits_existed_is_read_without_any
         source=NodeId("a"),
         limits=Limits(joules=1.0),
         residency=Residency(regions=("eu",)),
+        relays=Relays.NEVER,
     )
-    older = {name: value for name, value in msgspec.to_builtins(spec).items() if name not in {"limits", "residency"}}
+    newer = {"limits", "residency", "relays"}
+    older = {name: value for name, value in msgspec.to_builtins(spec).items() if name not in newer}
 
     read = msgspec.json.decode(msgspec.json.encode(older), type=DeploymentSpec)
 
-    assert (read.limits, read.residency) == (Limits(), Residency())
+    assert (read.limits, read.residency, read.relays) == (Limits(), Residency(), Relays.IF_NEEDED)

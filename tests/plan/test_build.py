@@ -10,7 +10,7 @@ from shoal.plan.budget import StepBudget
 from shoal.plan.build import Demands, MemoryModel, Setting, missing_kinds, problem
 from shoal.plan.cost import decode_times
 from shoal.plan.placement import place
-from shoal.plan.problem import Infeasible, Limits, Plan, RequestShape, Residency, SharedTensor
+from shoal.plan.problem import Infeasible, Limits, Plan, Relays, RequestShape, Residency, SharedTensor
 from shoal.profile.fleet import BlockTrial, Declared, DeviceProfile, FleetProfile, LinkProfile
 
 A, B, C = NodeId("a"), NodeId("b"), NodeId("c")
@@ -233,3 +233,13 @@ def test_what_live_times_say_of_a_device_and_a_link_is_in_the_prices() -> None:
     assert new.batched[0].decode_s == pytest.approx([2 * s for s in old.batched[0].decode_s])
     assert after.links[0].latency_s == 4 * before.links[0].latency_s
     assert after.links[0].bytes_per_s == before.links[0].bytes_per_s / 4
+
+
+@pytest.mark.parametrize(
+    ("said", "relay", "needed"),
+    [(Relays.NEVER, False, False), (Relays.IF_NEEDED, False, True), (Relays.ALWAYS, True, False)],
+)
+def test_what_is_said_of_relays_becomes_the_problems(said: Relays, relay: bool, needed: bool) -> None:
+    found = problem(BLOCKS, fleet(device(A, ALL, "x")), SHAPE, A, Setting(demands=Demands(relays=said)))
+
+    assert (found.relay, found.relay_if_needed) == (relay, needed)

@@ -76,6 +76,44 @@ def test_a_problem_that_does_not_fit_says_what_is_missing_and_fails(too_small: P
     assert json.loads(as_json.output)["type"] == "infeasible"
 
 
+@pytest.fixture
+def way_round(chain: Callable[..., Problem], tmp_path: Path) -> Path:
+    """The direct link is the slower way."""
+    links = {(0, 1): 1.0, (0, 2): 0.01, (2, 1): 0.01}
+    path = tmp_path / "round.json"
+    path.write_bytes(msgspec.json.encode(chain((1, 1), (5.0, 0.1, 9.0), (1, 1, 0), links, relay=True)))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("said", "relays"), [([], True), (["--relays", "always"], True), (["--relays", "never"], False)]
+)
+def test_a_relay_is_shown_as_one_and_can_be_forbidden(way_round: Path, said: list[str], relays: bool) -> None:
+    result = CliRunner().invoke(app(), ["--problem", str(way_round), *said], env={"COLUMNS": "200"})
+
+    assert result.exit_code == 0
+    assert ("relay, no blocks" in result.output) is relays
+
+
+def test_relays_that_a_file_leaves_out_can_be_asked_for(way_round: Path) -> None:
+    stated = parse_problem(way_round.read_bytes())
+    way_round.write_bytes(msgspec.json.encode(replace(stated, relay=False)))
+
+    shown = [
+        CliRunner().invoke(app(), ["--problem", str(way_round), *said], env={"COLUMNS": "200"}).output
+        for said in ([], ["--relays", "always"])
+    ]
+
+    assert ["relay, no blocks" in text for text in shown] == [False, True]
+
+
+def test_a_wrong_word_about_relays_is_refused_with_the_right_ones(way_round: Path) -> None:
+    result = CliRunner().invoke(app(), ["--problem", str(way_round), "--relays", "maybe"])
+
+    assert result.exit_code == 2
+    assert "if-needed" in result.output
+
+
 def test_a_file_that_is_not_there_is_an_error_with_its_name(tmp_path: Path) -> None:
     with pytest.raises(InvalidRequestError, match=r"cannot read .*none\.json: No such file"):
         solve_file(tmp_path / "none.json")

@@ -31,7 +31,7 @@ from shoal.plan.pareto import Front
 from shoal.plan.pareto import pareto as front_of
 from shoal.plan.pipelines import MOST
 from shoal.plan.placement import place
-from shoal.plan.problem import Answer, Infeasible, Limits, Objective, Plan, Problem, Residency
+from shoal.plan.problem import Answer, Infeasible, Objective, Plan, Problem, Relays, Residency
 from shoal.plan.replicas import Replicas, replicate
 
 Shown = Answer | Front | Replicas
@@ -81,7 +81,7 @@ def plan(
             refuse_for_graph((ask, ASK), (demands, DEMANDS), (kind, KIND))
             show(place_graph(stated, DeadlineBudget(time.monotonic, seconds)), names, json=json)
             return
-        stated = with_demands(stated, demands.limits(), demands.residency(), ask.cloud)
+        stated = with_demands(stated, demands, ask.cloud)
         answer = answered(stated, seconds, kind)
     elif not model:
         raise InvalidRequestError("name a model, or a problem file with --problem", hint="`shoal models` lists models")
@@ -151,13 +151,19 @@ def parse_replicas(text: str) -> int:
     return int(text)
 
 
-def with_demands(stated: Problem, limits: Limits, rule: Residency, cloud: Path | None = None) -> Problem:
+def with_demands(stated: Problem, demands: DemandFlags, cloud: Path | None = None) -> Problem:
     """A file's problem with what flags demand besides; a flag replaces what the file says."""
+    limits, rule = demands.limits(), demands.residency()
     kept = {name: getattr(limits, name) for name in limits.__struct_fields__ if getattr(limits, name) is not None}
     changed = msgspec.structs.replace(stated, limits=msgspec.structs.replace(stated.limits, **kept))
     if cloud is not None:
         changed = msgspec.structs.replace(changed, cloud=read_cloud(cloud))
-    return changed if rule == Residency() else msgspec.structs.replace(changed, residency=rule)
+    changed = changed if rule == Residency() else msgspec.structs.replace(changed, residency=rule)
+    match demands.relays:
+        case Relays.IF_NEEDED:  # not said: what the file says
+            return changed
+        case Relays.NEVER | Relays.ALWAYS as said:
+            return msgspec.structs.replace(changed, relay=said is Relays.ALWAYS, relay_if_needed=False)
 
 
 def parse_objectives(text: str) -> tuple[Objective, ...]:

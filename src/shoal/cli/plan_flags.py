@@ -11,7 +11,7 @@ from shoal.cli.files import read_cloud
 from shoal.client.calls import PlanOptions
 from shoal.errors import SettingsError
 from shoal.fleet.views import NodeView
-from shoal.plan.problem import Choose, Limits, Objective, Pin, RequestShape, Residency
+from shoal.plan.problem import Choose, Limits, Objective, Pin, Relays, RequestShape, Residency
 
 SLOTS, MOST_SLOTS = 2, 16
 """Where nobody says how many: for latency, and at most for throughput."""
@@ -73,6 +73,13 @@ class DemandFlags(msgspec.Struct, frozen=True, kw_only=True):
     regions: Annotated[str, typer.Option(help="Regions that activations may enter, with commas; empty: all.")] = ""
     trusts: Annotated[str, typer.Option(help="Trust classes that activations may enter, with commas; empty: all.")] = ""
 
+    relays: Annotated[
+        Relays,
+        typer.Option(
+            help="Whether frames may pass through a node without blocks: never, where no plan goes without, or always."
+        ),
+    ] = Relays.IF_NEEDED
+
     def limits(self) -> Limits:
         """Bounds on predicted figures."""
         return Limits(
@@ -103,6 +110,7 @@ def options(ask: AskFlags, demands: DemandFlags, nodes: Sequence[NodeView]) -> P
         pins=tuple(parse_pin(text, nodes) for text in ask.pins or ()),
         limits=demands.limits(),
         residency=demands.residency(),
+        relays=demands.relays,
     )
 
 

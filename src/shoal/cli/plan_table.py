@@ -77,6 +77,8 @@ def _stages(plan: Plan, names: Names) -> Table:
 
 
 def _blocks(stage: Stage) -> str:
+    if stage.is_relay:
+        return "relay, no blocks"
     numbers = str(stage.start) if stage.stop - stage.start == 1 else f"{stage.start}-{stage.stop - 1}"
     words = dict.fromkeys(name for name in (stage.first_block, stage.last_block) if name)
     return f"{numbers} ({' to '.join(words)})" if words else numbers

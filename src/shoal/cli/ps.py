@@ -11,6 +11,7 @@ from rich.table import Table
 from shoal.cli.connect import URL_HELP, connect
 from shoal.fleet.views import DeploymentState, DeploymentView, PredictionView
 from shoal.ids import NodeId
+from shoal.plan.problem import Stage
 
 _COLOURS = {DeploymentState.READY: "green", DeploymentState.FAILED: "red"}
 
@@ -43,7 +44,7 @@ def render_deployments(found: Sequence[DeploymentView], names: Mapping[NodeId, s
     for view in found:
         colour = _COLOURS.get(view.state, "yellow")
         plan = view.plan
-        stages = [f"{names.get(s.node, s.node[:8])} [{s.start}, {s.stop})" for s in plan.stages] if plan else []
+        stages = [f"{names.get(s.node, s.node[:8])} {_part(s)}" for s in plan.stages] if plan else []
         age_s = view.last_token_age_s
         table.add_row(
             view.name,
@@ -69,3 +70,7 @@ def missed_by(prediction: PredictionView | None) -> str:
     errors = (prediction.time_to_first_token_error, prediction.time_per_output_token_error)
     first, each = (f"{error:.0%}" if error is not None else "-" for error in errors)
     return f"{first} first, {each} per token"
+
+
+def _part(stage: Stage) -> str:
+    return "(relay)" if stage.is_relay else f"[{stage.start}, {stage.stop})"

@@ -29,6 +29,7 @@ from shoal.plan.problem import (
     Pin,
     Plan,
     Problem,
+    Relays,
     RequestShape,
     Residency,
 )
@@ -50,6 +51,7 @@ class PlanOptions(TypedDict, total=False):
     residency: Residency
     choose: Choose
     cloud: Cloud | None
+    relays: Relays
 
 
 class Call(msgspec.Struct, Generic[T], frozen=True, kw_only=True):

@@ -3,7 +3,7 @@
 import msgspec
 
 from shoal.ids import DeploymentId, Digest, NodeId
-from shoal.plan.problem import Choose, Cloud, Limits, Objective, Pin, RequestShape, Residency
+from shoal.plan.problem import Choose, Cloud, Limits, Objective, Pin, Relays, RequestShape, Residency
 
 
 class DeploymentSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -23,4 +23,5 @@ class DeploymentSpec(msgspec.Struct, frozen=True, kw_only=True):
     residency: Residency = Residency()
     choose: Choose = Choose()
     cloud: Cloud | None = None
+    relays: Relays = Relays.IF_NEEDED
     generation: int = 1

@@ -45,7 +45,7 @@ def describe_answer(answer: Answer) -> str:
     """One line about a plan, for the event log."""
     match answer:
         case Plan(stages=stages, estimate=figures):
-            cuts = ", ".join(f"[{s.start}, {s.stop}) on {s.node}" for s in stages)
+            cuts = ", ".join(f"{'relay' if s.is_relay else f'[{s.start}, {s.stop})'} on {s.node}" for s in stages)
             return f"{len(stages)} stages: {cuts}; {figures.time_per_output_token_s * 1000:.1f} ms per token predicted"
         case Infeasible(reason=reason):
             return f"no plan fits: {reason}"

@@ -10,7 +10,7 @@ import msgspec
 
 from shoal.fleet.state import Standing
 from shoal.ids import DeploymentId, NodeId
-from shoal.plan.problem import Choose, Cloud, Limits, Objective, Pin, Plan, RequestShape, Residency
+from shoal.plan.problem import Choose, Cloud, Limits, Objective, Pin, Plan, Relays, RequestShape, Residency
 
 
 class LinkView(msgspec.Struct, frozen=True, kw_only=True):
@@ -150,6 +150,8 @@ class PlanRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """What of the shape a plan for throughput may choose."""
     cloud: Cloud | None = None
     """An endpoint to weigh beside the plan."""
+    relays: Relays = Relays.IF_NEEDED
+    """Whether frames may pass through a node that holds no block."""
 
 
 class DeployRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

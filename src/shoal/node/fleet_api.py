@@ -219,6 +219,7 @@ class FleetApi:
             residency=wanted.residency,
             choose=wanted.choose,
             cloud=wanted.cloud,
+            relays=wanted.relays,
         )
 
     def _kind(self, model: str) -> str:

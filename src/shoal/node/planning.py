@@ -135,6 +135,7 @@ class FleetPlanner:
             residency=spec.residency,
             choose=spec.choose,
             cloud=spec.cloud,
+            relays=spec.relays,
         )
         setting = Setting(objective=spec.objective, promised_bytes=dict(promised), demands=demands)
         return problem(known.blocks, fleet, spec.shape, spec.source, setting)

@@ -24,6 +24,7 @@ from shoal.plan.problem import (
     Objective,
     Pin,
     Problem,
+    Relays,
     RequestShape,
     Residency,
     SharedTensor,
@@ -58,6 +59,7 @@ class Demands(msgspec.Struct, frozen=True, kw_only=True):
     residency: Residency = Residency()
     choose: Choose = Choose()
     cloud: Cloud | None = None
+    relays: Relays = Relays.NEVER
 
 
 class Setting(msgspec.Struct, frozen=True, kw_only=True):
@@ -98,6 +100,8 @@ def problem(
         residency=demands.residency,
         choose=demands.choose,
         cloud=demands.cloud,
+        relay=demands.relays is Relays.ALWAYS,
+        relay_if_needed=demands.relays is Relays.IF_NEEDED,
         shared=shared_tensors(blocks),
     )
 

@@ -82,6 +82,8 @@ def price(problem: Problem, spans: Sequence[Span]) -> Priced:
     hops = [_hop(problem, wires, spans, index) for index in range(len(spans))]
     devices = {device.node: device for device in problem.devices}
     stages = tuple(_stage(problem, devices[span.node], span, hop) for span, hop in zip(spans, hops, strict=True))
+    if any(stage.is_relay for stage in stages):
+        stages = _in_one_process(stages)
     entry_s = transfer_s(
         wires, problem.source, spans[0].node, TOKEN_FRAME_BYTES + TOKEN_BYTES * problem.shape.tokens_in
     )
@@ -246,6 +248,17 @@ def _stage(problem: Problem, device: DeviceSpec, span: Span, hop: tuple[float, f
         first_block=problem.blocks[span.start].name if span.start < span.stop else "",
         last_block=problem.blocks[span.stop - 1].name if span.start < span.stop else "",
     )
+
+
+def _in_one_process(stages: Sequence[Stage]) -> tuple[Stage, ...]:
+    """*stages* with the memory of each device's relays counted once: not at all beside a shard, which has left room for it."""
+    counted = {stage.node for stage in stages if not stage.is_relay}
+    found = []
+    for stage in stages:
+        again = stage.is_relay and stage.node in counted
+        found.append(msgspec.structs.replace(stage, memory_bytes=0) if again else stage)
+        counted.add(stage.node)
+    return tuple(found)
 
 
 def _estimate(

@@ -68,12 +68,13 @@ def _reason(case: Case, device: DeviceSpec) -> Reason:
 
 
 def _part(case: Case, stages: Sequence[Stage]) -> str:
-    blocks = " and ".join(f"{stage.start}-{stage.stop - 1}" for stage in stages if stage.start < stage.stop)
+    blocks = " and ".join(f"{stage.start}-{stage.stop - 1}" for stage in stages if not stage.is_relay)
     if not blocks:
         return f"no block: it relays ({duration(sum(stage.decode_s for stage in stages))} of a step)"
     decode_s = sum(stage.decode_s for stage in stages)
     part = share(decode_s, sum(stage.decode_s for stage in case.chosen.stages))
-    return f"blocks {blocks} of {len(case.problem.blocks)}, {part} of a step's compute ({duration(decode_s)})"
+    also = ", and relays" if any(stage.is_relay for stage in stages) else ""
+    return f"blocks {blocks} of {len(case.problem.blocks)}, {part} of a step's compute ({duration(decode_s)}){also}"
 
 
 def _company(device: DeviceSpec) -> str:

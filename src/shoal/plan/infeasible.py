@@ -158,13 +158,13 @@ def _not_memory(problem: Problem, budget: Budget, *, proven: bool) -> Infeasible
             "ask for another number of stages, or 0 to leave it to the planner",
         ),
         (replace(problem, max_stages=0), f"no chain has at most {problem.max_stages} stages", "allow more stages"),
+        (replace(problem, relay=True), "no chain has direct links all the way", "allow relays, or connect the devices"),
         (
             replace(problem, pins=()),
             "the pins contradict each other: a device runs one contiguous range of blocks",
             "drop a pin",
         ),
         (replace(problem, require=()), "no chain uses every device that must take part", "demand fewer devices"),
-        (replace(problem, relay=True), "no chain has direct links all the way", "allow relays, or connect the devices"),
         (replace(problem, devices=_charged(problem)), "a device's battery allows no chain", "raise its joules_limit"),
         (
             replace(problem, residency=Residency()),

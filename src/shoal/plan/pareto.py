@@ -73,6 +73,14 @@ def pareto(problem: Problem, budget: Budget, objectives: Sequence[Objective] = (
             hint="name two of latency, throughput, energy, price",
             param="objectives",
         )
+    front = _searched(problem, budget, chosen)
+    if isinstance(front, Infeasible) and problem.relay_if_needed and not problem.relay:
+        relayed = _searched(replace(problem, relay=True), budget, chosen)
+        return relayed if isinstance(relayed, Front) else front
+    return front
+
+
+def _searched(problem: Problem, budget: Budget, chosen: tuple[Objective, ...]) -> Front | Infeasible:
     out, wanted = barred(problem), {*owners(problem).values(), *problem.require}
     if all(device.node in out for device in problem.devices) or wanted & out.keys():
         return infeasible(problem, None, budget)

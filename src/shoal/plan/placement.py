@@ -15,7 +15,7 @@ from shoal.plan.explain import Case, alternatives, reasons
 from shoal.plan.found import Found
 from shoal.plan.infeasible import Searched, infeasible, least_missing
 from shoal.plan.limited import best, blocked
-from shoal.plan.problem import Answer, Limits, Objective, Plan, Problem
+from shoal.plan.problem import Answer, Infeasible, Limits, Objective, Plan, Problem
 from shoal.plan.search import NOTHING, demanded, solve
 from shoal.plan.tables import INF, Tables, build_tables
 
@@ -31,8 +31,17 @@ def place(problem: Problem, budget: Budget) -> Answer:
 
     Exact (gap 0) for up to a dozen devices, and for more where the budget allows; else, or when several chunks of a prompt are in
     flight (`shoal.plan.cost`), the best found with its gap stated; never worse than a named baseline (`shoal.plan.baselines`).
+    Where relays are for need, it is the best without any, if there is one.
     """
     check(problem)
+    answer = _place(problem, budget)
+    if isinstance(answer, Infeasible) and problem.relay_if_needed and not problem.relay:
+        relayed = _place(replace(problem, relay=True), budget)
+        return relayed if isinstance(relayed, Plan) else answer
+    return answer
+
+
+def _place(problem: Problem, budget: Budget) -> Answer:
     out, wanted = barred(problem), {*owners(problem).values(), *problem.require}
     if all(device.node in out for device in problem.devices) or wanted & out.keys():
         return infeasible(problem, None, budget)

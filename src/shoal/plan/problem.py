@@ -164,6 +164,16 @@ class Residency(msgspec.Struct, frozen=True, kw_only=True):
     trusts: tuple[str, ...] = ()
 
 
+class Relays(StrEnum):
+    """What a user says of relays."""
+
+    NEVER = "never"
+    IF_NEEDED = "if-needed"
+    """Only where there is no plan without."""
+    ALWAYS = "always"
+    """Wherever the way round is better."""
+
+
 class Limits(msgspec.Struct, frozen=True, kw_only=True):
     """What a plan must keep to whatever it is judged by; None: no limit.  All are of predicted figures (`Estimate`)."""
 
@@ -216,6 +226,8 @@ class Problem(msgspec.Struct, frozen=True, kw_only=True):
     limits: Limits = Limits()
     relay: bool = False
     """Between two stages frames may pass through one node that holds no block."""
+    relay_if_needed: bool = False
+    """The same, but only where there is no plan without: shards need not leave room for relays that are never needed."""
     shared: tuple[SharedTensor, ...] = ()
     choose: Choose = Choose()
     cloud: Cloud | None = None
@@ -234,7 +246,10 @@ class Stage(msgspec.Struct, frozen=True, kw_only=True):
     weights_bytes: int
     kv_bytes: int
     memory_bytes: int
-    """The most it holds at any moment: fixed cost, packed weights, and cache with workspace or the load peak."""
+    """The most it holds at any moment: fixed cost, packed weights, and cache with workspace or the load peak.
+
+    Stages of one device add up: its relays share one process, for which its shards leave room.
+    """
     prefill_s: float
     """The whole prompt, step overheads included."""
     decode_s: float
@@ -246,6 +261,11 @@ class Stage(msgspec.Struct, frozen=True, kw_only=True):
     first_block: str = ""
     last_block: str = ""
     """Names of the blocks `start` and `stop` - 1."""
+
+    @property
+    def is_relay(self) -> bool:
+        """Whether it holds no block and passes frames on."""
+        return self.start == self.stop
 
 
 class Estimate(msgspec.Struct, frozen=True, kw_only=True):

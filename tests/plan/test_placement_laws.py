@@ -208,9 +208,22 @@ def test_a_plan_tiles_the_model_keeps_every_demand_and_is_priced_by_the_one_cost
     assert spans[-1].stop == len(problem.blocks)
     assert problem.relay or all(span.start < span.stop for span in spans)
     assert satisfies(problem, spans)
-    assert all(stage.memory_bytes <= budgets[stage.node] for stage in answer.stages)
+    held = {node: sum(s.memory_bytes for s in answer.stages if s.node == node) for node in budgets}
+    assert all(held[node] <= budgets[node] for node in budgets)
     repriced = price(problem, spans)
     assert (repriced.stages, repriced.estimate) == (answer.stages, answer.estimate)
+
+
+@settings(LAWS, max_examples=50)
+@given(problems())
+def test_relays_for_need_give_the_plan_without_any_or_else_the_one_with_them(problem: Problem) -> None:
+    answers = [
+        place(replace(problem, relay=relay, relay_if_needed=needed), StepBudget(10**9))
+        for relay, needed in ((False, True), (False, False), (True, False))
+    ]
+
+    needed, without, relayed = answers
+    assert needed == (relayed if isinstance(without, Infeasible) and isinstance(relayed, Plan) else without)
 
 
 @LAWS

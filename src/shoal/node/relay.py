@@ -62,6 +62,7 @@ class Relays:
             said = error if isinstance(error, ShoalError) else ShoalError(f"{type(error).__name__}: {error}")
             self.log.error("relay.failed", shard=str(spec.shard), error=str(said))  # noqa: TRY400 as in a worker
             reporter.tell(ShardState.FAILED, said)
+            self.control.close()  # with what was just said
             _end(1)
 
 

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import anyio
+import httpx
 import pytest
 from litestar import Litestar
 from litestar.testing import TestClient
@@ -43,6 +44,17 @@ def test_the_problem_behind_a_plan_comes_with_its_limits_and_residency(shoal: Sh
 
     assert (problem.blocks[0].name, problem.limits, problem.residency) == ("m", limits, rule)
     assert (problem.choose, problem.cloud) == (choose, cloud)
+
+
+def test_what_a_plan_may_say_of_relays_is_one_of_three_words(url: str) -> None:
+    answers = [
+        httpx.post(f"{url}/shoal/v1/problem", json={"model": "m", "relays": word})
+        for word in ("never", "if-needed", "always", "maybe")
+    ]
+
+    assert [answer.is_success for answer in answers] == [True, True, True, False]
+    assert answers[3].status_code == 400
+    assert "relays" in answers[3].json()["error"]["message"] + str(answers[3].json()["error"]["param"])
 
 
 def test_deploy_list_stop(shoal: Shoal) -> None:

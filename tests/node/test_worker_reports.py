@@ -9,11 +9,12 @@ from structlog.typing import FilteringBoundLogger
 
 from shoal.clock import ManualClock
 from shoal.fleet.report import ShardId, ShardReport, ShardState
-from shoal.ids import DeploymentId, Digest, NodeId
+from shoal.ids import DeploymentId, Digest, NodeId, RequestId
 from shoal.node.messages import REPORT
 from shoal.node.reporter import Reporter, worker_key
 from shoal.node.stage_loop import StageLoop
 from shoal.node.worker_spec import WorkerSpec
+from shoal.runtime.ports import SequenceStep
 from shoal.runtime.settings import StageSettings
 from shoal.transport.memory import MemoryBus
 
@@ -78,3 +79,22 @@ def test_a_shard_that_begins_or_ceases_to_answer_says_so_at_once_and_else_twice_
     assert told() == 0
     with pytest.raises(Empty):
         heard.get_nowait()
+
+
+@pytest.mark.parametrize(("stop", "told"), [(1, True), (0, False)], ids=["a shard", "a relay"])
+def test_step_times_are_told_of_blocks_and_not_of_what_only_passes(
+    bus_of: Callable[[str], MemoryBus], log: FilteringBoundLogger, stop: int, told: bool
+) -> None:
+    bus, clock, spec = bus_of("node"), ManualClock(100), msgspec.structs.replace(SPEC, stop=stop)
+    reporter = Reporter(spec=spec, control=bus, clock=clock)
+    settings = StageSettings(plan_epoch=1, index=0, stages=1)
+    loop = reporter.loop = StageLoop("f", SHARD, settings, Idle(), bus, bus, clock, reporter.remind, log)  # type: ignore[arg-type]
+    heard: SimpleQueue[ShardReport] = SimpleQueue()
+    bus.subscribe(
+        worker_key(SPEC, REPORT), lambda sample: heard.put(msgspec.msgpack.decode(sample.payload, type=ShardReport))
+    )
+
+    loop.live.stepped([SequenceStep(request=RequestId("r"), slot=0, start=4, count=1, logits=1)], 0.01)
+    reporter.tell(ShardState.WIRED)
+
+    assert (heard.get(timeout=5).step_times is not None) is told

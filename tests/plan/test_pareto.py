@@ -15,7 +15,17 @@ from shoal.plan.budget import StepBudget
 from shoal.plan.cost import meets, objective_value
 from shoal.plan.pareto import Front, knee, pareto, undominated, worth_weighing
 from shoal.plan.placement import place
-from shoal.plan.problem import DeviceSpec, Infeasible, Limits, LinkSpec, Objective, Plan, Problem
+from shoal.plan.problem import (
+    BlockSpec,
+    DeviceSpec,
+    Infeasible,
+    Limits,
+    LinkSpec,
+    Objective,
+    Plan,
+    Problem,
+    RequestShape,
+)
 
 LAWS = settings(
     max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
@@ -52,6 +62,23 @@ def test_a_front_of_two_objectives_is_that_of_all_placements(problem: Problem, p
     assert front.complete
     assert all(near(point, expected) for point in figures(front))
     assert all(near(point, figures(front)) for point in expected)
+
+
+def test_a_plan_that_takes_no_time_keeps_to_any_rate() -> None:
+    free = DeviceSpec(node=NodeId("a"), memory_budget_bytes=100, decode_s=(0.0,), prefill_s=(0.0,))
+    problem = Problem(
+        blocks=(BlockSpec(name="block 0", weights_bytes=40),),
+        devices=(free,),
+        links=(),
+        shape=RequestShape(tokens_in=1, tokens_out=1),
+        source=free.node,
+        limits=Limits(tokens_per_s=1000.0),
+    )
+
+    front = pareto(problem, StepBudget(ENDLESS), (Objective.LATENCY, Objective.THROUGHPUT))
+
+    assert isinstance(front, Front)
+    assert figures(front) == [(0.0, 0.0)]
 
 
 @settings(LAWS, max_examples=12)

@@ -116,7 +116,8 @@ def breaches(limits: Limits, estimate: Estimate) -> tuple[str, ...]:
         if (limit := getattr(limits, name)) is not None
     }
     found = [name for name, limit in most.items() if getattr(estimate, name) > limit * (1 + ROUNDING)]
-    if limits.tokens_per_s is not None and estimate.tokens_per_s < limits.tokens_per_s * (1 - ROUNDING):
+    # Tokens that take no time at all have no rate: such a plan states 0 and is slower than nothing.
+    if limits.tokens_per_s is not None and 0 < estimate.tokens_per_s < limits.tokens_per_s * (1 - ROUNDING):
         found.append("tokens_per_s")
     return tuple(found)
 

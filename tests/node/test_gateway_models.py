@@ -96,8 +96,8 @@ def test_a_model_is_made_ready_while_its_engine_loads_and_answers_when_that_is_t
         for sequence in (1, 2):
             models.hear(view(sequence, tiny_store[1], Phase.LOADING))
             await anyio.wait_all_tasks_blocked()
-            assert not models._codecs or sequence == 2
-        while not models._codecs:  # noqa: ASYNC110 - made ready in a task of its own
+            assert not models._opening.codecs or sequence == 2
+        while not models._opening.codecs:  # noqa: ASYNC110 - made ready in a task of its own
             await anyio.sleep(0.005)
         assert not models.answers(CHAT)
 

@@ -270,9 +270,9 @@ def test_a_gap_costs_the_drain_and_the_loads_in_it_and_a_cache_its_prompt(chain:
     n0, n1 = (d.node for d in problem.devices)
     change = towards(problem, (n0, 0, 1), (n1, 1, 2), old=((n0, 0, 1), (n1, 1, 2)))
 
-    cost = move_cost(problem, change, {n1: {0, 1}}, rebuilt_tokens=7)
+    cost = move_cost(problem, change, {n1: {0, 1}}, answer_s=4.0, rebuilt_tokens=7)
 
-    assert cost.gap_s == pytest.approx(DRAIN_S + START_S + 100 / LOAD_BYTES_PER_S)
+    assert cost.gap_s == pytest.approx(2.0 + DRAIN_S + START_S + 100 / LOAD_BYTES_PER_S)
     assert cost.rebuild_s == 7 * (100 + 200), "a token through all of it, as in a prompt"
 
 

@@ -10,43 +10,28 @@ from functools import partial
 
 import anyio
 import anyio.to_thread
-import msgspec
 from structlog.typing import FilteringBoundLogger
 
 from shoal.clock import Clock
 from shoal.errors import InfeasibleError, ShoalError, UnavailableError, UnknownModelError
 from shoal.fleet.reconcile import Phase
-from shoal.fleet.report import ShardId
 from shoal.fleet.view import LEASE_S, CoordinatorView, DeploymentStatus
 from shoal.fleet.views import ComponentHealth, DeploymentHealth, HealthView, PredictionView
-from shoal.ids import DeploymentId, Digest, NodeId, RequestId
+from shoal.ids import DeploymentId, NodeId, RequestId
 from shoal.model.catalog import CATALOGUE
-from shoal.model.codec import ModelCodec
-from shoal.model.spec import ModelKind, ModelSpec
-from shoal.node.artifacts import Artifact, Artifacts
-from shoal.node.foretold import Foretold
-from shoal.node.heap import give_back_memory
-from shoal.node.pipeline import AnswerDesk, Pipeline
-from shoal.node.routed import RoutedExecutor
-from shoal.plan.problem import Plan
+from shoal.model.spec import ModelKind
+from shoal.node.artifacts import Artifacts
+from shoal.node.opening import Opened, Opening
+from shoal.node.pipeline import AnswerDesk
 from shoal.runtime.executor.staged import StagedExecutor
 from shoal.runtime.request import GenerateRequest
-from shoal.serve.ports import EncoderIO, ServedModel
-from shoal.store.home import Store, read_file
+from shoal.serve.ports import ServedModel
+from shoal.store.home import Store
 
 IDLE_S = 5.0
 PROBE_TIMEOUT_S = 2.0
 HOLD_S = 60.0
 """So long may a request wait while a deployment moves: drain, load and link take a few seconds, on slow devices ten times that."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Open:
-    status: DeploymentStatus
-    pipeline: Pipeline
-    served: ServedModel
-    executor: StagedExecutor
-    probing: anyio.Lock = field(default_factory=anyio.Lock)
 
 
 @dataclass(slots=True)
@@ -64,17 +49,20 @@ class Models:
     view: CoordinatorView | None = None
     _heard_s: float | None = None
     """When a coordinator was heard last; None: not since the start."""
-    _open: dict[DeploymentId, _Open] = field(default_factory=dict)
-    _left: dict[DeploymentId, _Open] = field(default_factory=dict)
+    _open: dict[DeploymentId, Opened] = field(default_factory=dict)
+    _left: dict[DeploymentId, Opened] = field(default_factory=dict)
     """Pipelines that a deployment has moved from; their running requests go on."""
-    _last: dict[DeploymentId, _Open] = field(default_factory=dict)
+    _last: dict[DeploymentId, Opened] = field(default_factory=dict)
     """What was open last, of deployments that were not declared anew since."""
     _closed: dict[DeploymentId, str] = field(default_factory=dict)
     """Why those that serve cannot be opened here."""
-    _codecs: dict[Digest, ModelCodec | None] = field(default_factory=dict)
+    _opening: Opening = field(init=False)
     _news: anyio.Event = field(default_factory=anyio.Event)
     _turned: anyio.Event = field(default_factory=anyio.Event)
     """Set, and replaced, when a request that waits should look again."""
+
+    def __post_init__(self) -> None:
+        self._opening = Opening(self.store, self.artifacts, self.desk, self.clock, self.unix_s, self._way)
 
     def hear(self, view: CoordinatorView) -> None:
         """A broadcast; what is older than the newest is ignored."""
@@ -114,7 +102,7 @@ class Models:
             statuses = self.view.deployments if self.view is not None else ()
             mine = [s for s in statuses if s.deployment.spec.source == self.me]
             wanted = {s.deployment.spec.manifest for s in mine}
-            await self._drop_codecs(wanted)
+            await self._opening.keep_codecs(wanted)
             for status in mine:
                 known = (status.deployment.spec.deployment, *_epoch(status))
                 # Not at the first view that says loading: reading a tokenizer would hold up the start of the worker.
@@ -174,7 +162,7 @@ class Models:
         stands = status.phase.value if status is not None else "stopped"
         raise UnavailableError(f"{name} is {stands}", hint="try again in a moment", retry_after_s=2.0)
 
-    def _takes(self, opened: _Open) -> bool:
+    def _takes(self, opened: Opened) -> bool:
         """Whether the pipeline takes new requests; one that is to be left does when nobody is there to end the move."""
         silent = self._heard_s is None or self.clock.now_s() - self._heard_s > LEASE_S
         stands = opened.status.phase
@@ -187,7 +175,7 @@ class Models:
             return False
         return status.phase is Phase.MOVING or (status.phase is Phase.SERVING and name not in self._open)
 
-    def _leave(self, name: DeploymentId, opened: _Open) -> None:
+    def _leave(self, name: DeploymentId, opened: Opened) -> None:
         """Keep for its running requests the pipeline that the deployment has moved from; whatever was left before is no more."""
         status = self.view.find(name) if self.view is not None else None
         if name in self._left:
@@ -267,13 +255,13 @@ class Models:
         fresh = seen_s is not None and self.clock.now_s() - seen_s <= IDLE_S + PROBE_TIMEOUT_S
         return fresh or opened.served.spec.kind is not ModelKind.CAUSAL_LM
 
-    async def _probe_if_idle(self, opened: _Open) -> None:
+    async def _probe_if_idle(self, opened: Opened) -> None:
         async with opened.probing:  # whoever asks meanwhile waits for that answer, rather than calling it idle
             age_s = self.last_token_age_s(opened.served.name)
             if (age_s is None or age_s > IDLE_S) and not opened.pipeline.running:
                 await self._probe(opened)
 
-    async def _probe(self, opened: _Open) -> None:
+    async def _probe(self, opened: Opened) -> None:
         token = opened.served.spec.bos_token_id or 0
         request = GenerateRequest(
             request=RequestId(f"probe-{self.new_id()}"),
@@ -292,7 +280,7 @@ class Models:
     async def _try_open(self, status: DeploymentStatus) -> None:
         name = status.deployment.spec.deployment
         try:
-            opened = await anyio.to_thread.run_sync(partial(self._make, status))
+            opened = await anyio.to_thread.run_sync(partial(self._opening.open, status))
         except Exception as error:  # noqa: BLE001 a model's odd tokenizer must not end the node
             said = error.message if isinstance(error, ShoalError) else f"{type(error).__name__}: {error}"
             if self._closed.get(name) != said:  # tried twice a second, said once
@@ -305,46 +293,6 @@ class Models:
             self._open[name] = self._last[name] = replace(opened, status=current)
             self._turn()
 
-    def _make(self, status: DeploymentStatus) -> _Open:
-        deployment = status.deployment
-        spec, answer = deployment.spec, deployment.answer
-        if not isinstance(answer, Plan):
-            raise UnavailableError(f"{spec.deployment} has no plan")
-        artifact = self.artifacts.open(spec.manifest)
-        shard = ShardId(deployment=spec.deployment, plan_epoch=deployment.plan_epoch, stage=0)
-        foretold = Foretold(answer, self.clock)
-        pipeline = Pipeline(self.desk, spec.deployment, answer.stages[0].node, shard, foretold=foretold)
-        model = artifact.manifest.spec
-        if model.kind is ModelKind.CAUSAL_LM:
-            # Requests are checked against what the pipeline can hold, not against what the model was trained for.
-            context = min(model.context_tokens or answer.shape.context_tokens, answer.shape.context_tokens)
-            model = _with_context(artifact, context)
-        served = ServedModel(
-            name=spec.deployment,
-            spec=model,
-            executor=RoutedExecutor(partial(self._way, spec.deployment)),
-            codec=self._codec(artifact),
-            encoder=_encoder(artifact),
-            created_unix_s=int(self.unix_s()),
-        )
-        return _Open(status, pipeline, served, StagedExecutor(client=pipeline))
-
-    async def _drop_codecs(self, wanted: set[Digest]) -> None:
-        kept = {digest: codec for digest, codec in self._codecs.items() if digest in wanted}
-        dropped, self._codecs = len(self._codecs) - len(kept), kept
-        if dropped:
-            await anyio.to_thread.run_sync(give_back_memory)
-
-    def _codec(self, artifact: Artifact) -> ModelCodec | None:
-        if artifact.digest not in self._codecs:
-            self._codecs[artifact.digest] = self._read_codec(artifact)
-        return self._codecs[artifact.digest]
-
-    def _read_codec(self, artifact: Artifact) -> ModelCodec | None:
-        files = {f.name: read_file(self.store.chunks, artifact.manifest, f.name) for f in artifact.manifest.files}
-        present = {name: data for name, data in files.items() if data is not None}
-        return ModelCodec.from_files(present, self.unix_s) if "tokenizer.json" in present else None
-
 
 _ANSWERING = {Phase.SERVING, Phase.DRAINING, Phase.MOVING}
 
@@ -353,24 +301,12 @@ def _epoch(status: DeploymentStatus) -> tuple[int, int]:
     return status.deployment.spec.generation, status.deployment.plan_epoch
 
 
-def _ends(opened: _Open, status: DeploymentStatus | None) -> bool:
+def _ends(opened: Opened, status: DeploymentStatus | None) -> bool:
     """Whether the deployment has moved from this pipeline, which ends its answers."""
     ending = status.deployment.ending if status is not None else None
     return ending is not None and (ending.spec.generation, ending.plan_epoch) == _epoch(opened.status)
 
 
-def _break_off(opened: _Open, status: DeploymentStatus | None) -> None:
+def _break_off(opened: Opened, status: DeploymentStatus | None) -> None:
     reason = status.reason if status is not None and status.reason else "the deployment was changed or stopped"
     opened.pipeline.break_off(reason)
-
-
-def _with_context(artifact: Artifact, context_tokens: int) -> ModelSpec:
-    return msgspec.structs.replace(artifact.manifest.spec, context_tokens=context_tokens)
-
-
-def _encoder(artifact: Artifact) -> EncoderIO | None:
-    if artifact.manifest.spec.kind is not ModelKind.ENCODER:
-        return None
-    return EncoderIO(
-        inputs=tuple(b.name for b in artifact.blocks[0].inputs), output=artifact.blocks[-1].outputs[0].name
-    )

@@ -146,7 +146,7 @@ class Weighing:
         change = towards(self.state(), deployment, pieces_of(rival, deployment.plan_epoch + 1), reports)
         if isinstance(change, Infeasible):
             return None
-        cost = move_cost(stated, change, on_disk(deployment, stated, reports))
+        cost = move_cost(stated, change, on_disk(deployment, stated, reports), answer_s=estimate.latency_s)
         current, candidate = Current(estimate=estimate, requests=requests), Candidate(plan=rival, cost=cost)
         watch.settling, verdict = settle(watch.settling, current, candidate, now_s, self.rules)
         watch.request_s = 0.0

@@ -131,9 +131,17 @@ def in_vain(state: Settling, now_s: float) -> Settling:
 
 
 def move_cost(
-    problem: Problem, change: Transition, on_disk: Mapping[NodeId, Collection[int]], rebuilt_tokens: int = 0
+    problem: Problem,
+    change: Transition,
+    on_disk: Mapping[NodeId, Collection[int]],
+    *,
+    answer_s: float = 0.0,
+    rebuilt_tokens: int = 0,
 ) -> MoveCost:
-    """Price *change*, towards a plan of *problem*.  *on_disk*: blocks whose chunks a node has; the source has all."""
+    """Price *change*, towards a plan of *problem*.  *on_disk*: blocks whose chunks a node has; the source has all.
+
+    A gap begins with the answer under way, of *answer_s*, that is half done on average.
+    """
     wires = {(link.source, link.target): link for link in problem.links}
     fetched = [a.piece for a in change.actions if isinstance(a, Fetch)]
     missing = {p: _missing_bytes(problem, p, on_disk) for p in fetched if p.node != problem.source}
@@ -143,7 +151,7 @@ def move_cost(
         fetch_s=sum(_carry_s(wires, problem.source, p.node, size_bytes) for p, size_bytes in missing.items()),
         load_s=_load_s(problem, loads),
         rebuild_s=_rebuild_s(problem, loads, rebuilt_tokens),
-        gap_s=DRAIN_S + _load_s(problem, late) if change.gap else 0.0,
+        gap_s=answer_s / 2 + DRAIN_S + _load_s(problem, late) if change.gap else 0.0,
         fetch_bytes=sum(missing.values()),
     )
 

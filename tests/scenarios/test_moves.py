@@ -1,4 +1,4 @@
-"""A device slows down while requests come: the deployment moves by itself, no request fails, and it does not flap."""
+"""A device or a link slows down while requests come: the deployment moves by itself, no request fails, it does not flap."""
 
 import time
 from collections.abc import Iterator
@@ -11,6 +11,7 @@ import openai
 import pytest
 
 from shoal.node.weather import Weather, write_weather
+from shoal.node.worker_spec import LinkShape
 
 Fleet = Any  # of conftest
 Machine = Any
@@ -62,11 +63,12 @@ def moves(fleet: Fleet) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("memory", ["2GiB", "160MiB"], ids=["room for both plans", "no room for both"])
-def test_when_a_device_slows_down_the_deployment_moves_without_a_failed_request_and_does_not_flap(
-    fleet: Fleet, memory: str
+@pytest.mark.parametrize("what", ["a link, and there is room for both plans", "a device, and there is none"])
+def test_when_something_slows_down_the_deployment_moves_without_a_failed_request_and_does_not_flap(
+    fleet: Fleet, what: str
 ) -> None:
-    first = fleet.up("a", "--memory", memory)
+    roomy = what.startswith("a link")
+    first = fleet.up("a", "--memory", "2GiB" if roomy else "160MiB")
     first.wait_up()
     others = [fleet.join(name, "--link", f"{first.id}=1ms,1000mbit", "--memory", "2GiB") for name in ("b", "c")]
     for machine in others:
@@ -79,7 +81,8 @@ def test_when_a_device_slows_down_the_deployment_moves_without_a_failed_request_
 
     with requests(fleet) as answers:
         time.sleep(3)
-        write_weather(slow.home, Weather(slowdown=40.0))
+        far = LinkShape(target=first.id, latency_s=0.06, bytes_per_s=1e7)
+        write_weather(slow.home, Weather(links=(far,)) if roomy else Weather(slowdown=40.0))
         fleet.wait(lambda: second_of(fleet) is not slow, "the deployment has moved", MOVES_S)
         moved = fleet.wait_ready("two")
         count = len(answers.texts)
@@ -94,7 +97,7 @@ def test_when_a_device_slows_down_the_deployment_moves_without_a_failed_request_
     (said, *more) = moves(fleet)
     assert said.startswith("moved two: ")
     assert "ms per token, move costs" in said
-    assert ("without service" in said) is (memory != "2GiB"), "then requests have waited"
+    assert ("without service" in said) is not roomy, "then requests have waited"
     assert len(more) <= 1
     assert there.plan_epoch == moved.plan_epoch or more
     assert len(fleet.machine("a").workers()) == 1, "nothing is left of the old plan"

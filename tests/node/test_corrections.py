@@ -120,6 +120,51 @@ def test_a_link_that_becomes_slower_is_corrected_and_is_to_be_measured_anew() ->
     assert not corrections.suspect((A, B))
 
 
+def hops(*rtts_s: float, base_s: float = 0.01, after: int = 5) -> list[NodeReport]:
+    """Heartbeats of A, each with a newer hello to B."""
+    return [
+        report(1, 1.0, hop=HopTimes(until=after + n, rtt_s=rtt_s, base_s=base_s)) for n, rtt_s in enumerate(rtts_s, 1)
+    ]
+
+
+def test_what_was_measured_anew_is_not_corrected_once_more_by_what_it_took_before() -> None:
+    corrections = Corrections()
+    heard(corrections, *hops(*[0.04] * 8))
+    assert corrections.suspect((A, B))
+
+    corrections.forget_link((A, B))
+    heard(corrections, *hops(*[0.04] * 60, after=13))
+
+    (link,) = corrections.corrected(PROFILE, MODEL).links
+    assert link.factor == pytest.approx(1.0)
+    assert not corrections.suspect((A, B))
+    assert corrections.changes == 1
+
+
+def test_a_link_that_recovers_after_it_was_measured_is_seen_to_be_faster() -> None:
+    corrections = Corrections()
+    heard(corrections, *hops(*[0.04] * 8))
+    corrections.forget_link((A, B))
+
+    heard(corrections, *hops(*[0.04] * 10, *[0.01] * 8, after=13))
+
+    (link,) = corrections.corrected(PROFILE, MODEL).links
+    assert link.factor < 0.35
+    assert corrections.suspect((A, B))
+    assert corrections.suspect((B, A)), "a hello went both ways"
+
+
+def test_a_way_that_is_wired_after_its_link_was_measured_is_compared_with_its_first_hellos() -> None:
+    corrections = Corrections()
+    heard(corrections, *hops(0.01, 0.01))
+    corrections.forget_link((A, B))
+
+    heard(corrections, *hops(*[0.08] * 8, base_s=0.02))
+
+    (link,) = corrections.corrected(PROFILE, MODEL).links
+    assert link.factor == pytest.approx(4.0, rel=0.1)
+
+
 def test_a_stages_step_is_predicted_without_the_loop_that_is_not_timed_with_it() -> None:
     times = StepTimes(until=1, time_s=0.0, context=500)
     device = PROFILE.devices[0]

@@ -1,7 +1,8 @@
 """Corrections of profiles by what live stages report: one place that hears every report of the fleet, beside the planner.
 
 A stage's steps are compared with what the profile of its device predicts for its blocks; the way to the next stage with what it
-took just after it was wired.  What is learned of a device goes for the model that was served, and for others until they are
+took just after it was wired, or just after its link was measured anew: else what the new profile knows would count twice.  What is
+learned of a device goes for the model that was served, and for others until they are
 served there themselves.  It is forgotten when the node was restarted or is measured anew; a link's when it is.
 
 Whoever plans is told of a change (`told`), counts them (`changes`), and finds the factors in the next profile.  A link that
@@ -15,6 +16,7 @@ import msgspec
 
 from shoal.fleet.report import HopTimes, NodeReport, ShardId, ShardReport, StepTimes
 from shoal.ids import DeploymentId, Digest, NodeId
+from shoal.node.live_times import PINGS
 from shoal.profile.drift import HOP_FLOOR_S, STEP_FLOOR_S, Drift, corrected_rtt_s, observe, ratio
 from shoal.profile.fit import fit
 from shoal.profile.fleet import DeviceProfile, FleetProfile, LinkProfile
@@ -40,6 +42,20 @@ def ignore(_: ProfileChanged) -> None:
     """Tell nobody."""
 
 
+class _Way(msgspec.Struct, frozen=True, kw_only=True):
+    """A stage's way to the next one."""
+
+    target: NodeId
+    wired_s: float
+    """`base_s` of its reports: another one says that it was wired anew."""
+    base_s: float | None
+    """What its hellos are compared with; None until enough of them left after the link was measured."""
+    counted: int = 0
+    """Hellos so far."""
+    fresh_from: int = 0
+    """So many hellos, and the newest all left after the link was measured."""
+
+
 @dataclass(slots=True)
 class Corrections:
     """Belongs to the event loop."""
@@ -50,8 +66,9 @@ class Corrections:
     _devices: dict[NodeId, dict[Digest, Drift]] = field(default_factory=dict)
     _links: dict[Pair, Drift] = field(default_factory=dict)
     _suspect: set[Pair] = field(default_factory=set)
-    _seen: dict[NodeId, dict[ShardId, tuple[int, int]]] = field(default_factory=dict)
-    """Newest steps and hellos that were counted of a node's shards."""
+    _steps: dict[NodeId, dict[ShardId, int]] = field(default_factory=dict)
+    """Newest steps that were counted of a node's shards."""
+    _ways: dict[NodeId, dict[ShardId, _Way]] = field(default_factory=dict)
     _lives: dict[NodeId, int] = field(default_factory=dict)
 
     def hear(self, report: NodeReport, served: Mapping[DeploymentId, Digest], predicted: StageTime) -> None:
@@ -59,17 +76,13 @@ class Corrections:
         if self._lives.get(report.node, report.incarnation) != report.incarnation:
             self.forget_device(report.node)
         self._lives[report.node] = report.incarnation
-        before = self._seen.get(report.node, {})
-        seen = self._seen[report.node] = {}
+        steps, ways = self._steps.get(report.node, {}), self._ways.get(report.node, {})
+        self._steps[report.node] = {s.shard: s.step_times.until for s in report.shards if s.step_times is not None}
         for shard in report.shards:
-            steps, pings = before.get(shard.shard, (0, 0))
-            if shard.step_times is not None and shard.step_times.until != steps:
+            if self._steps[report.node].get(shard.shard) != steps.get(shard.shard):
                 self._learn_steps(report.node, shard, served.get(shard.shard.deployment), predicted)
-                steps = shard.step_times.until
-            if shard.hop_times is not None and shard.hop_times.until != pings:
-                self._learn_hop(report.node, shard.next_node, shard.hop_times)
-                pings = shard.hop_times.until
-            seen[shard.shard] = (steps, pings)
+        found = {s.shard: self._learn_hop(report.node, s, ways.get(s.shard)) for s in report.shards}
+        self._ways[report.node] = {shard: way for shard, way in found.items() if way is not None}
 
     def corrected(self, fleet: FleetProfile, model: Digest) -> FleetProfile:
         """*fleet* with what is known by now; what was measured is left beside it."""
@@ -99,9 +112,13 @@ class Corrections:
             self._devices.get(node, {}).pop(model, None)
 
     def forget_link(self, pair: Pair) -> None:
-        """It was measured anew."""
+        """It was measured anew: hellos that left before say nothing more, and later ones are compared with the first of them."""
         self._links.pop(pair, None)
         self._suspect.discard(pair)
+        ways = self._ways.get(pair[0], {})
+        for shard, way in ways.items():
+            if way.target == pair[1]:  # one hello may be on its way to us
+                ways[shard] = msgspec.structs.replace(way, base_s=None, fresh_from=way.counted + PINGS + 1)
 
     def _learn_steps(self, node: NodeId, shard: ShardReport, model: Digest | None, predicted: StageTime) -> None:
         times = shard.step_times
@@ -116,14 +133,27 @@ class Corrections:
         if now.changes != before.changes:
             self._tell(ProfileChanged(node=node, factor=now.factor))
 
-    def _learn_hop(self, node: NodeId, target: NodeId | None, times: HopTimes) -> None:
-        if target is None:
-            return
-        before = self._links.get((node, target), Drift())
-        now = observe(before, ratio(times.rtt_s, times.base_s, HOP_FLOOR_S))
-        self._links[node, target] = now
+    def _learn_hop(self, node: NodeId, shard: ShardReport, way: _Way | None) -> _Way | None:
+        """Take the newest hellos of *shard*, whose *way* was known so far; what is known of it now."""
+        times, target = shard.hop_times, shard.next_node
+        if times is None or target is None:
+            return None
+        if way is None or (way.target, way.wired_s) != (target, times.base_s):
+            way = _Way(target=target, wired_s=times.base_s, base_s=times.base_s)
+        if times.until == way.counted:
+            return way
+        if way.base_s is not None:
+            self._learn_link((node, target), ratio(times.rtt_s, way.base_s, HOP_FLOOR_S))
+            return msgspec.structs.replace(way, counted=times.until)
+        base_s = times.rtt_s if times.until >= way.fresh_from else None
+        return msgspec.structs.replace(way, counted=times.until, base_s=base_s)
+
+    def _learn_link(self, pair: Pair, sample: float) -> None:
+        before = self._links.get(pair, Drift())
+        self._links[pair] = now = observe(before, sample)
         if now.changes != before.changes:
-            self._suspect.add((node, target))
+            node, target = pair
+            self._suspect |= {(node, target), (target, node)}  # a hello went both ways
             self._tell(ProfileChanged(node=node, target=target, factor=now.factor))
 
     def _tell(self, change: ProfileChanged) -> None:

@@ -175,8 +175,14 @@ class Weighing:
 
 
 def repriced(problem: Problem, plan: Plan) -> Plan:
-    """*plan* with the figures that *problem* gives it now; raises InfeasibleError when a link of it is not there."""
-    priced = price(as_chosen(problem, plan.shape), [Span(stage.node, stage.start, stage.stop) for stage in plan.stages])
+    """*plan* with the figures that *problem* gives it now; raises InfeasibleError when a link of it is not there.
+
+    One with relays was made as if relays were always allowed: its shards leave room for them, now as then.
+    """
+    stated = as_chosen(problem, plan.shape)
+    if any(stage.is_relay for stage in plan.stages):
+        stated = msgspec.structs.replace(stated, relay=True)
+    priced = price(stated, [Span(stage.node, stage.start, stage.stop) for stage in plan.stages])
     return msgspec.structs.replace(plan, stages=priced.stages, estimate=priced.estimate)
 
 

@@ -206,6 +206,16 @@ def test_on_random_weather_it_pays_at_most_twice_the_optimum_and_the_hysteresis(
     assert moves <= len(lost_s) / rules.dwell_s
 
 
+def test_what_nobody_looked_at_is_not_regretted() -> None:
+    """Another node coordinated, or nothing served: ten minutes of which nobody knows what requests lost."""
+    state, _ = look(Settling(), 1.0, 0.5, 60.0, 0.0, EAGER)
+
+    state, verdict = look(state, 1.0, 0.5, 60.0, 600.0, EAGER)
+
+    assert isinstance(verdict, Keep)
+    assert state.regret_s == pytest.approx(0.5 * EAGER.unseen_s)
+
+
 class Weather(RuleBasedStateMachine):
     """A deployment over hours: its plan slows down, recovers, and is looked at, in any order."""
 

@@ -59,6 +59,8 @@ class Rules(msgspec.Struct, frozen=True, kw_only=True):
     dwell_s: float = 30.0
     idle_requests: float = 0.02
     """Requests under way that are assumed at least."""
+    unseen_s: float = 30.0
+    """No more than this counts between two looks: nobody knows what was lost while nobody looked, or nothing served."""
 
 
 RULES = Rules()
@@ -110,7 +112,7 @@ def settle(
 ) -> tuple[Settling, Keep | Move]:
     """Look at *candidate*, the best plan by the newest profile: add up regret, and move when it has paid for the move."""
     since_s = now_s if state.since_s is None else state.since_s
-    passed_s = max(0.0, now_s - state.at_s) if state.at_s is not None else 0.0
+    passed_s = min(max(0.0, now_s - state.at_s), rules.unseen_s) if state.at_s is not None else 0.0
     gain = _gain(current.estimate, candidate.plan)
     counted = gain if gain > rules.band else min(0.0, gain)
     regret_s = max(0.0, state.regret_s + passed_s * max(current.requests, rules.idle_requests) * counted)

@@ -43,14 +43,15 @@ def heard(corrections: Corrections, *reports: NodeReport) -> None:
 
 
 def test_live_steps_correct_the_times_of_a_device_and_leave_what_was_measured_beside_them() -> None:
-    corrections = Corrections()
+    told: list[ProfileChanged] = []
+    corrections = Corrections(told.append)
 
     heard(corrections, *(report(n, 1.2) for n in range(1, 6)))
 
     (device,) = corrections.corrected(PROFILE, MODEL).devices
     assert device.factor == pytest.approx(1.2, rel=0.01)
     assert device.trials == PROFILE.devices[0].trials
-    assert corrections.changes == 0
+    assert told == []
 
 
 def test_a_device_that_becomes_slower_is_told_of_once() -> None:
@@ -59,7 +60,6 @@ def test_a_device_that_becomes_slower_is_told_of_once() -> None:
 
     heard(corrections, *(report(n, 1.0) for n in range(1, 9)), *(report(n, 3.0) for n in range(9, 30)))
 
-    assert corrections.changes == 1
     assert [change.node for change in told] == [A]
     assert told[0].factor == pytest.approx(3.0, rel=0.05)
     assert str(told[0]) == "its engine now takes 3.00 times as long as it was measured to"
@@ -80,6 +80,21 @@ def test_another_model_is_corrected_by_what_is_known_of_the_device_until_it_is_s
 
     assert corrections.device_factor(A, OTHER) == pytest.approx(2.0, rel=0.05)
     assert corrections.device_factor(B, MODEL) == 1.0
+
+
+def test_trials_of_another_model_that_were_made_since_are_corrected_by_what_came_later_alone() -> None:
+    corrections = Corrections()
+    heard(corrections, *(report(n, 2.0) for n in range(1, 9)))
+
+    corrections.forget_device(A, OTHER)
+    assert corrections.device_factor(A, OTHER) == pytest.approx(1.0)
+    heard(corrections, *(report(n, 6.0) for n in range(9, 40)))
+    assert corrections.device_factor(A, OTHER) == pytest.approx(3.0, rel=0.1)
+
+    corrections.forget_device(A, MODEL)
+    assert corrections.device_factor(A, OTHER) == 1.0
+    heard(corrections, *(report(n, 2.0) for n in range(40, 60)))
+    assert corrections.device_factor(A, OTHER) == pytest.approx(2.0, rel=0.1)
 
 
 def test_a_restarted_node_begins_anew_and_so_does_one_that_is_measured() -> None:
@@ -128,7 +143,8 @@ def hops(*rtts_s: float, base_s: float = 0.01, after: int = 5) -> list[NodeRepor
 
 
 def test_what_was_measured_anew_is_not_corrected_once_more_by_what_it_took_before() -> None:
-    corrections = Corrections()
+    told: list[ProfileChanged] = []
+    corrections = Corrections(told.append)
     heard(corrections, *hops(*[0.04] * 8))
     assert corrections.suspect((A, B))
 
@@ -138,7 +154,7 @@ def test_what_was_measured_anew_is_not_corrected_once_more_by_what_it_took_befor
     (link,) = corrections.corrected(PROFILE, MODEL).links
     assert link.factor == pytest.approx(1.0)
     assert not corrections.suspect((A, B))
-    assert corrections.changes == 1
+    assert len(told) == 1
 
 
 def test_a_link_that_recovers_after_it_was_measured_is_seen_to_be_faster() -> None:

@@ -19,13 +19,13 @@ from shoal.clock import Clock, SystemClock
 from shoal.errors import SettingsError
 from shoal.fleet.order import Hold
 from shoal.fleet.report import NodeFacts
+from shoal.fleet.statuses import named
 from shoal.fleet.views import JoinView
 from shoal.ids import NodeId
 from shoal.node.agent import Agent
 from shoal.node.artifacts import Artifacts
 from shoal.node.calls import Caller, Handler
 from shoal.node.coordinator import Coordinator
-from shoal.node.corrections import Corrections
 from shoal.node.crews import Crews
 from shoal.node.desk import CoordinatorDesk
 from shoal.node.emulated import dial_agent, shaped_agent
@@ -219,8 +219,7 @@ def _agent(parts: _Parts, voice: Voice, bell: Bell, models: Models) -> Agent:
         facts=lambda: facts,
     )
     handlers: dict[str, Handler] = {"profile": measurer.profile, "links": measurer.links, "blocks": measurer.blocks}
-    corrections = Corrections(lambda change: parts.ring.note("profile.changed", str(change), node=change.node))
-    planner = FleetPlanner(parts.caller, parts.clock, parts.log, corrections=corrections)
+    planner = FleetPlanner(parts.caller, parts.clock, parts.log)
     coordinator = _coordinator(parts, voice, planner) if options.coordinates else None
     if coordinator is not None:
         handlers |= CoordinatorDesk(coordinator, planner, parts.ring).handlers()
@@ -244,7 +243,7 @@ def _agent(parts: _Parts, voice: Voice, bell: Bell, models: Models) -> Agent:
 
 
 def _coordinator(parts: _Parts, voice: Voice, planner: FleetPlanner) -> Coordinator:
-    return Coordinator(
+    coordinator = Coordinator(
         me=parts.me,
         journal=parts.journal,
         clock=parts.clock,
@@ -256,6 +255,10 @@ def _coordinator(parts: _Parts, voice: Voice, planner: FleetPlanner) -> Coordina
         eager=parts.options.eager,
         heard=planner.hear,
     )
+    planner.corrections.told = lambda change: parts.ring.note(
+        "profile.changed", named(str(change), coordinator.state.members), node=change.node
+    )
+    return coordinator
 
 
 def _served(parts: _Parts, models: Models, agent: Agent) -> Node:

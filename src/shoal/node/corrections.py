@@ -5,8 +5,7 @@ took just after it was wired, or just after its link was measured anew: else wha
 learned of a device goes for the model that was served, and for others until they are
 served there themselves.  It is forgotten when the node was restarted or is measured anew; a link's when it is.
 
-Whoever plans is told of a change (`told`), counts them (`changes`), and finds the factors in the next profile.  A link that
-changed is measured anew for it, which takes a second and tells bandwidth from latency; a device is not, for it serves.
+Whoever plans finds the factors in the next profile, and people are told of a change (`told`).  A link that changed is measured anew for it, which takes a second and tells bandwidth from latency; a device is not, for it serves.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -61,9 +60,9 @@ class Corrections:
     """Belongs to the event loop."""
 
     told: Callable[[ProfileChanged], None] = ignore
-    changes: int = 0
-    """Since the start: who has planned for as many knows all."""
     _devices: dict[NodeId, dict[Digest, Drift]] = field(default_factory=dict)
+    _measured: dict[tuple[NodeId, Digest], dict[Digest, float]] = field(default_factory=dict)
+    """What samples of other models said of a device when it was measured with this one: its trials know that already."""
     _links: dict[Pair, Drift] = field(default_factory=dict)
     _suspect: set[Pair] = field(default_factory=set)
     _steps: dict[NodeId, dict[ShardId, int]] = field(default_factory=dict)
@@ -97,8 +96,11 @@ class Corrections:
         known = self._devices.get(node, {})
         if model in known:
             return known[model].factor
-        others = max(known.values(), key=lambda drift: drift.samples, default=Drift())
-        return others.factor
+        other = max(known, key=lambda served: known[served].samples, default=None)
+        if other is None:
+            return 1.0
+        before = self._measured.get((node, model), {}).get(other, 0.0)
+        return msgspec.structs.replace(known[other], mean=known[other].mean - before).factor
 
     def suspect(self, pair: Pair) -> bool:
         """Whether this link has changed since it was measured."""
@@ -108,8 +110,14 @@ class Corrections:
         """It is another machine by now, or was measured anew (with *model* alone)."""
         if model is None:
             self._devices.pop(node, None)
-        else:
-            self._devices.get(node, {}).pop(model, None)
+            self._measured = {key: means for key, means in self._measured.items() if key[0] != node}
+            return
+        known = self._devices.get(node, {})
+        known.pop(model, None)
+        for (there, _), means in self._measured.items():
+            if there == node:
+                means.pop(model, None)
+        self._measured[node, model] = {other: drift.mean for other, drift in known.items()}
 
     def forget_link(self, pair: Pair) -> None:
         """It was measured anew: hellos that left before say nothing more, and later ones are compared with the first of them."""
@@ -131,7 +139,7 @@ class Corrections:
         before = known.get(model, Drift())
         known[model] = now = observe(before, ratio(times.time_s, expected_s, STEP_FLOOR_S))
         if now.changes != before.changes:
-            self._tell(ProfileChanged(node=node, factor=now.factor))
+            self.told(ProfileChanged(node=node, factor=now.factor))
 
     def _learn_hop(self, node: NodeId, shard: ShardReport, way: _Way | None) -> _Way | None:
         """Take the newest hellos of *shard*, whose *way* was known so far; what is known of it now."""
@@ -154,11 +162,7 @@ class Corrections:
         if now.changes != before.changes:
             node, target = pair
             self._suspect |= {(node, target), (target, node)}  # a hello went both ways
-            self._tell(ProfileChanged(node=node, target=target, factor=now.factor))
-
-    def _tell(self, change: ProfileChanged) -> None:
-        self.changes += 1
-        self.told(change)
+            self.told(ProfileChanged(node=node, target=target, factor=now.factor))
 
     def _link(self, link: LinkProfile) -> LinkProfile:
         drift = self._links.get((link.source, link.target))

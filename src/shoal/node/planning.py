@@ -93,14 +93,12 @@ class FleetPlanner:
 
     def hear(self, report: NodeReport, served: Mapping[DeploymentId, Digest]) -> None:
         """Correct what is known by a heartbeat; *served* are the models behind the names of deployments."""
-        self.corrections.hear(report, served, self._expected_step_s)
+        self.corrections.hear(report, served, partial(self._expected_step_s, report.facts.fingerprint))
 
-    def now_known(self, model: Digest, surveyed: FleetProfile) -> FleetProfile:
-        """*surveyed* as live times correct it by now: to price what serves, and what might, on one and the same profile."""
-        return self.corrections.corrected(surveyed, model)
-
-    def _expected_step_s(self, node: NodeId, model: Digest, span: tuple[int, int], times: StepTimes) -> float | None:
-        device = next((d for (n, _, m), d in self._devices.items() if (n, m) == (node, model)), None)
+    def _expected_step_s(
+        self, fingerprint: str, node: NodeId, model: Digest, span: tuple[int, int], times: StepTimes
+    ) -> float | None:
+        device = self._devices.get((node, fingerprint, model))
         known = self._blocks.get(model)
         if device is None or known is None:
             return None

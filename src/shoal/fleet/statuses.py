@@ -1,6 +1,6 @@
 """The fleet's state in the words of the view: phases, reasons, and names in place of ids."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import assert_never
 
 from shoal.fleet.deployment import Deployment
@@ -8,7 +8,7 @@ from shoal.fleet.reconcile import Phase, broken, heard, phase
 from shoal.fleet.state import FleetState, Member, drained
 from shoal.fleet.view import DeploymentStatus
 from shoal.ids import DeploymentId, NodeId
-from shoal.plan.problem import Answer, Infeasible, Plan
+from shoal.plan.problem import Answer, Infeasible, Plan, Stage
 
 
 def phases(state: FleetState, now_s: float) -> dict[DeploymentId, Phase]:
@@ -45,10 +45,15 @@ def describe_answer(answer: Answer) -> str:
     """One line about a plan, for the event log."""
     match answer:
         case Plan(stages=stages, estimate=figures):
-            cuts = ", ".join(f"{'relay' if s.is_relay else f'[{s.start}, {s.stop})'} on {s.node}" for s in stages)
-            return f"{len(stages)} stages: {cuts}; {figures.time_per_output_token_s * 1000:.1f} ms per token predicted"
+            many = f"{len(stages)} stage{'s' if len(stages) > 1 else ''}"
+            return f"{many}: {places(stages)}; {figures.time_per_output_token_s * 1000:.1f} ms per token predicted"
         case Infeasible(reason=reason):
             return f"no plan fits: {reason}"
+
+
+def places(stages: Sequence[Stage]) -> str:
+    """What runs where: `[0, 30) on desk, relay on box, [30, 62) on board`."""
+    return ", ".join(f"{'relay' if s.is_relay else f'[{s.start}, {s.stop})'} on {s.node}" for s in stages)
 
 
 def _reason(state: FleetState, deployment: Deployment, now_s: float) -> str:

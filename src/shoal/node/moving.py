@@ -14,9 +14,9 @@ from shoal.fleet.deployment import Deployment, MoveBegun, MoveClosing, MoveDropp
 from shoal.fleet.moves import due, towards
 from shoal.fleet.reconcile import Phase, heard, phase
 from shoal.fleet.state import Event, FleetState, highest_plan_epoch
+from shoal.fleet.statuses import places
 from shoal.ids import DeploymentId, NodeId
 from shoal.node.weighing import Weighing
-from shoal.plan.problem import Plan
 from shoal.plan.replan import Move
 from shoal.plan.transition import Transition, pieces_of
 
@@ -80,7 +80,7 @@ class Moving:
             return  # somebody else was given the memory meanwhile
         successor = Successor(plan_epoch=epoch, plan=move.plan, why=move.why, waits=change.gap is not None)
         self.apply(MoveBegun(deployment=name, from_epoch=deployment.plan_epoch, successor=successor))
-        self.note("plan.moving", f"{_places(move.plan)}: {move.why}", deployment=name)
+        self.note("plan.moving", f"{places(move.plan.stages)}: {move.why}", deployment=name)
         await self.keep(name)
 
     def _take(self, event: MoveClosing | MoveMade | MoveEnded | MoveDropped | MoveBegun) -> None:
@@ -104,7 +104,3 @@ class Moving:
         if self._said.get(name) != why:
             self._said[name] = why
             self.note("plan.not_weighed", why, deployment=name)
-
-
-def _places(plan: Plan) -> str:
-    return ", ".join(f"[{stage.start}, {stage.stop}) to {stage.node}" for stage in plan.stages)

@@ -8,7 +8,7 @@ import httpx
 import msgspec
 import pytest
 
-from shoal.cli.connect import find_node
+from shoal.cli.connect import find_node, find_url
 from shoal.cli.demo import _wait_for
 from shoal.cli.logs import every_event
 from shoal.client import Shoal
@@ -39,6 +39,18 @@ def test_what_a_killed_node_left_behind_is_not_believed(tmp_path: Path) -> None:
     said_to_run(tmp_path)
 
     assert running_node(tmp_path) is None
+
+
+def test_where_no_other_node_runs_commands_are_about_the_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SHOAL_HOME", str(tmp_path))
+    monkeypatch.delenv("SHOAL_URL", raising=False)
+    demo = tmp_path / "demo" / "gateway"
+    said_to_run(demo)
+
+    with pytest.raises(NodeUnreachableError, match="no node runs"):
+        find_url()
+    with try_locked(demo / "run" / "lock"):
+        assert find_url() == DESK.url
 
 
 def node(letter: str, name: str) -> NodeView:

@@ -11,6 +11,8 @@ from shoal.fleet.views import NodeView
 from shoal.node.running import Running, running_node
 from shoal.node.settings import read_settings
 
+DEMO_GATEWAY = "gateway"
+"""The demo's node that is asked: where no other node runs, commands are about the demo."""
 URL_HELP = "The gateway to ask; by default $SHOAL_URL, else the node that runs on this machine."
 
 
@@ -19,7 +21,7 @@ def find_url(url: str = "") -> str:
     named = url or os.environ.get("SHOAL_URL")
     if named:
         return gateway_url(named)
-    running = local_node()
+    running = local_node() or running_node(demo_home(DEMO_GATEWAY))
     if running is None:
         raise NodeUnreachableError(
             "no node runs on this machine", hint="start one with `shoal up`, or name one with --url"
@@ -29,6 +31,11 @@ def find_url(url: str = "") -> str:
             f"node {running.name} has no gateway", hint="name the fleet's gateway with --url http://HOST:PORT"
         )
     return running.url
+
+
+def demo_home(device: str) -> Path:
+    """Where the demo keeps a node."""
+    return Path(read_settings().home) / "demo" / device
 
 
 def local_node() -> Running | None:

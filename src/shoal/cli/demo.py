@@ -22,6 +22,7 @@ from rich.rule import Rule
 
 from shoal.cli import demo_weather
 from shoal.cli.chat import INTERRUPTED, LENGTH, Piece, show, stream
+from shoal.cli.connect import DEMO_GATEWAY, demo_home
 from shoal.cli.deploy import curl_line, deploy_and_wait, have_model, show_plan
 from shoal.cli.nodes import render_nodes
 from shoal.cli.profile_table import render_speeds
@@ -51,7 +52,7 @@ class Device:
     slowdown: float
 
 
-DEVICES = (Device("gateway", "220MiB", 2.0), Device("box", "200MiB", 1.0), Device("board", "200MiB", 4.0))
+DEVICES = (Device(DEMO_GATEWAY, "220MiB", 2.0), Device("box", "200MiB", 1.0), Device("board", "200MiB", 4.0))
 LINKS = {("gateway", "box"): "4ms,100mbit", ("gateway", "board"): "2ms,50mbit", ("box", "board"): "8ms,20mbit"}
 SHAPE = RequestShape(tokens_in=48, tokens_out=ANSWER_TOKENS, context_tokens=1024, slots=1)
 
@@ -76,8 +77,7 @@ def demo(
     for number in (signal.SIGTERM, signal.SIGHUP):  # else a closed terminal would leave three nodes behind
         signal.signal(number, _end)
     console = Console()
-    base = Path(read_settings().home) / "demo"
-    homes = {device.name: base / device.name for device in DEVICES}
+    homes = {device.name: demo_home(device.name) for device in DEVICES}
     if slow or link or restore:
         demo_weather.change(homes, slow or (), link or (), restore=restore)
         return

@@ -39,7 +39,7 @@ def report(count: int, factor: float, *, incarnation: int = 1, hop: HopTimes | N
 
 def heard(corrections: Corrections, *reports: NodeReport) -> None:
     for each in reports:
-        corrections.hear(each, SERVED, lambda *_: 0.1)
+        corrections.hear(each, SERVED, lambda *_: 0.1, lambda _: 0.01)
 
 
 def test_live_steps_correct_the_times_of_a_device_and_leave_what_was_measured_beside_them() -> None:
@@ -114,8 +114,8 @@ def test_steps_of_a_model_that_was_not_measured_teach_nothing() -> None:
     corrections = Corrections()
 
     for n in range(1, 20):
-        corrections.hear(report(n, 5.0), SERVED, lambda *_: None)
-        corrections.hear(report(n, 5.0), {}, lambda *_: 0.1)
+        corrections.hear(report(n, 5.0), SERVED, lambda *_: None, lambda _: None)
+        corrections.hear(report(n, 5.0), {}, lambda *_: 0.1, lambda _: None)
 
     assert corrections.device_factor(A, MODEL) == 1.0
 
@@ -179,6 +179,24 @@ def test_a_way_that_is_wired_after_its_link_was_measured_is_compared_with_its_fi
 
     (link,) = corrections.corrected(PROFILE, MODEL).links
     assert link.factor == pytest.approx(4.0, rel=0.1)
+
+
+@pytest.mark.parametrize(("base_s", "suspected"), [(0.011, False), (0.05, True), (0.003, True)])
+def test_a_link_on_which_a_new_way_is_nothing_like_what_was_measured_is_to_be_measured_anew(
+    base_s: float, suspected: bool
+) -> None:
+    told: list[ProfileChanged] = []
+    corrections = Corrections(told.append)
+
+    heard(corrections, *hops(*[base_s] * 4, base_s=base_s))
+
+    assert corrections.suspect((A, B)) is suspected
+    assert len(told) == suspected
+    corrections.forget_link((A, B))
+    heard(corrections, *hops(*[base_s] * 20, base_s=base_s, after=9))
+    assert not corrections.suspect((A, B))
+    (link,) = corrections.corrected(PROFILE, MODEL).links
+    assert link.factor == pytest.approx(1.0)
 
 
 def test_a_stages_step_is_predicted_without_the_loop_that_is_not_timed_with_it() -> None:

@@ -1,8 +1,8 @@
 """Corrections of profiles by what live stages report: one place that hears every report of the fleet, beside the planner.
 
 A stage's steps are compared with what the profile of its device predicts for its blocks; the way to the next stage with what it
-took just after it was wired, or just after its link was measured anew: else what the new profile knows would count twice.  What is
-learned of a device goes for the model that was served, and for others until they are
+took just after it was wired, or just after its link was measured anew: else what the new profile knows would count twice.  A way
+that is far from the profile from the start is measured anew: its link has changed since, while nobody used it.  What is learned of a device goes for the model that was served, and for others until they are
 served there themselves.  It is forgotten when the node was restarted or is measured anew; a link's when it is.
 
 Whoever plans finds the factors in the next profile, and people are told of a change (`told`).  A link that changed is measured anew for it, which takes a second and tells bandwidth from latency; a device is not, for it serves.
@@ -22,7 +22,11 @@ from shoal.profile.fleet import DeviceProfile, FleetProfile, LinkProfile
 
 StageTime = Callable[[NodeId, Digest, tuple[int, int], StepTimes], float | None]
 """What the uncorrected profile says of one step of these blocks on that node; None where it is not known."""
+HopTime = Callable[["Pair"], float | None]
+"""What the uncorrected profile says of a hello to there and back; None where it is not known."""
 Pair = tuple[NodeId, NodeId]
+OTHERWISE = 2.0
+"""A way is far from the profile by so much: half or twice.  A probe and a stage do not greet in quite the same way."""
 
 
 class ProfileChanged(msgspec.Struct, frozen=True, kw_only=True):
@@ -70,7 +74,9 @@ class Corrections:
     _ways: dict[NodeId, dict[ShardId, _Way]] = field(default_factory=dict)
     _lives: dict[NodeId, int] = field(default_factory=dict)
 
-    def hear(self, report: NodeReport, served: Mapping[DeploymentId, Digest], predicted: StageTime) -> None:
+    def hear(
+        self, report: NodeReport, served: Mapping[DeploymentId, Digest], predicted: StageTime, hello: HopTime
+    ) -> None:
         """Learn from a heartbeat; *served* are the models behind the names of deployments."""
         if self._lives.get(report.node, report.incarnation) != report.incarnation:
             self.forget_device(report.node)
@@ -80,7 +86,7 @@ class Corrections:
         for shard in report.shards:
             if self._steps[report.node].get(shard.shard) != steps.get(shard.shard):
                 self._learn_steps(report.node, shard, served.get(shard.shard.deployment), predicted)
-        found = {s.shard: self._learn_hop(report.node, s, ways.get(s.shard)) for s in report.shards}
+        found = {s.shard: self._learn_hop(report.node, s, ways.get(s.shard), hello) for s in report.shards}
         self._ways[report.node] = {shard: way for shard, way in found.items() if way is not None}
 
     def corrected(self, fleet: FleetProfile, model: Digest) -> FleetProfile:
@@ -141,13 +147,14 @@ class Corrections:
         if now.changes != before.changes:
             self.told(ProfileChanged(node=node, factor=now.factor))
 
-    def _learn_hop(self, node: NodeId, shard: ShardReport, way: _Way | None) -> _Way | None:
+    def _learn_hop(self, node: NodeId, shard: ShardReport, way: _Way | None, hello: HopTime) -> _Way | None:
         """Take the newest hellos of *shard*, whose *way* was known so far; what is known of it now."""
         times, target = shard.hop_times, shard.next_node
         if times is None or target is None:
             return None
         if way is None or (way.target, way.wired_s) != (target, times.base_s):
             way = _Way(target=target, wired_s=times.base_s, base_s=times.base_s)
+            self._compare((node, target), times.base_s, hello((node, target)))
         if times.until == way.counted:
             return way
         if way.base_s is not None:
@@ -156,13 +163,19 @@ class Corrections:
         base_s = times.rtt_s if times.until >= way.fresh_from else None
         return msgspec.structs.replace(way, counted=times.until, base_s=base_s)
 
+    def _compare(self, pair: Pair, base_s: float, measured_s: float | None) -> None:
+        """Suspect a link on which a new way is nothing like what was measured."""
+        off = 1.0 if measured_s is None else ratio(base_s, measured_s, HOP_FLOOR_S)
+        if not 1 / OTHERWISE < off < OTHERWISE:
+            self._suspect |= {pair, pair[::-1]}
+            self.told(ProfileChanged(node=pair[0], target=pair[1], factor=off))
+
     def _learn_link(self, pair: Pair, sample: float) -> None:
         before = self._links.get(pair, Drift())
         self._links[pair] = now = observe(before, sample)
         if now.changes != before.changes:
-            node, target = pair
-            self._suspect |= {(node, target), (target, node)}  # a hello went both ways
-            self.told(ProfileChanged(node=node, target=target, factor=now.factor))
+            self._suspect |= {pair, pair[::-1]}  # a hello went both ways
+            self.told(ProfileChanged(node=pair[0], target=pair[1], factor=now.factor))
 
     def _link(self, link: LinkProfile) -> LinkProfile:
         drift = self._links.get((link.source, link.target))

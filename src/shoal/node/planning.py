@@ -19,6 +19,7 @@ from shoal.ids import DeploymentId, Digest, NodeId
 from shoal.node.calls import Caller
 from shoal.node.corrections import Corrections, expected_step_s
 from shoal.node.messages import BlocksOf, Links, ModelBlocks, ProbeLinks, ProbeTarget, Profiled, ProfileModel
+from shoal.node.wiring import PING_BYTES
 from shoal.plan.budget import DeadlineBudget
 from shoal.plan.build import Demands, Setting, problem
 from shoal.plan.placement import place
@@ -93,7 +94,12 @@ class FleetPlanner:
 
     def hear(self, report: NodeReport, served: Mapping[DeploymentId, Digest]) -> None:
         """Correct what is known by a heartbeat; *served* are the models behind the names of deployments."""
-        self.corrections.hear(report, served, partial(self._expected_step_s, report.facts.fingerprint))
+        self.corrections.hear(report, served, partial(self._expected_step_s, report.facts.fingerprint), self._hello_s)
+
+    def _hello_s(self, pair: tuple[NodeId, NodeId]) -> float | None:
+        known = self._links.get(pair)
+        link = known.link if known is not None else None
+        return link.rtt_p50_s + PING_BYTES / link.bytes_per_s if link is not None else None
 
     def _expected_step_s(
         self, fingerprint: str, node: NodeId, model: Digest, span: tuple[int, int], times: StepTimes

@@ -2,10 +2,13 @@
 
 A stage's steps are compared with what the profile of its device predicts for its blocks; the way to the next stage with what it
 took just after it was wired, or just after its link was measured anew: else what the new profile knows would count twice.  A way
-that is far from the profile from the start is measured anew: its link has changed since, while nobody used it.  What is learned of a device goes for the model that was served, and for others until they are
-served there themselves.  It is forgotten when the node was restarted or is measured anew; a link's when it is.
+that is far from the profile from the start is measured anew: its link has changed since, while nobody used it.
 
-Whoever plans finds the factors in the next profile, and people are told of a change (`told`).  A link that changed is measured anew for it, which takes a second and tells bandwidth from latency; a device is not, for it serves.
+What is learned of a device goes for the model that was served, and for others until they are served there themselves.  It is
+forgotten when the node was restarted or is measured anew; a link's when it is.
+
+Whoever plans finds the factors in the next profile, and people are told of a change (`told`).  A link that changed is measured
+anew for it, which takes a second and tells bandwidth from latency; a device is not, for it serves.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +16,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from shoal.fleet.report import HopTimes, NodeReport, ShardId, ShardReport, StepTimes
+from shoal.fleet.report import NodeReport, ShardId, ShardReport, StepTimes
 from shoal.ids import DeploymentId, Digest, NodeId
 from shoal.node.live_times import PINGS
 from shoal.profile.drift import HOP_FLOOR_S, STEP_FLOOR_S, Drift, corrected_rtt_s, observe, ratio

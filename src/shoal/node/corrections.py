@@ -40,7 +40,7 @@ class ProfileChanged(msgspec.Struct, frozen=True, kw_only=True):
     factor: float
 
     def __str__(self) -> str:
-        where = f"the link to {self.target}" if self.target else "its engine"
+        where = f"the link from {self.node} to {self.target}" if self.target else f"the engine of {self.node}"
         return f"{where} now takes {self.factor:.2f} times as long as it was measured to"
 
 

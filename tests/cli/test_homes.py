@@ -14,13 +14,23 @@ from shoal.node.journal import Journal
 from shoal.store.disk import home_named
 from shoal.store.lock import try_locked
 
+HANGING_S = 300.0
+"""After this a command hangs: what a loaded machine takes to start an interpreter with its engines is no failure."""
 UP = ("up", "--port", "0", "--listen", "127.0.0.1:0")
 
 
 def shoal(home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {k: v for k, v in os.environ.items() if not k.startswith("SHOAL_")} | {"SHOAL_HOME": str(home)}
     command = [sys.executable, "-m", "shoal", *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(
+        command,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=HANGING_S,
+        stdin=subprocess.DEVNULL,
+        check=False,
+    )
 
 
 @pytest.fixture

@@ -21,10 +21,11 @@ from shoal.node.launch import launch
 from shoal.node.measuring import Measurer
 from shoal.node.messages import ProbeTarget, Profiled, ProfileModel
 from shoal.node.options import NodeOptions
-from shoal.node.probe import answer_echoes, measure_links
+from shoal.node.probe import answer_echoes, measure_links, round_trips
 from shoal.node.trials import TrialSpec, run_trials
 from shoal.node.worker_spec import LinkShape, WorkerSpec
 from shoal.profile.fleet import LinkProfile
+from shoal.profile.link import PROBE_BYTES
 from shoal.runtime.backend.onnx import OnnxBackend
 from shoal.runtime.ports import SequenceStep, Session, Shard
 from shoal.runtime.request import Array
@@ -32,6 +33,7 @@ from shoal.store.fetch import Fetcher
 from shoal.store.home import Store, fetching, missing_bytes, open_store
 from shoal.store.pace import Pacer
 from shoal.store.peer import serve_chunks
+from shoal.transport.keys import ProbeTopic, key_of
 from shoal.transport.memory import MemoryBus, MemoryFabric, Weather
 from shoal.transport.zenoh import ZenohBus, open_agent
 
@@ -70,8 +72,8 @@ def target_of(agent: ZenohBus, node: NodeId, *locators: str) -> ProbeTarget:
     return ProbeTarget(node=node, locators=locators or agent.locators, zid=agent.zid)
 
 
-def links_from_b(*targets: ProbeTarget, shapes: tuple[LinkShape, ...] = ()) -> tuple[LinkProfile, ...]:
-    options = NodeOptions(home="", name="b", fleet="f", links=shapes)
+def links_from_b(*targets: ProbeTarget) -> tuple[LinkProfile, ...]:
+    options = NodeOptions(home="", name="b", fleet="f")
     return anyio.run(measure_links, partial(dial_agent, options, B), "f", B, targets, SystemClock())
 
 
@@ -97,12 +99,16 @@ def test_an_address_where_another_node_answers_is_none_of_the_targets(agents: di
 
 
 def test_an_emulated_link_is_measured_as_slow_as_it_is_made(agents: dict[NodeId, ZenohBus]) -> None:
+    """Every round trip takes what the link takes or more: a lower bound, which no slow machine can break."""
     shape = LinkShape(target=C, latency_s=0.01, bytes_per_s=1e7)
+    options = NodeOptions(home="", name="b", fleet="f", links=(shape,))
+    key = key_of(ProbeTopic(fleet="f", source=B, target=C))
 
-    (link,) = links_from_b(target_of(agents[C], C), shapes=(shape,))
+    with closing(dial_agent(options, B, agents[C].locators[0], agents[C].zid)) as bus:
+        samples = round_trips(partial(bus.query, key, timeout_s=PATIENCE_S), SystemClock())
 
-    assert link.rtt_p50_s >= 0.02
-    assert link.bytes_per_s < 1.1e7
+    assert {sample.payload_bytes for sample in samples} == set(PROBE_BYTES)
+    assert all(sample.round_trip_s >= 2 * 0.01 + sample.payload_bytes / 1e7 for sample in samples)
 
 
 def test_every_kind_of_block_is_timed_in_prefill_and_decode(tiny_store: tuple[Store, Digest]) -> None:

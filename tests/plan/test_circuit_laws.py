@@ -5,6 +5,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from shoal.ids import NodeId
+from shoal.plan.arrays import INF
 from shoal.plan.budget import StepBudget
 from shoal.plan.chain import sweep
 from shoal.plan.circuit import CIRCUIT, Scope, circuit, circuit_tokens
@@ -15,7 +16,7 @@ from shoal.plan.found import FREE, Choice, Found, mask_of
 from shoal.plan.periodic import periodic
 from shoal.plan.problem import BlockSpec, DeviceSpec, LinkSpec, Objective, Pin, Problem, RequestShape
 from shoal.plan.search import most_tokens
-from shoal.plan.tables import INF, Tables, build_tables, cost_passes, spans_of
+from shoal.plan.tables import Tables, build_tables, cost_passes, spans_of
 
 pytestmark = pytest.mark.skipif(not installed(), reason="OR-tools is not installed")
 

@@ -10,6 +10,7 @@ from msgspec.structs import replace
 from tests.plan.fleets import Family, fleet
 from tests.plan.test_star_laws import fleets, optimum
 
+from shoal.plan.arrays import INF
 from shoal.plan.budget import StepBudget
 from shoal.plan.circuit import circuit_tokens
 from shoal.plan.cpsat import installed
@@ -22,7 +23,7 @@ from shoal.plan.problem import Objective, Plan, Problem
 from shoal.plan.search import crowd_tokens, demanded
 from shoal.plan.sites import dealings, sites_of
 from shoal.plan.star import applies
-from shoal.plan.tables import INF, build_tables, cost_passes
+from shoal.plan.tables import build_tables, cost_passes
 from shoal.plan.throng import Throng, throng
 from shoal.plan.visits import forced, relaxed
 from shoal.plan.walks import walk

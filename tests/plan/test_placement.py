@@ -7,13 +7,14 @@ from msgspec.structs import replace
 
 from shoal.ids import NodeId
 from shoal.plan.budget import DeadlineBudget, StepBudget
-from shoal.plan.cost import Span
-from shoal.plan.exact import fits
+from shoal.plan.cost import Span, shard_joules
+from shoal.plan.exact import enumerate_best, fits
 from shoal.plan.placement import place
 from shoal.plan.problem import (
     Answer,
     BlockSpec,
     Infeasible,
+    Limits,
     Objective,
     Pin,
     Plan,
@@ -318,6 +319,42 @@ def test_a_battery_bounds_what_a_device_takes(chain: Chain) -> None:
 
     assert isinstance(plan, Plan)
     assert [(s.node, s.start, s.stop) for s in plan.stages] == [("n0", 0, 2), ("n1", 2, 3)]
+
+
+def test_a_battery_that_is_just_empty_after_a_request_is_enough(chain: Chain) -> None:
+    """Ten blocks of 0.1 s: added up one by one they take a little less than 1 s, as a difference of sums a little more or less."""
+    times = (0.1, 0.07)
+    problem = chain((1,) * 14, times, (4, 14), {(0, 1): 0.01})
+    for blocks in range(1, 11):
+        drawn = shard_joules(problem, replace(problem.devices[1], active_watts=3.0), Span(N1, 14 - blocks, 14))
+        tired = replace(problem.devices[1], active_watts=3.0, joules_limit=drawn)
+        roomy = replace(problem.devices[0], memory_budget_bytes=14 - blocks)
+
+        plan = place(replace(problem, devices=(roomy, tired)), StepBudget(10**6))
+
+        assert isinstance(plan, Plan), (blocks, plan)
+        assert [(s.node, s.start, s.stop) for s in plan.stages] == [("n0", 0, 14 - blocks), ("n1", 14 - blocks, 14)]
+
+
+@pytest.mark.parametrize("limits", [Limits(), Limits(latency_s=100.0, joules=50.0)], ids=["alone", "within limits"])
+def test_the_first_and_the_last_shard_of_a_device_share_its_battery(chain: Chain, limits: Limits) -> None:
+    """Each of the source's two blocks takes 1 J, both together more than the battery's 1.5 J."""
+    problem = replace(
+        chain((1, 1, 1), (1.0, 1.0), (9, 9), {(0, 1): 0.1}, pin_last=True), pins=(Pin(block=1, node=N1),), limits=limits
+    )
+    tired = [
+        replace(
+            problem, devices=(replace(problem.devices[0], active_watts=1.0, joules_limit=joules), problem.devices[1])
+        )
+        for joules in (1.5, 2.0)
+    ]
+
+    short, enough = (place(stated, StepBudget(10**6)) for stated in tired)
+
+    assert isinstance(short, Infeasible)
+    assert "battery" in short.reason
+    assert isinstance(enough, Plan)
+    assert enumerate_best(tired[0]) is None
 
 
 @pytest.mark.parametrize("late", [False, True], ids=["before its shard", "after it"])

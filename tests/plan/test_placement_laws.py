@@ -35,8 +35,8 @@ T = TypeVar("T")
 LAWS = settings(max_examples=250, suppress_health_check=[HealthCheck.too_slow])
 
 small = st.integers(0, 6)
-BATTERY_JOULES = 0.30011
-"""No sum of times in ms: whether a battery that would be just empty is enough, is for rounding to say."""
+BATTERY_JOULES = 0.3
+"""A sum of times in ms: some batteries are just empty after a request, and that is enough."""
 NUMBERS = 240
 """As many as the largest problem takes."""
 

@@ -7,6 +7,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from shoal.ids import NodeId
+from shoal.plan.arrays import INF
 from shoal.plan.budget import StepBudget
 from shoal.plan.chain import sweep
 from shoal.plan.circuit import Scope, circuit, circuit_tokens, load_of
@@ -16,7 +17,7 @@ from shoal.plan.found import FREE, Choice
 from shoal.plan.periodic import periodic
 from shoal.plan.problem import BlockSpec, DeviceSpec, LinkSpec, Objective, Problem, RequestShape
 from shoal.plan.star import applies, fill, period_bound_s, prices
-from shoal.plan.tables import INF, Tables, build_tables, cost_passes
+from shoal.plan.tables import Tables, build_tables, cost_passes
 
 pytestmark = pytest.mark.skipif(not installed(), reason="OR-tools is not installed")
 

@@ -6,13 +6,14 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from tests.plan.test_placement_laws import problems
 
+from shoal.plan.arrays import INF
 from shoal.plan.budget import StepBudget
 from shoal.plan.cost import Span, barred, owners
 from shoal.plan.exact import enumerate_best, satisfies
 from shoal.plan.placement import LEAST_MISSING, why_not
 from shoal.plan.problem import Infeasible, Plan, Problem
 from shoal.plan.search import NOTHING
-from shoal.plan.tables import INF, build_tables
+from shoal.plan.tables import build_tables
 
 LAWS = settings(max_examples=100, suppress_health_check=[HealthCheck.too_slow])
 

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from shoal.plan.arrays import INF, Floats
 from shoal.plan.lineup import Lineup
 from shoal.plan.multipliers import KEPT, PATIENCE
-from shoal.plan.tables import INF, Floats
 from shoal.plan.visits import Visits, path_of, relaxed
 
 BEYOND = 1.03

@@ -23,13 +23,14 @@ import numpy as np
 from msgspec.structs import replace
 
 from shoal.errors import InfeasibleError
+from shoal.plan.arrays import INF, Floats
 from shoal.plan.bottleneck import WORK_LIMIT, Group, least_bottleneck
 from shoal.plan.cost import Span, barred, objective_value, owners, price
 from shoal.plan.exact import satisfies
 from shoal.plan.layerwise import layer_by_layer
 from shoal.plan.problem import DeviceSpec, Objective, Problem
 from shoal.plan.shares import nearest
-from shoal.plan.tables import INF, Chain, Floats, Pass, Tables, Weights, build_tables, cost_passes
+from shoal.plan.tables import Chain, Pass, Tables, Weights, build_tables, cost_passes
 
 Spans = tuple[Span, ...]
 

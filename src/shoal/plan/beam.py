@@ -10,9 +10,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from shoal.plan.arrays import INF, Floats
 from shoal.plan.budget import Budget
 from shoal.plan.chain import Relaxed
-from shoal.plan.tables import INF, Chain, Floats, Pass, Tables
+from shoal.plan.tables import Chain, Pass, Tables
 
 WIDTHS = (4, 16)
 """The narrow beam is bounded work and ignores the budget, so that there is an answer at all; the wide one asks, and runs only

@@ -16,7 +16,8 @@ from math import prod
 
 import numpy as np
 
-from shoal.plan.tables import INF, Chain, Floats, Pass, Tables, Whole, cost_passes
+from shoal.plan.arrays import INF, Floats, Whole
+from shoal.plan.tables import Chain, Pass, Tables, cost_passes
 
 WORK_LIMIT = 2_500_000_000
 """Additions or comparisons of one search; some 2 ns each.  15 unlike devices and 82 blocks take 1.7e9."""

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from shoal.plan.arrays import INF, Floats
 from shoal.plan.budget import Budget
-from shoal.plan.tables import INF, Chain, Floats, Pass, Tables
+from shoal.plan.tables import Chain, Pass, Tables
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

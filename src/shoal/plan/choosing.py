@@ -16,6 +16,7 @@ from heapq import heapify, heappop, heappush
 import msgspec
 import numpy as np
 
+from shoal.plan.arrays import INF
 from shoal.plan.budget import Budget
 from shoal.plan.cost import (
     ROUNDING,
@@ -32,7 +33,7 @@ from shoal.plan.cost import (
 )
 from shoal.plan.found import Found
 from shoal.plan.problem import Choose, Objective, Problem, RequestShape, Weighed
-from shoal.plan.tables import INF, Tables, build_tables
+from shoal.plan.tables import Tables, build_tables
 
 TRY = 0.5
 """Of what is left to plan, for one search."""

@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
+from shoal.plan.arrays import INF, Flags
 from shoal.plan.budget import Budget
 from shoal.plan.cpsat import EFFORT, Outcome, minimise
 from shoal.plan.drawing import Drawing, Load, Task, draw
@@ -23,7 +23,7 @@ from shoal.plan.found import FREE, Choice, Found
 from shoal.plan.periodic import Periodic, in_step
 from shoal.plan.recut import cost_of, recut_best
 from shoal.plan.star import period_bound_s
-from shoal.plan.tables import INF, Chain, Pass, Tables, busy_s
+from shoal.plan.tables import Chain, Pass, Tables, busy_s
 
 CIRCUIT = "cp-sat-circuit"
 ROUNDING = 1e-10
@@ -34,7 +34,7 @@ class Scope:
     """Which devices and links a circuit may have, and what it may cost to solve."""
 
     choice: Choice = FREE
-    keep: NDArray[np.bool_] | None = None
+    keep: Flags | None = None
     """[M, M] links; None: all."""
     effort: float = EFFORT
 

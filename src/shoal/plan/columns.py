@@ -15,13 +15,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from shoal.plan.arrays import INF, Floats
 from shoal.plan.budget import Budget
 from shoal.plan.cost import ROUNDING
 from shoal.plan.packing import Packing, pack
 from shoal.plan.problem import Problem
 from shoal.plan.routes import Costed, Way, costed
 from shoal.plan.search import cheapest
-from shoal.plan.tables import INF, Floats, Tables, build_tables, cost_passes
+from shoal.plan.tables import Tables, build_tables, cost_passes
 
 ROUNDS = 40
 PART = 0.3

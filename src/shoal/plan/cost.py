@@ -157,6 +157,11 @@ def shard_joules(problem: Problem, device: DeviceSpec, span: Span) -> float:
     return device.active_watts * (prefill_s + share * decode_s)
 
 
+def battery_joules(device: DeviceSpec) -> float:
+    """What all shards of *device* may draw for one request, with what rounding adds; infinite where nothing limits it."""
+    return math.inf if device.joules_limit is None else device.joules_limit * (1 + ROUNDING)
+
+
 def decode_times(device: DeviceSpec, batch: int) -> tuple[float, ...]:
     """Seconds of each block for one step of *batch* sequences.
 

@@ -9,6 +9,7 @@ import dataclasses
 
 import numpy as np
 
+from shoal.plan.arrays import INF
 from shoal.plan.budget import Budget
 from shoal.plan.circuit import Scope, circuit
 from shoal.plan.cpsat import installed
@@ -17,7 +18,7 @@ from shoal.plan.lineup import chain_from, lineup
 from shoal.plan.periodic import Periodic
 from shoal.plan.recut import cost_of, recut_best
 from shoal.plan.star import Filled, applies, chain_of, fill, prices
-from shoal.plan.tables import INF, Chain, Pass, Tables
+from shoal.plan.tables import Chain, Pass, Tables
 from shoal.plan.throng import LEVELS, Throng, throng
 
 STAR = "star-knapsack"

@@ -14,9 +14,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-import numpy as np
-from numpy.typing import NDArray
-
+from shoal.plan.arrays import Flags
 from shoal.plan.cpsat import IN_COSTS, Programme, Row
 from shoal.plan.found import FREE, Choice
 from shoal.plan.periodic import Periodic
@@ -53,7 +51,7 @@ class Task:
     stages: tuple[int, int]
     choice: Choice = FREE
     load: Load | None = None
-    keep: NDArray[np.bool_] | None = None
+    keep: Flags | None = None
     """[M, M] links that may be used; None: all."""
 
 

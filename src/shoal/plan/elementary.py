@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from shoal.plan.arrays import INF
 from shoal.plan.budget import Budget
 from shoal.plan.chain import relax
 from shoal.plan.found import FREE, Choice, Found, mask_of
@@ -23,7 +24,7 @@ from shoal.plan.labels import ROUNDING, Search, run
 from shoal.plan.memory import remember, work
 from shoal.plan.moves import Rules, chain_cost, cut_best, improve
 from shoal.plan.multipliers import Asked, Effort, Priced, limits_of, priced, tighten
-from shoal.plan.tables import INF, Chain, Pass, Tables
+from shoal.plan.tables import Chain, Pass, Tables
 
 LABELS = "label-setting"
 MOVES = "local-moves"

@@ -14,6 +14,7 @@ from shoal.plan.cost import (
     Priced,
     Span,
     barred,
+    battery_joules,
     free_bytes,
     meets,
     objective_value,
@@ -95,13 +96,13 @@ def _relayed(problem: Problem, spans: tuple[Span, ...]) -> Iterator[tuple[Span, 
 
 
 def _within_battery(problem: Problem, spans: Sequence[Span]) -> bool:
-    """Does no shard draw more than its device may give to one request?"""
+    """Do the shards of each device draw no more than it may give to one request?"""
     devices = {device.node: device for device in problem.devices}
-    return all(
-        (limit := devices[span.node].joules_limit) is None or shard_joules(problem, devices[span.node], span) <= limit
-        for span in spans
-        if span.start < span.stop
-    )
+    drawn: defaultdict[NodeId, float] = defaultdict(float)
+    for span in spans:
+        if span.start < span.stop:
+            drawn[span.node] += shard_joules(problem, devices[span.node], span)
+    return all(joules <= battery_joules(devices[node]) for node, joules in drawn.items())
 
 
 def _within_limits(problem: Problem, spans: Sequence[Span]) -> bool:

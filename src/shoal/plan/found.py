@@ -2,9 +2,10 @@
 
 from dataclasses import dataclass
 
+from shoal.plan.arrays import INF, Whole
 from shoal.plan.chain import Final
 from shoal.plan.cost import Span
-from shoal.plan.tables import INF, Chain, Tables, Whole, spans_of
+from shoal.plan.tables import Chain, Tables, spans_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,13 +10,12 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
-from numpy.typing import NDArray
 
+from shoal.plan.arrays import INF, Flags, Floats, Whole
 from shoal.plan.chain import relax
 from shoal.plan.parts import UNITS, Form, Measure, Parts, mixed, mixed_ends
-from shoal.plan.tables import INF, Floats, Pass, Whole
+from shoal.plan.tables import Pass
 
-Flags = NDArray[np.bool_]
 Mixture = Mapping[Measure, float]
 PROMPT, WORK = 0, 1
 TIMES = (Measure.LATENCY, Measure.FIRST_TOKEN, Measure.PERIOD)
@@ -37,7 +36,7 @@ class Labels:
     taken_s: Floats
     """[n, slots, phases]"""
     held: Floats
-    """[n] bytes of the first shard, where its device may run the last one, too"""
+    """[n, 2] bytes and joules of the first shard, where its device may run the last one, too"""
 
     def __len__(self) -> int:
         return int(self.device.size)
@@ -109,7 +108,7 @@ class Ground:
     def keys(self, labels: Labels) -> Floats:
         """[n, columns] by which one label dominates another; sums of equal terms in another order count as equal."""
         columns = [labels.sums @ self.dominance.T, labels.taken_s.reshape(len(labels), -1)]
-        values = np.concatenate([*columns, labels.held[:, None]] if self.closes else columns, axis=1)
+        values = np.concatenate([*columns, labels.held] if self.closes else columns, axis=1)
         mantissa, exponent = np.frexp(values)
         return np.asarray(np.ldexp(np.round(mantissa * 2.0**42), exponent - 42))
 

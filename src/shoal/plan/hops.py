@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from shoal.ids import NodeId
+from shoal.plan.arrays import INF, Floats
 from shoal.plan.cost import (
     TOKEN_BYTES,
     TOKEN_FRAME_BYTES,
@@ -17,7 +18,7 @@ from shoal.plan.cost import (
     prompts_counted,
 )
 from shoal.plan.problem import DeviceSpec, LinkSpec, Problem
-from shoal.plan.ranges import INF, Floats, laps
+from shoal.plan.ranges import laps
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

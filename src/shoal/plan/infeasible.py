@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from msgspec.structs import replace
 
+from shoal.plan.arrays import INF
 from shoal.plan.budget import Budget
 from shoal.plan.chain import relax
 from shoal.plan.cost import barred, owners
@@ -18,7 +19,7 @@ from shoal.plan.figures import size
 from shoal.plan.found import Found
 from shoal.plan.problem import DeviceSpec, Infeasible, Problem, RequestShape, Residency
 from shoal.plan.search import NOTHING, cheapest, demanded
-from shoal.plan.tables import INF, Tables, build_tables, cost_passes, missing_passes
+from shoal.plan.tables import Tables, build_tables, cost_passes, missing_passes
 
 CONTEXT_STEP_TOKENS = 64
 PART = 0.4

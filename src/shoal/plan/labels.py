@@ -15,13 +15,12 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 import numpy as np
-from numpy.typing import NDArray
 
+from shoal.plan.arrays import INF, Flags, Floats, Whole
 from shoal.plan.budget import Budget
 from shoal.plan.memory import Remembered
 from shoal.plan.moves import finish
 from shoal.plan.multipliers import Asked, Priced
-from shoal.plan.tables import INF, Floats, Whole
 
 ROUNDING = 1e-10
 """Of the best cost: a bound that comes so near has reached it."""
@@ -32,8 +31,6 @@ ROOM = 8
 STRONG = 24
 """Labels of each device that others are compared with; comparing all pairs costs more than it prunes."""
 
-Used = NDArray[np.bool_]
-
 
 @dataclass(frozen=True, slots=True)
 class Labels:
@@ -42,12 +39,12 @@ class Labels:
     cost: Floats
     bound: Floats
     device: Whole
-    used: Used
+    used: Flags
     """[L, M]"""
     parent: Whole
     """Number of the label that each grew from; -1: it is the first stage"""
 
-    def take(self, some: NDArray[np.int64] | NDArray[np.bool_]) -> "Labels":
+    def take(self, some: Whole | Flags) -> "Labels":
         """Those of an index."""
         return Labels(self.cost[some], self.bound[some], self.device[some], self.used[some], self.parent[some])
 
@@ -147,7 +144,7 @@ def _kept(search: Search, bucket: list[Labels], width: int) -> Labels:
     return labels
 
 
-def _distinct(labels: Labels) -> NDArray[np.int64]:
+def _distinct(labels: Labels) -> Whole:
     """The cheapest of each device and set."""
     keys = [labels.cost, labels.device, *_words(labels.used).T]
     order = np.lexsort(keys)
@@ -157,7 +154,7 @@ def _distinct(labels: Labels) -> NDArray[np.int64]:
     return order[new]
 
 
-def _undominated(labels: Labels) -> NDArray[np.bool_]:
+def _undominated(labels: Labels) -> Flags:
     """Without those of a device that a cheap label with fewer devices is as good as."""
     alive, words = np.ones(len(labels.cost), bool), _words(labels.used)
     for device in np.unique(labels.device):
@@ -170,7 +167,7 @@ def _undominated(labels: Labels) -> NDArray[np.bool_]:
     return alive
 
 
-def _words(used: Used) -> NDArray[np.int64]:
+def _words(used: Flags) -> Whole:
     packed = np.packbits(used, axis=1)
     room = np.zeros((len(used), -(-packed.shape[1] // 8) * 8), np.uint8)
     room[:, : packed.shape[1]] = packed
@@ -230,7 +227,7 @@ def _stopped(search: Search, opened: Labels, sets: Whole, cut: int) -> Iterator[
         yield cut + 1 + place, replace(grown, cost=total[rows, place], bound=bound[rows, place])
 
 
-def _sets(table: Remembered, used: Used) -> NDArray[np.int64]:
+def _sets(table: Remembered, used: Flags) -> Whole:
     """[L, M] the set that each device's neighbours are in."""
     sets = np.zeros(used.shape, np.int64)
     for bit in range(max(len(known) for known in table.neighbours)):

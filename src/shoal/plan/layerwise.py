@@ -11,11 +11,9 @@ Kept as a baseline, never as a solver: `chain.sweep` has the shard as its step, 
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
-from shoal.plan.tables import INF, Chain, Floats, Pass, Tables, Weights, Whole, cost_passes
-
-Flags = NDArray[np.bool_]
+from shoal.plan.arrays import INF, Flags, Floats, Whole
+from shoal.plan.tables import Chain, Pass, Tables, Weights, cost_passes
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,16 +12,17 @@ from dataclasses import dataclass, replace
 import msgspec
 import numpy as np
 
+from shoal.plan.arrays import INF, Flags, Floats
 from shoal.plan.budget import Budget
 from shoal.plan.chain import relax
 from shoal.plan.cost import ROUNDING, price
 from shoal.plan.figures import duration
 from shoal.plan.found import FREE, Choice, Found
-from shoal.plan.ground import Ask, Flags, Mixture, build_ground, one_pass
+from shoal.plan.ground import Ask, Mixture, build_ground, one_pass
 from shoal.plan.parts import MEASURE_OF, Measure, Parts, bounds_of, build_parts, mixture_passes, values_of
 from shoal.plan.problem import Infeasible, Limits, Objective, Problem
 from shoal.plan.search import NOTHING, cheapest, demanded, most_tokens, solve
-from shoal.plan.tables import INF, Floats, Tables, build_tables
+from shoal.plan.tables import Tables, build_tables
 from shoal.plan.vectors import Route, explore
 
 VECTORS = "exact-labels"

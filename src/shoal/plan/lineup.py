@@ -9,9 +9,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from shoal.plan.arrays import INF, Floats, Whole
 from shoal.plan.found import Choice
 from shoal.plan.periodic import Periodic
-from shoal.plan.tables import INF, Chain, Floats, Tables, Whole
+from shoal.plan.tables import Chain, Tables
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
+from shoal.plan.arrays import INF, Floats, Whole
 from shoal.plan.moves import finish
-from shoal.plan.tables import INF, Floats, Pass
+from shoal.plan.tables import Pass
 
 PIECE = 1 << 16
 """Numbers that one array operation touches; more leave the processor's cache."""
@@ -34,7 +34,7 @@ class Remembered:
     """[N+1, M, S] after device j has stopped at a cut."""
     to_open: Floats
     """[N+1, M, S] when device j is about to start at a cut."""
-    onward: NDArray[np.int64]
+    onward: Whole
     """[M from, M to, S] the place [to, set] in a flat [M * S]; what may not be opened again leads to `M * S`"""
     bound: float
     """Of the pass."""
@@ -93,7 +93,7 @@ def path_of(search: Pass, table: Remembered) -> list[int] | None:
     return path
 
 
-def _onward(neighbours: Neighbours, sets: int) -> NDArray[np.int64]:
+def _onward(neighbours: Neighbours, sets: int) -> Whole:
     count = len(neighbours)
     knows = np.zeros((count, sets, count + 1), bool)
     index = np.arange(sets)
@@ -124,7 +124,7 @@ def _open(search: Pass, to_go: Floats, into: Floats, cut: int) -> None:
         into[some] = (runs + to_go[cut + 1 : last + 1, some]).min(axis=0)
 
 
-def _leave(hop: Floats, onward: NDArray[np.int64], to_open: Floats, into: Floats) -> None:
+def _leave(hop: Floats, onward: Whole, to_open: Floats, into: Floats) -> None:
     """Fill [M, S]: the best next device after each."""
     opened = np.append(to_open.ravel(), INF)
     together = max(1, PIECE // (to_open.size))

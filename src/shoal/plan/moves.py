@@ -16,9 +16,10 @@ from itertools import pairwise
 
 import numpy as np
 
+from shoal.plan.arrays import INF, Floats
 from shoal.plan.budget import Budget
 from shoal.plan.found import Choice
-from shoal.plan.tables import INF, Chain, Floats, Pass, Tables
+from shoal.plan.tables import Chain, Pass, Tables
 
 REACH = 12
 """Devices that one rearrangement may touch: longer ones cost much and seldom help."""

@@ -14,12 +14,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
+from shoal.plan.arrays import INF, Flags, Floats
 from shoal.plan.chain import relax
 from shoal.plan.found import Choice
 from shoal.plan.memory import Neighbours, learnt, path_of, remember
-from shoal.plan.tables import INF, Floats, Pass, Tables
+from shoal.plan.tables import Pass, Tables
 
 PATIENCE = 6
 """Steps without a better bound before they become half as long."""
@@ -50,7 +50,7 @@ class Limits:
         """How many devices a chain may have."""
         return float(self.upper[-1]) - int(closes)
 
-    def met(self, used: NDArray[np.bool_], *, closes: bool) -> NDArray[np.bool_]:
+    def met(self, used: Flags, *, closes: bool) -> Flags:
         """Which rows [L, M] of used devices keep them."""
         visits = np.column_stack([used, used.sum(axis=1) + int(closes)])
         return np.asarray(((visits >= self.lower) & (visits <= self.upper)).all(axis=1))

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from shoal.plan.tables import Floats
+from shoal.plan.arrays import Floats
 
 PAYS = 1e-10
 

@@ -18,16 +18,17 @@ import numpy as np
 from msgspec.structs import replace
 
 from shoal.errors import InvalidRequestError
+from shoal.plan.arrays import Flags, Floats
 from shoal.plan.budget import Budget
 from shoal.plan.check import check
 from shoal.plan.cost import ROUNDING, Priced, Span, barred, meets, objective_value, owners, price
-from shoal.plan.ground import Ask, Flags, build_ground
+from shoal.plan.ground import Ask, build_ground
 from shoal.plan.infeasible import infeasible
 from shoal.plan.limited import SMALL_FLEET, TIE, VECTORS, Aim, blocked, least
 from shoal.plan.parts import MEASURE_OF, Measure, Parts, bounds_of, build_parts, mixture_passes, values_of
 from shoal.plan.problem import Infeasible, Limits, Objective, Plan, Problem
 from shoal.plan.search import cheapest, demanded
-from shoal.plan.tables import Floats, build_tables, spans_of
+from shoal.plan.tables import build_tables, spans_of
 from shoal.plan.vectors import Route, explore, nondominated
 
 EPSILON = "epsilon-constraint"

@@ -17,6 +17,7 @@ from enum import StrEnum
 import numpy as np
 
 from shoal.ids import NodeId
+from shoal.plan.arrays import INF, Floats, Whole
 from shoal.plan.cost import (
     TOKEN_BYTES,
     TOKEN_FRAME_BYTES,
@@ -27,7 +28,7 @@ from shoal.plan.cost import (
     prefill_steps,
 )
 from shoal.plan.problem import DeviceSpec, Estimate, LinkSpec, Objective, Problem
-from shoal.plan.tables import INF, Floats, Pass, Tables, Whole, passes_of
+from shoal.plan.tables import Pass, Tables, passes_of
 
 
 class Measure(StrEnum):
@@ -191,8 +192,7 @@ def mixture_passes(parts: Parts, mixture: Mapping[Measure, float], cap_s: float 
     busy_s, tables = parts.busy(1), parts.tables
 
     def close(first: int, stop: int) -> Floats:
-        need = tables.need_bytes[first, 0, stop] + tables.need_bytes[first, :, -1]
-        fits = (need <= tables.free_bytes[first]) & (busy_s[first, 0, stop] + busy_s[first, :, -1] <= cap_s)
+        fits = tables.both_may(first, stop) & (busy_s[first, 0, stop] + busy_s[first, :, -1] <= cap_s)
         # A chain's end is charged where its last shard opens: nothing is left to pay after it.
         return np.where(fits, run[first, :, -1] + ends[first, first], INF)
 

@@ -18,7 +18,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from shoal.plan.tables import INF, Floats, Pass, Whole
+from shoal.plan.arrays import INF, Flags, Floats, Whole
+from shoal.plan.tables import Pass
 
 LONGEST_PERIOD = 4
 """A phase more multiplies the links that a search must weigh."""
@@ -202,7 +203,7 @@ def _least_units(rhythm: Rhythm) -> Whole:
     return (phases[:, None] >= phases[None, :]).astype(np.int64)
 
 
-def _rooms(rhythm: Rhythm, fits: NDArray[np.bool_], low: Whole) -> tuple[Whole, bool]:
+def _rooms(rhythm: Rhythm, fits: Flags, low: Whole) -> tuple[Whole, bool]:
     room = np.full((fits.shape[0], rhythm.period, rhythm.period), -1, np.int64)
     agree = True
     last = fits.shape[2] - 1
@@ -221,7 +222,7 @@ def _rooms(rhythm: Rhythm, fits: NDArray[np.bool_], low: Whole) -> tuple[Whole, 
     return room, agree
 
 
-def _last_rooms(rhythm: Rhythm, fits: NDArray[np.bool_]) -> tuple[Whole, bool]:
+def _last_rooms(rhythm: Rhythm, fits: Flags) -> tuple[Whole, bool]:
     """From the fits [M, N+1] of stages that end with the model, by their start."""
     room = np.full((fits.shape[0], rhythm.period), -1, np.int64)
     agree, last = True, fits.shape[1] - 1
@@ -275,7 +276,7 @@ def _end(mine: list[Pass], rhythm: Rhythm) -> tuple[Ends, bool]:
     return Ends(device=first, entry=entry, end=end, room=room, alone=alone, again=together), agree
 
 
-def _joint(rhythm: Rhythm, pairs: NDArray[np.bool_]) -> tuple[Whole, bool]:
+def _joint(rhythm: Rhythm, pairs: Flags) -> tuple[Whole, bool]:
     """From the fits [N+1 stop, N+1 start] of a first and a last stage on one device."""
     room = np.full((rhythm.period, rhythm.period), -1, np.int64)
     agree, last = True, pairs.shape[0] - 1

@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 from msgspec.structs import replace
 
+from shoal.plan.arrays import INF
 from shoal.plan.baselines import best_baseline, worth
 from shoal.plan.budget import Budget
 from shoal.plan.check import check
@@ -17,7 +18,7 @@ from shoal.plan.infeasible import Searched, infeasible, least_missing
 from shoal.plan.limited import best, blocked
 from shoal.plan.problem import Answer, Infeasible, Limits, Objective, Plan, Problem
 from shoal.plan.search import NOTHING, demanded, solve
-from shoal.plan.tables import INF, Tables, build_tables
+from shoal.plan.tables import Tables, build_tables
 
 SEARCH, WHY, WHY_NOT = 0.9, 0.4, 0.6
 """Parts of what is left to plan: for the plan itself, for the reasons of its devices, for what stands in the way of one."""

@@ -80,7 +80,7 @@ class DeviceSpec(msgspec.Struct, frozen=True, kw_only=True):
     active_watts: float = 0.0
     """Power above idle while a block runs; what a device draws when idle is drawn whether it takes part or not."""
     joules_limit: float | None = None
-    """What one request may draw here at most (a battery); None: no limit."""
+    """What one request may draw here for its blocks at most (a battery), all shards together; None: no limit."""
     price_per_hour: float = 0.0
     """Of busy time, in any one currency."""
     region: str = ""

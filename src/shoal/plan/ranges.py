@@ -4,15 +4,14 @@ Index order is [device, start, stop].  Ranges are priced from running sums, all 
 allowed, except in `alone_s`, which is multiplied by rates that may be 0.
 """
 
+from math import isfinite
+
 import numpy as np
-from numpy.typing import NDArray
 
 from shoal.ids import NodeId
-from shoal.plan.cost import decode_times, kv_positions, may_relay, prefill_steps, retained_bytes
+from shoal.plan.arrays import INF, Flags, Floats
+from shoal.plan.cost import battery_joules, decode_times, kv_positions, may_relay, prefill_steps, retained_bytes
 from shoal.plan.problem import DeviceSpec, Problem
-
-Floats = NDArray[np.float64]
-INF = float("inf")
 
 
 def laps(problem: Problem) -> int:
@@ -40,22 +39,36 @@ def _run(problem: Problem, devices: list[DeviceSpec], rounds: float, further: fl
     return np.asarray(total)
 
 
-def _ahead(blocks: int) -> NDArray[np.bool_]:
+def _ahead(blocks: int) -> Flags:
     """[N+1, N+1] ranges that are not empty."""
     return np.triu(np.ones((blocks + 1, blocks + 1), bool), 1)
 
 
-def _may_run(problem: Problem, devices: list[DeviceSpec], owned: dict[int, NodeId]) -> NDArray[np.bool_]:
+def _may_run(problem: Problem, devices: list[DeviceSpec], owned: dict[int, NodeId]) -> Flags:
     """[M, N+1, N+1] whether pins and the devices' batteries allow a range of blocks."""
     blocks = len(problem.blocks)
     allowed = np.ones((len(devices), blocks + 1, blocks + 1), bool)
     for block, owner in owned.items():
         others = [index for index, device in enumerate(devices) if device.node != owner]
         allowed[others, : block + 1, block + 1 :] = False
-    limited = [(i, device) for i, device in enumerate(devices) if device.joules_limit is not None]
-    for (index, device), busy_s in zip(limited, alone_s(problem, [device for _, device in limited]), strict=True):
-        allowed[index] &= device.active_watts * busy_s <= (device.joules_limit or 0.0)
+    for index, device in enumerate(devices):
+        if isfinite(battery_joules(device)):
+            allowed[index] &= _drawn_joules(problem, device) <= battery_joules(device)
     return allowed
+
+
+def _drawn_joules(problem: Problem, device: DeviceSpec) -> Floats:
+    """[N+1, N+1] of one request, 0 for empty ranges.
+
+    Not from running sums: the little that a difference of two large ones is off may be much of a small shard.
+    """
+    blocks, share = len(problem.blocks), laps(problem) / problem.shape.batch
+    overhead_s = (prefill_steps(problem.shape) + share) * device.step_overhead_s
+    each_s = np.array(device.prefill_s) + share * np.array(decode_times(device, problem.shape.batch))
+    drawn = np.zeros((blocks + 1, blocks + 1))
+    for start in range(blocks):
+        drawn[start, start + 1 :] = device.active_watts * (overhead_s + np.cumsum(each_s[start:]))
+    return drawn
 
 
 def alone_s(problem: Problem, devices: list[DeviceSpec]) -> Floats:

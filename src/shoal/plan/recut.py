@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from shoal.plan.tables import INF, Chain, Pass
+from shoal.plan.arrays import INF
+from shoal.plan.tables import Chain, Pass
 
 
 def cost_of(search: Pass, chain: Chain) -> float:

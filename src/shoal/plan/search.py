@@ -11,6 +11,7 @@ import dataclasses
 from collections.abc import Callable, Iterable
 from math import nextafter
 
+from shoal.plan.arrays import INF
 from shoal.plan.beam import beam
 from shoal.plan.budget import Budget
 from shoal.plan.chain import Final, relax, sweep, trace
@@ -22,7 +23,7 @@ from shoal.plan.found import FREE, Choice, Found, mask_of
 from shoal.plan.periodic import Periodic, periodic
 from shoal.plan.problem import Objective, Problem
 from shoal.plan.star import period_bound_s
-from shoal.plan.tables import INF, LATENCY, Chain, Pass, Tables, Weights, busy_s, cost_passes
+from shoal.plan.tables import LATENCY, Chain, Pass, Tables, Weights, busy_s, cost_passes
 
 SWEEP_LIMIT = 16_384
 """Array operations that one exact search may take; about 25 us each at 70 blocks.  Throughput needs some 25 searches."""

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from shoal.plan.tables import INF, Chain, Floats, Pass, Whole
+from shoal.plan.arrays import INF, Floats, Whole
+from shoal.plan.tables import Chain, Pass
 
 
 @dataclass(frozen=True, slots=True)

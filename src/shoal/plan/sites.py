@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from shoal.plan.arrays import INF, Floats, Whole
 from shoal.plan.lineup import Lineup
-from shoal.plan.tables import INF, Floats, Whole
 
 STEPS = 3
 """Widest gaps between the costs of links that are tried as the border of sites."""

@@ -15,9 +15,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
+from shoal.plan.arrays import INF, Floats
 from shoal.plan.found import Choice
 from shoal.plan.periodic import SAME, Periodic
-from shoal.plan.tables import INF, Chain, Floats
+from shoal.plan.tables import Chain
 
 Part = tuple[int, int, int]
 """A device, its units, and whether it is last."""

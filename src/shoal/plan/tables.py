@@ -14,12 +14,13 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
-from numpy.typing import NDArray
 
 from shoal.ids import NodeId
+from shoal.plan.arrays import INF, Flags, Floats, Whole
 from shoal.plan.cost import (
     Span,
     barred,
+    battery_joules,
     free_bytes,
     may_relay,
     occupied,
@@ -32,12 +33,8 @@ from shoal.plan.hops import Hops, entry_s, hops_of, return_s
 from shoal.plan.problem import DeviceSpec, LinkSpec, Problem
 from shoal.plan.ranges import allowed_s, alone_s, laps, need_bytes
 
-Floats = NDArray[np.float64]
-Whole = NDArray[np.int64]
 Chain = tuple[tuple[int, int, int], ...]
 """Stages as (device index, start, stop)."""
-
-INF = float("inf")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,6 +78,8 @@ class Tables:
     """[M, N+1, N+1]"""
     free_bytes: Floats
     """[M]"""
+    battery_joules: Floats
+    """[M] what all shards of a device may draw for one request; infinite where nothing limits it"""
     hop_s: Floats
     """[M, M, N+1] over direct links"""
     wire_s: Floats
@@ -98,6 +97,19 @@ class Tables:
     in_flight: int
     max_stages: int
     stages_exactly: int
+
+    def takes(self, device: int, start: Whole | slice | int, stop: Whole | int) -> Floats:
+        """[.., 2] bytes and joules that shards take of a device; what several of them take adds up."""
+        return np.stack([self.need_bytes[device, start, stop], self.joules.run[device, start, stop]], axis=-1)
+
+    def has(self, device: int) -> Floats:
+        """[2] bytes and joules that all shards of a device may take together."""
+        return np.array([self.free_bytes[device], self.battery_joules[device]])
+
+    def both_may(self, first: int, stop: int) -> Flags:
+        """[N+1] whether *first* can run blocks up to *stop* and a last shard, by that one's start."""
+        taken = self.takes(first, 0, stop) + self.takes(first, slice(None), -1)
+        return np.asarray((taken <= self.has(first)).all(axis=-1))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,6 +149,7 @@ def build_tables(problem: Problem) -> Tables:
         pass_s=allowed_s(problem, devices, owned, rounds),
         need_bytes=need_bytes(problem, devices),
         free_bytes=np.array([free_bytes(device) for device in devices], dtype=np.float64),
+        battery_joules=np.array([battery_joules(device) for device in devices], dtype=np.float64),
         hop_s=hops.hop_s,
         wire_s=hops.wire_s,
         relay_s=np.array(
@@ -172,9 +185,8 @@ def cost_passes(tables: Tables, cap_s: float = INF, weights: Weights = LATENCY) 
     ends = (_weighted(weights, tables.entry_s), _weighted(weights, tables.return_s))
 
     def close(first: int, stop: int) -> Floats:
-        need = tables.need_bytes[first, 0, stop] + tables.need_bytes[first, :, -1]
         busy_s = tables.run_s[first, 0, stop] + tables.run_s[first, :, -1]
-        return np.where((need <= tables.free_bytes[first]) & (busy_s <= cap_s), cost[first, :, -1], INF)
+        return np.where(tables.both_may(first, stop) & (busy_s <= cap_s), cost[first, :, -1], INF)
 
     for search in passes_of(tables, (run, hop, via), ends, close):
         yield dataclasses.replace(search, sums=cost)
@@ -216,7 +228,9 @@ def missing_passes(tables: Tables) -> Iterator[Pass]:
 
     def close(first: int, stop: int) -> Floats:
         both = need[first, 0, stop] + need[first, :, -1] - tables.free_bytes[first]
-        return np.where(np.isfinite(run[first, :, -1]), np.maximum(both, 0) - run[first, 0, stop], INF)
+        drawn = tables.joules.run[first, 0, stop] + tables.joules.run[first, :, -1]
+        may = np.isfinite(run[first, :, -1]) & (drawn <= tables.battery_joules[first])
+        return np.where(may, np.maximum(both, 0) - run[first, 0, stop], INF)
 
     reach, via = _ways(tables, INF, Weights(latency=0.0))
     return passes_of(tables, (run, reach, via), (_reach(tables.entry_s), _reach(tables.return_s)), close)

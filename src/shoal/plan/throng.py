@@ -11,11 +11,11 @@ from itertools import islice
 
 import numpy as np
 
+from shoal.plan.arrays import INF, Floats, Whole
 from shoal.plan.ascent import ascend
 from shoal.plan.budget import Budget, StepBudget
 from shoal.plan.lineup import Lineup, Parts
 from shoal.plan.sites import dealings, sites_of
-from shoal.plan.tables import INF, Floats, Whole
 from shoal.plan.visits import Visits, forced, relaxed
 from shoal.plan.walks import ROUNDING, walk
 

@@ -18,9 +18,10 @@ from typing import Protocol
 
 import numpy as np
 
+from shoal.plan.arrays import Flags, Floats, Whole
 from shoal.plan.budget import Budget
-from shoal.plan.ground import Flags, Ground, Labels, occupy, relays_of
-from shoal.plan.tables import Chain, Floats, Whole
+from shoal.plan.ground import Ground, Labels, occupy, relays_of
+from shoal.plan.tables import Chain
 
 MOST_LABELS = 1_500_000
 """Kept at once, at some 100 bytes each; beyond it the search gives up."""
@@ -118,7 +119,7 @@ def _start(ground: Ground) -> Labels:
     count = stops.size
     taken_s = np.zeros((count, ground.slots, len(ground.phases)))
     occupy(taken_s, np.full(count, ground.device_slot[first]), ground.busy_s[first, 0, stops])
-    held = ground.parts.tables.need_bytes[first, 0, stops] if ground.closes else np.zeros(count)
+    held = ground.parts.tables.takes(first, 0, stops) if ground.closes else np.zeros((count, 2))
     none = np.full(count, -1)
     return Labels(np.full(count, first), stops, none, none, ground.run[first, 0, stops], taken_s, held)
 
@@ -184,7 +185,7 @@ def _end(ground: Ground, whole: Labels, index: int) -> tuple[int, int, int]:
 def _closed(ground: Ground, labels: Labels) -> tuple[Whole, Labels]:
     """Labels whose last shard goes to the first device, and of which labels they are."""
     last, first, tables = ground.parts.allowed.shape[1] - 1, ground.first, ground.parts.tables
-    fits = labels.held + tables.need_bytes[first, labels.cut, last] <= tables.free_bytes[first]
+    fits = (labels.held + tables.takes(first, labels.cut, last) <= tables.has(first)).all(axis=1)
     row = np.flatnonzero(fits & ground.open[first, labels.cut, last])
     there = labels.rows(row)
     ways, every = enumerate((-1, *ground.parts.relays)), np.arange(len(there))

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from shoal.plan.arrays import INF, Floats, Whole
 from shoal.plan.lineup import Lineup
 from shoal.plan.sites import Sites
-from shoal.plan.tables import INF, Floats, Whole
 
 OPEN, OUT, LAST = 0, 1, 2
 

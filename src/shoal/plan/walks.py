@@ -10,11 +10,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
-from numpy.typing import NDArray
 
+from shoal.plan.arrays import INF, Flags, Floats, Whole
 from shoal.plan.budget import Budget
 from shoal.plan.lineup import Parts
-from shoal.plan.tables import INF, Floats, Whole
 from shoal.plan.visits import Visits
 
 ROUNDING = 1e-10
@@ -27,7 +26,7 @@ class _Labels:
 
     cost: Floats
     last: Whole
-    used: NDArray[np.bool_]
+    used: Flags
     """[L, M]"""
     due: Floats
     """Prices of what is not used"""

@@ -25,8 +25,8 @@ from msgspec.structs import replace
 from shoal.errors import InfeasibleError
 from shoal.plan.arrays import INF, Floats
 from shoal.plan.bottleneck import WORK_LIMIT, Group, least_bottleneck
-from shoal.plan.cost import Span, barred, objective_value, owners, price
-from shoal.plan.exact import satisfies
+from shoal.plan.cost import Span, Wires, barred, meets, objective_value, owners, price, wires_of
+from shoal.plan.exact import allowed
 from shoal.plan.layerwise import layer_by_layer
 from shoal.plan.problem import DeviceSpec, Objective, Problem
 from shoal.plan.shares import nearest
@@ -47,14 +47,15 @@ PAIRS_PRICED = 256
 """Two-device chains that `best_pair` prices at most; the first of them is the best one but where chunks overlap."""
 
 
-def worth(problem: Problem, spans: Sequence[Span]) -> float:
-    """The objective's value; infinite where a constraint is broken or a link is missing."""
-    if not spans or not satisfies(problem, spans):
+def worth(problem: Problem, spans: Sequence[Span], wires: Wires | None = None) -> float:
+    """The objective's value; infinite where a constraint is broken or a link is missing.  *wires* as in `price`."""
+    if not spans or not allowed(problem, spans):
         return INF
     try:
-        return objective_value(problem.objective, price(problem, spans).estimate)
+        estimate = price(problem, spans, wires).estimate
     except InfeasibleError:
         return INF
+    return objective_value(problem.objective, estimate) if meets(problem.limits, estimate) else INF
 
 
 def edgeshard_latency(problem: Problem, ready: Tables | None = None) -> Spans | None:
@@ -115,7 +116,8 @@ def speed_greedy(problem: Problem, ready: Tables | None = None) -> Spans | None:
         held = _most_blocks(tables)
         pinned = order[0] if len(tables.firsts) == 1 else -1
         left, wanted = len(problem.blocks) - int(pinned >= 0), dict.fromkeys(order, 0)
-        for device in sorted(order, key=lambda d: _speed(problem, tables)[d]):
+        speed = _speed(problem, tables)
+        for device in sorted(order, key=lambda d: speed[d]):
             wanted[device] = min(left, int(held[device]) - int(device == pinned))
             left -= wanted[device]
         return [wanted[device] + int(device == pinned) for device in order]
@@ -150,11 +152,12 @@ def best_pair(problem: Problem, ready: Tables | None = None) -> Spans | None:
     if tables is None:
         return None
     best: tuple[float, Spans | None] = (INF, None)
+    wires = wires_of(problem)
     for bound, chain in _ranked(problem, tables):
         if bound >= best[0]:
             break
         spans = _spans(tables, chain)
-        best = min(best, (worth(problem, spans), spans), key=lambda found: found[0])
+        best = min(best, (worth(problem, spans, wires), spans), key=lambda found: found[0])
     return best[1] if best[0] < INF else None
 
 
@@ -176,7 +179,8 @@ def best_baseline(problem: Problem, tables: Tables) -> tuple[str, Spans] | None:
     """The best plan of all baselines and its author's name; *tables* are the problem's."""
     ready = dataclasses.replace(tables, relay_s=np.full_like(tables.relay_s, INF))
     found = [(name, spans) for name, baseline in BASELINES.items() if (spans := baseline(problem, ready))]
-    valued = [(worth(problem, spans), name, spans) for name, spans in found]
+    wires = wires_of(problem)
+    valued = [(worth(problem, spans, wires), name, spans) for name, spans in found]
     value, name, best = min(valued, key=lambda one: one[0], default=(INF, "", ()))
     return (name, best) if value < INF else None
 
@@ -304,6 +308,7 @@ def _spans(tables: Tables, chain: Chain) -> Spans:
 
 def _best(problem: Problem, candidates: Sequence[Spans]) -> Spans | None:
     """The best that keeps every constraint, or None."""
-    valued = [(worth(problem, spans), spans) for spans in candidates]
+    wires = wires_of(problem)
+    valued = [(worth(problem, spans, wires), spans) for spans in candidates]
     value, spans = min(valued, key=lambda found: found[0], default=(INF, ()))
     return spans if value < INF else None

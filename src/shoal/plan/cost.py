@@ -27,7 +27,7 @@ relays are allowed, one process without weights passes on what goes through a de
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
 import msgspec
@@ -61,6 +61,9 @@ class Span(msgspec.Struct, frozen=True):
     stop: int
 
 
+Wires = Mapping[tuple[NodeId, NodeId], LinkSpec]
+
+
 class Priced(msgspec.Struct, frozen=True, kw_only=True):
     """A placement with its figures."""
 
@@ -76,9 +79,17 @@ class ShardMemory(msgspec.Struct, frozen=True, kw_only=True):
     total: int
 
 
-def price(problem: Problem, spans: Sequence[Span]) -> Priced:
-    """Price the chain *spans*, memory limits and pins aside; raises InfeasibleError when two neighbours have no link."""
-    wires = {(link.source, link.target): link for link in problem.links}
+def wires_of(problem: Problem) -> Wires:
+    """Links by their two ends."""
+    return {(link.source, link.target): link for link in problem.links}
+
+
+def price(problem: Problem, spans: Sequence[Span], wires: Wires | None = None) -> Priced:
+    """Price the chain *spans*, memory limits and pins aside; raises InfeasibleError when two neighbours have no link.
+
+    Who prices many chains hands in the problem's *wires*.
+    """
+    wires = wires_of(problem) if wires is None else wires
     hops = [_hop(problem, wires, spans, index) for index in range(len(spans))]
     devices = {device.node: device for device in problem.devices}
     stages = tuple(_stage(problem, devices[span.node], span, hop) for span, hop in zip(spans, hops, strict=True))
@@ -210,9 +221,7 @@ def cut_bytes(problem: Problem, stop: int) -> tuple[int, int]:
     return prompt, block.output_bytes_per_token * shape.batch + block.output_bytes_fixed
 
 
-def transfer_s(
-    wires: dict[tuple[NodeId, NodeId], LinkSpec], source: NodeId, target: NodeId, payload_bytes: int
-) -> float:
+def transfer_s(wires: Wires, source: NodeId, target: NodeId, payload_bytes: int) -> float:
     """Until *payload_bytes* have arrived; nothing within a node.  Raises InfeasibleError when there is no link."""
     if source == target:
         return 0.0
@@ -224,9 +233,7 @@ def transfer_s(
     return link.latency_s + payload_bytes / link.bytes_per_s
 
 
-def _hop(
-    problem: Problem, wires: dict[tuple[NodeId, NodeId], LinkSpec], spans: Sequence[Span], index: int
-) -> tuple[float, float]:
+def _hop(problem: Problem, wires: Wires, spans: Sequence[Span], index: int) -> tuple[float, float]:
     here = spans[index]
     if index + 1 == len(spans):
         deliver_s = transfer_s(wires, here.node, problem.source, TOKEN_FRAME_BYTES)
@@ -267,9 +274,7 @@ def _in_one_process(stages: Sequence[Stage]) -> tuple[Stage, ...]:
     return tuple(found)
 
 
-def _estimate(
-    problem: Problem, wires: dict[tuple[NodeId, NodeId], LinkSpec], stages: Sequence[Stage], entry_s: float
-) -> Estimate:
+def _estimate(problem: Problem, wires: Wires, stages: Sequence[Stage], entry_s: float) -> Estimate:
     shape = problem.shape
     first_s = entry_s + _prompt_s(problem, wires, stages)
     lap_s = sum(stage.decode_s + stage.send_decode_s for stage in stages)
@@ -287,9 +292,7 @@ def _estimate(
     )
 
 
-def _charges(
-    problem: Problem, wires: dict[tuple[NodeId, NodeId], LinkSpec], stages: Sequence[Stage]
-) -> tuple[float, float]:
+def _charges(problem: Problem, wires: Wires, stages: Sequence[Stage]) -> tuple[float, float]:
     """Joules and money of one request; a step of a micro-batch is shared by its sequences."""
     devices = {device.node: device for device in problem.devices}
     share = (problem.shape.tokens_out - 1) / problem.shape.batch
@@ -306,7 +309,7 @@ def _charges(
     return joules, money
 
 
-def _prompt_s(problem: Problem, wires: dict[tuple[NodeId, NodeId], LinkSpec], stages: Sequence[Stage]) -> float:
+def _prompt_s(problem: Problem, wires: Wires, stages: Sequence[Stage]) -> float:
     """From the prompt's ids at the first stage to the first token at the source."""
     chunks, last = prefill_steps(problem.shape), stages[-1]
     delay_s = sum(wires[here.node, there.node].latency_s for here, there in pairwise(stages))
@@ -319,7 +322,7 @@ def _prompt_s(problem: Problem, wires: dict[tuple[NodeId, NodeId], LinkSpec], st
 
 def bottleneck_s(
     problem: Problem,
-    wires: dict[tuple[NodeId, NodeId], LinkSpec],
+    wires: Wires,
     stages: Sequence[Stage],
     work: tuple[int, int],
 ) -> float:
@@ -329,7 +332,7 @@ def bottleneck_s(
 
 def busy_times(
     problem: Problem,
-    wires: dict[tuple[NodeId, NodeId], LinkSpec],
+    wires: Wires,
     stages: Sequence[Stage],
     work: tuple[int, int],
 ) -> dict[object, float]:

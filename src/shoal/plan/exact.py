@@ -46,7 +46,12 @@ def placements(problem: Problem) -> Iterator[tuple[Span, ...]]:
 
 
 def satisfies(problem: Problem, spans: Sequence[Span]) -> bool:
-    """Do pins, stage counts, exclusions, memory and limits allow it?  (Links are priced.)"""
+    """Do pins, stage counts, exclusions, memory, batteries and limits allow it?  (Links are priced.)"""
+    return allowed(problem, spans) and _within_limits(problem, spans)
+
+
+def allowed(problem: Problem, spans: Sequence[Span]) -> bool:
+    """The same whatever its figures are: limits are not looked at."""
     shards = [span for span in spans if span.start < span.stop]
     homes = {block: span.node for span in shards for block in range(span.start, span.stop)}
     owned, out = owners(problem), barred(problem)
@@ -55,9 +60,9 @@ def satisfies(problem: Problem, spans: Sequence[Span]) -> bool:
     there = {span.node for span in shards}
     both_pinned = {owned.get(0), owned.get(len(problem.blocks) - 1)} == {problem.source}
     repeats_ok = len(there) == len(shards) or both_pinned
-    allowed = not any(span.node in out for span in spans) and all(node in there for node in problem.require)
-    demands_ok = count_ok and pins_ok and allowed and repeats_ok
-    return demands_ok and fits(problem, spans) and _within_battery(problem, spans) and _within_limits(problem, spans)
+    devices_ok = not any(span.node in out for span in spans) and all(node in there for node in problem.require)
+    demands_ok = count_ok and pins_ok and devices_ok and repeats_ok
+    return demands_ok and fits(problem, spans) and _within_battery(problem, spans)
 
 
 def fits(problem: Problem, spans: Sequence[Span]) -> bool:

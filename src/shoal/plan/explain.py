@@ -4,17 +4,30 @@ A device left out is judged by the best plan that includes it, one in use by the
 by-products of the exact search over sets of devices.  Where that search was not made, the reason claims less.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from msgspec.structs import replace
 
 from shoal.errors import InfeasibleError
 from shoal.ids import NodeId
 from shoal.plan.budget import Budget
 from shoal.plan.chain import trace
-from shoal.plan.cost import Priced, Span, barred, free_bytes, objective_value, owners, price, shard_memory
+from shoal.plan.cost import (
+    Priced,
+    Span,
+    Wires,
+    barred,
+    battery_joules,
+    breaches,
+    free_bytes,
+    objective_value,
+    owners,
+    price,
+    shard_joules,
+    shard_memory,
+    wires_of,
+)
 from shoal.plan.figures import duration, share, size
 from shoal.plan.found import Choice, Found
 from shoal.plan.limited import VECTORS, best
@@ -45,25 +58,23 @@ class Case:
 
 def reasons(case: Case) -> tuple[Reason, ...]:
     """One reason per device of the problem, in its order."""
-    return tuple(_reason(case, device) for device in case.problem.devices)
+    out = barred(case.problem)
+    return tuple(_reason(case, device, out) for device in case.problem.devices)
 
 
 def alternatives(problem: Problem) -> tuple[Alternative, ...]:
     """The whole model on each device that may hold blocks."""
     out = barred(problem)
-    # All that one device needs of the links, and a price reads all that it is given.
-    near = tuple(link for link in problem.links if problem.source in {link.source, link.target})
-    problem = replace(problem, links=near)
-    return tuple(_alone(problem, device) for device in problem.devices if device.node not in out)
+    wires = wires_of(problem)
+    return tuple(_alone(problem, device, wires) for device in problem.devices if device.node not in out)
 
 
-def _reason(case: Case, device: DeviceSpec) -> Reason:
+def _reason(case: Case, device: DeviceSpec, out: Mapping[NodeId, str]) -> Reason:
     stages = [stage for stage in case.chosen.stages if stage.node == device.node]
     if stages:
         text = f"runs {_part(case, stages)}; {_without(case, device.node)}{_company(device)}"
         return Reason(node=device.node, used=True, text=text)
-    barred = _barred(case, device)
-    text = barred or _with(case, device.node)
+    text = out.get(device.node) or _unable(case, device) or _with(case, device.node)
     return Reason(node=device.node, used=False, text=f"left out: {text}")
 
 
@@ -160,13 +171,12 @@ def _links(rival: Priced, node: NodeId) -> str:
     return f"; there its links take {duration(links_s)} of a token and its blocks {duration(stages[index].decode_s)}"
 
 
-def _barred(case: Case, device: DeviceSpec) -> str:
-    if said := barred(case.problem).get(device.node):
-        return said
+def _unable(case: Case, device: DeviceSpec) -> str:
+    """Why no plan at all can use it; empty where that is not plain."""
     index = case.tables.nodes.index(device.node)
     runs = np.isfinite(case.tables.run_s[index])
     if not runs.any():
-        return "every block is pinned to another device"
+        return _drained(case.problem, device) or "every block is pinned to another device"
     smallest = float(case.tables.need_bytes[index][runs].min())
     if smallest > case.tables.free_bytes[index]:
         promised = f" ({size(device.memory_promised_bytes)} are promised)" if device.memory_promised_bytes else ""
@@ -181,13 +191,28 @@ def _barred(case: Case, device: DeviceSpec) -> str:
     return ""
 
 
-def _alone(problem: Problem, device: DeviceSpec) -> Alternative:
+def _drained(problem: Problem, device: DeviceSpec) -> str:
+    """That not even one block is within the device's battery, in numbers; empty where one is."""
+    one = (Span(device.node, block, block + 1) for block in range(len(problem.blocks)))
+    least = min(shard_joules(problem, device, span) for span in one)
+    if least <= battery_joules(device):
+        return ""
+    return f"its battery gives {device.joules_limit:.4g} J for a request, its smallest shard draws {least:.4g} J"
+
+
+def _alone(problem: Problem, device: DeviceSpec, wires: Wires) -> Alternative:
     blocks = len(problem.blocks)
     try:
-        estimate = price(problem, [Span(device.node, 0, blocks)]).estimate
+        estimate = price(problem, [Span(device.node, 0, blocks)], wires).estimate
     except InfeasibleError:
         return Alternative(node=device.node, refused=f"no link joins it with the source {problem.source}")
-    return Alternative(node=device.node, estimate=estimate, refused=_refusal(problem, device))
+    refused = _refusal(problem, device) or _beyond(problem.limits, estimate)
+    return Alternative(node=device.node, estimate=estimate, refused=refused)
+
+
+def _beyond(limits: Limits, estimate: Estimate) -> str:
+    names = [name.removesuffix("_s").replace("_", " ") for name in breaches(limits, estimate)]
+    return f"it breaks the limit on {' and '.join(names)}" if names else ""
 
 
 def _refusal(problem: Problem, device: DeviceSpec) -> str:
@@ -198,7 +223,14 @@ def _refusal(problem: Problem, device: DeviceSpec) -> str:
         return "the first block stays on the source"
     if problem.pin_last and device.node != problem.source:
         return "the last block stays on the source"
+    if device.joules_limit is not None:
+        drawn = shard_joules(problem, device, Span(device.node, 0, len(problem.blocks)))
+        if drawn > battery_joules(device):
+            return f"a request draws {drawn:.4g} J, its battery gives {device.joules_limit:.4g} J"
     foreign = next((pin for pin in problem.pins if pin.node != device.node), None)
     if foreign:
         return f"block {foreign.block} is pinned to {foreign.node}"
+    other = next((node for node in problem.require if node != device.node), None)
+    if other:
+        return f"{other} must take part"
     return f"{problem.stages_exactly} stages are asked for" if problem.stages_exactly > 1 else ""

@@ -132,13 +132,13 @@ def test_an_event_is_one_line_with_its_time() -> None:
 
 @pytest.mark.parametrize("text", ["3=attic", "3=bbbb"])
 def test_a_pin_names_a_node_by_name_or_by_the_beginning_of_its_id(text: str) -> None:
-    assert parse_pin(text, NODES) == Pin(block=3, node=B)
+    assert parse_pin(text, [(n.name, n.id) for n in NODES]) == Pin(block=3, node=B)
 
 
 @pytest.mark.parametrize("text", ["", "3", "3=", "=attic", "x=attic", "3=cellar", "-1=attic"])
 def test_a_pin_that_cannot_be_read_lists_the_nodes(text: str) -> None:
     with pytest.raises(SettingsError, match="desk, attic"):
-        parse_pin(text, NODES)
+        parse_pin(text, [(n.name, n.id) for n in NODES])
 
 
 @pytest.mark.parametrize(

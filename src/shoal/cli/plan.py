@@ -11,10 +11,11 @@ import typer
 from rich.console import Console, RenderableType
 
 from shoal.cli.connect import URL_HELP, connect
-from shoal.cli.files import read_cloud, read_either, read_problem
+from shoal.cli.files import read_either, read_problem
 from shoal.cli.front_picture import picture as front_picture
 from shoal.cli.front_table import render_front
 from shoal.cli.graph_table import render_graph_plan
+from shoal.cli.plan_file import with_flags
 from shoal.cli.plan_flags import ASK, DEMANDS, AskFlags, DemandFlags, options
 from shoal.cli.plan_table import render_plan
 from shoal.cli.replicas_table import render_replicas
@@ -31,7 +32,7 @@ from shoal.plan.pareto import Front
 from shoal.plan.pareto import pareto as front_of
 from shoal.plan.pipelines import MOST
 from shoal.plan.placement import place
-from shoal.plan.problem import Answer, Infeasible, Objective, Plan, Problem, Relays, Residency
+from shoal.plan.problem import Answer, Infeasible, Objective, Plan, Problem
 from shoal.plan.replicas import Replicas, replicate
 
 Shown = Answer | Front | Replicas
@@ -63,7 +64,8 @@ def plan(
     model: Annotated[str, typer.Argument(help="A model of the gateway's node.")] = "",
     *,
     problem: Annotated[
-        Path | None, typer.Option("--problem", help="Solve this problem file instead, without any fleet.")
+        Path | None,
+        typer.Option("--problem", help="Solve this problem file, without any fleet; options replace what it says."),
     ] = None,
     ask: AskFlags = ASK,
     demands: DemandFlags = DEMANDS,
@@ -81,7 +83,7 @@ def plan(
             refuse_for_graph((ask, ASK), (demands, DEMANDS), (kind, KIND))
             show(place_graph(stated, DeadlineBudget(time.monotonic, seconds)), names, json=json)
             return
-        stated = with_demands(stated, demands, ask.cloud)
+        stated = with_flags(stated, ask, demands)
         answer = answered(stated, seconds, kind)
     elif not model:
         raise InvalidRequestError("name a model, or a problem file with --problem", hint="`shoal models` lists models")
@@ -149,21 +151,6 @@ def parse_replicas(text: str) -> int:
             f"{text!r} is no number of pipelines", hint=f"write auto, or 1 to {MOST}", param="replicas"
         )
     return int(text)
-
-
-def with_demands(stated: Problem, demands: DemandFlags, cloud: Path | None = None) -> Problem:
-    """A file's problem with what flags demand besides; a flag replaces what the file says."""
-    limits, rule = demands.limits(), demands.residency()
-    kept = {name: getattr(limits, name) for name in limits.__struct_fields__ if getattr(limits, name) is not None}
-    changed = msgspec.structs.replace(stated, limits=msgspec.structs.replace(stated.limits, **kept))
-    if cloud is not None:
-        changed = msgspec.structs.replace(changed, cloud=read_cloud(cloud))
-    changed = changed if rule == Residency() else msgspec.structs.replace(changed, residency=rule)
-    match demands.relays:
-        case Relays.IF_NEEDED:  # not said: what the file says
-            return changed
-        case Relays.NEVER | Relays.ALWAYS as said:
-            return msgspec.structs.replace(changed, relay=said is Relays.ALWAYS, relay_if_needed=False)
 
 
 def parse_objectives(text: str) -> tuple[Objective, ...]:

@@ -11,17 +11,20 @@ from shoal.cli.files import read_cloud
 from shoal.client.calls import PlanOptions
 from shoal.errors import SettingsError
 from shoal.fleet.views import NodeView
+from shoal.ids import NodeId
 from shoal.plan.problem import Choose, Limits, Objective, Pin, Relays, RequestShape, Residency
 
-SLOTS, MOST_SLOTS = 2, 16
-"""Where nobody says how many: for latency, and at most for throughput."""
+CONTEXT, SLOTS, MOST_SLOTS = 2048, 2, 16
+"""Where nobody says how many; slots for latency, and at most for throughput."""
 BATCHES = (1, 2, 4, 8)
 
 
 class AskFlags(msgspec.Struct, frozen=True, kw_only=True):
     """What is to be planned."""
 
-    context: Annotated[int, typer.Option(help="Positions that one request may use, prompt and answer.", min=16)] = 2048
+    context: Annotated[
+        int | None, typer.Option(help="Positions that one request may use, prompt and answer; by default 2048.", min=16)
+    ] = None
     slots: Annotated[
         int,
         typer.Option(help="Requests whose cache is held at once; 0: 2, and for throughput as many as pay off.", min=0),
@@ -36,7 +39,12 @@ class AskFlags(msgspec.Struct, frozen=True, kw_only=True):
     pins: Annotated[
         list[str] | None, typer.Option("--pin", help="BLOCK=NODE: run this block there; may be repeated.")
     ] = None
-    objective: Annotated[Objective, typer.Option("--objective", help="What the plan is judged by.")] = Objective.LATENCY
+    objective: Annotated[
+        Objective | None,
+        typer.Option(
+            "--objective", help="What the plan is judged by; by default latency, or what a problem file says."
+        ),
+    ] = None
     cloud: Annotated[
         Path | None, typer.Option(help="Weigh this endpoint beside the plan: a JSON file of a `Cloud`.")
     ] = None
@@ -45,7 +53,7 @@ class AskFlags(msgspec.Struct, frozen=True, kw_only=True):
         """A typical request, with what was not said at its least."""
         batch, in_flight = self.batch or 1, self.in_flight or 1
         slots = self.slots or max(SLOTS, batch * in_flight)
-        return RequestShape(context_tokens=self.context, slots=slots, batch=batch, in_flight=in_flight)
+        return RequestShape(context_tokens=self.context or CONTEXT, slots=slots, batch=batch, in_flight=in_flight)
 
     def choose(self) -> Choose:
         """For throughput, what was not said is to be chosen."""
@@ -101,13 +109,14 @@ DEMANDS = DemandFlags()
 
 def options(ask: AskFlags, demands: DemandFlags, nodes: Sequence[NodeView]) -> PlanOptions:
     """What the flags ask of the planner; raises SettingsError for a pin that cannot be read."""
+    known = [(n.name, n.id) for n in nodes]
     return PlanOptions(
         shape=ask.shape(),
         choose=ask.choose(),
         cloud=None if ask.cloud is None else read_cloud(ask.cloud),
-        objective=ask.objective,
+        objective=ask.objective or Objective.LATENCY,
         stages=ask.stages,
-        pins=tuple(parse_pin(text, nodes) for text in ask.pins or ()),
+        pins=tuple(parse_pin(text, known) for text in ask.pins or ()),
         limits=demands.limits(),
         residency=demands.residency(),
         relays=demands.relays,
@@ -118,13 +127,14 @@ def _words(text: str) -> tuple[str, ...]:
     return tuple(word.strip() for word in text.split(",") if word.strip())
 
 
-def parse_pin(text: str, nodes: Sequence[NodeView]) -> Pin:
-    """`BLOCK=NODE`, the node by name or by the beginning of its id; raises SettingsError."""
+def parse_pin(text: str, known: Sequence[tuple[str, NodeId]]) -> Pin:
+    """`BLOCK=NODE`, of nodes with their names: by name, else by the beginning of the id; raises SettingsError."""
     block, mark, wanted = text.partition("=")
-    found = [n for n in nodes if wanted and (n.name == wanted or n.id.startswith(wanted))]
+    named = [node for name, node in known if name == wanted]
+    found = named or [node for _, node in known if wanted and node.startswith(wanted)]
     if not mark or not block.isdigit() or len(found) != 1:
-        names = ", ".join(n.name for n in nodes)
+        names = ", ".join(name for name, _ in known)
         raise SettingsError(
             f"pin {text!r} cannot be read", hint=f"write BLOCK=NODE, for example 0=NAME; nodes: {names or 'none'}"
         )
-    return Pin(block=int(block), node=found[0].id)
+    return Pin(block=int(block), node=found[0])

@@ -281,3 +281,44 @@ def test_a_newer_file_is_refused_for_its_version_and_not_for_its_new_fields(rich
 
     with pytest.raises(UnsupportedVersionError, match="version 99"):
         parse_problem(json.dumps(raw).encode())
+
+
+def test_pins_that_tear_a_device_apart_are_named(chain: Callable[..., Problem]) -> None:
+    pins = tuple(Pin(block=b, node=NodeId(n)) for b, n in ((1, "n1"), (2, "n2"), (3, "n1")))
+    problem = chain((1,) * 5, (1.0, 1.0, 1.0), (9, 9, 9), {(0, 1): 0.1, (0, 2): 0.1, (1, 2): 0.1}, pins=pins)
+
+    answer = place(problem, StepBudget(10**6))
+
+    assert isinstance(answer, Infeasible)
+    assert answer.reason.endswith("yet blocks 1 and 3 belong on n1, block 2 between them on n2")
+
+
+def test_batteries_that_allow_nothing_are_told_in_joules(chain: Callable[..., Problem]) -> None:
+    problem = chain((1, 1), (1.0, 1.0), (9, 9), {(0, 1): 0.1})
+    tired = tuple(replace(device, active_watts=2.0, joules_limit=1.5) for device in problem.devices)
+
+    answer = place(replace(problem, devices=tired), StepBudget(10**6))
+
+    assert isinstance(answer, Infeasible)
+    assert "n0 gives 1.5 J and draws 2 J or more for its smallest shard" in answer.reason
+
+
+def test_a_block_larger_than_every_device_is_named_with_its_size(chain: Callable[..., Problem]) -> None:
+    answer = place(chain((1, 50, 1), (1.0, 1.0), (9, 9), {(0, 1): 0.1}), StepBudget(10**6))
+
+    assert isinstance(answer, Infeasible)
+    assert "block 1 (block 1) alone needs 50 B, no device has more than 9 B for it" in answer.reason
+
+
+def test_where_only_the_number_of_stages_is_in_the_way_of_memory_the_hint_says_so(
+    chain: Callable[..., Problem],
+) -> None:
+    answer = place(chain((4, 4), (1.0, 1.0), (5, 5), {(0, 1): 0.1}, max_stages=1), StepBudget(10**6))
+
+    assert isinstance(answer, Infeasible)
+    assert answer.hint == "it fits with another number of stages (now at most 1)"
+
+
+def test_text_that_is_no_json_is_shown_with_its_line() -> None:
+    with pytest.raises(InvalidRequestError, match=r"line 2: NaN; JSON has no NaN"):
+        parse_problem(b'{\n"blocks": NaN, "devices": []}')

@@ -1,5 +1,6 @@
 """Problems and answers as JSON documents.  A problem from a user is read strictly; answers are written for programs."""
 
+import re
 from typing import NoReturn, TypeVar
 
 import msgspec
@@ -50,7 +51,22 @@ def _raw(document: bytes) -> object:
     try:
         return msgspec.json.decode(document)
     except msgspec.MsgspecError as error:
-        raise InvalidRequestError(f"this is not a problem: {error}", hint=JSON_HINT) from error
+        raise InvalidRequestError(
+            f"this is not a problem: {error}{_near(document, str(error))}", hint=JSON_HINT
+        ) from error
+
+
+def _near(document: bytes, said: str) -> str:
+    """The line of a byte that an error names, and what stands there: nobody counts bytes."""
+    place = re.search(r"\(byte (\d+)\)", said)
+    if place is None or not document:
+        return ""
+    byte = int(place.group(1))
+    words = document[byte : byte + 20].split(maxsplit=1)
+    there = words[0].decode(errors="replace").rstrip(",]}") if words else ""
+    note = "; JSON has no NaN and no infinity" if there.lstrip("-").startswith(("NaN", "Inf")) else ""
+    line = document.count(b"\n", 0, byte) + 1
+    return f", line {line}: {there}{note}"
 
 
 def _chain(raw: object) -> Problem:

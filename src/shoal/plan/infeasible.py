@@ -14,7 +14,7 @@ from msgspec.structs import replace
 from shoal.plan.arrays import INF
 from shoal.plan.budget import Budget
 from shoal.plan.chain import relax
-from shoal.plan.cost import barred, owners
+from shoal.plan.cost import Span, barred, free_bytes, owners, shard_joules, shard_memory
 from shoal.plan.figures import size
 from shoal.plan.found import Found
 from shoal.plan.problem import DeviceSpec, Infeasible, Problem, RequestShape, Residency
@@ -22,6 +22,8 @@ from shoal.plan.search import NOTHING, cheapest, demanded
 from shoal.plan.tables import Tables, build_tables, cost_passes, missing_passes
 
 CONTEXT_STEP_TOKENS = 64
+MOST_TOLD = 4
+"""Devices that one reason names."""
 PART = 0.4
 """Of what is left to explain, for one question: the first hard one would leave nothing for the others."""
 
@@ -87,12 +89,35 @@ def _memory(problem: Problem, tables: Tables, searched: Searched, budget: Budget
     proven = least or searched.proven or missing.bound > 0
     verdict = "the model does not fit" if proven else "no placement was found, not proven that none exists"
     return Infeasible(
-        reason=f"{verdict}: {about}{size(missing.cost)} of memory are missing; the nearest placement: {stages}",
+        reason=f"{verdict}: {about}{size(missing.cost)} of memory are missing; {_too_large(problem)}"
+        f"the nearest placement: {stages}",
         needed_bytes=needed,
         available_bytes=needed - int(missing.cost),
         hint=_nearest(problem, budget)
+        or _more_stages(problem, budget)
         or f"add a device, or {about}{size(missing.cost)} of memory budget to those in the reason",
     )
+
+
+def _too_large(problem: Problem) -> str:
+    """The first block that no device holds even alone."""
+    out = barred(problem)
+    devices = [device for device in problem.devices if device.node not in out]
+    for index, block in enumerate(problem.blocks):
+        need = [(shard_memory(problem, device, index, index + 1).total, free_bytes(device)) for device in devices]
+        if all(needed > free for needed, free in need):
+            needed, free = min(need, key=lambda one: one[0] - one[1])
+            return f"block {index} ({block.name}) alone needs {size(needed)}, no device has more than {size(free)} for it; "
+    return ""
+
+
+def _more_stages(problem: Problem, budget: Budget) -> str:
+    """Whether the number of stages is what stands in the way."""
+    free = replace(problem, max_stages=0, stages_exactly=0)
+    if free == problem or not _fits(free, budget, problem.shape):
+        return ""
+    asked = f"exactly {problem.stages_exactly}" if problem.stages_exactly else f"at most {problem.max_stages}"
+    return f"it fits with another number of stages (now {asked})"
 
 
 def _at_least(missing_bytes: float) -> Infeasible:
@@ -162,11 +187,11 @@ def _not_memory(problem: Problem, budget: Budget, *, proven: bool) -> Infeasible
         (replace(problem, relay=True), "no chain has direct links all the way", "allow relays, or connect the devices"),
         (
             replace(problem, pins=()),
-            "the pins contradict each other: a device runs one contiguous range of blocks",
+            f"the pins contradict each other: a device runs one contiguous range of blocks{_torn(problem)}",
             "drop a pin",
         ),
         (replace(problem, require=()), "no chain uses every device that must take part", "demand fewer devices"),
-        (replace(problem, devices=_charged(problem)), "a device's battery allows no chain", "raise its joules_limit"),
+        (replace(problem, devices=_charged(problem)), _drained(problem), "raise joules_limit"),
         (
             replace(problem, residency=Residency()),
             "no chain stays where activations may be",
@@ -185,6 +210,32 @@ def _not_memory(problem: Problem, budget: Budget, *, proven: bool) -> Infeasible
     if not proven:
         return _undecided(problem)
     return Infeasible(reason=links, needed_bytes=0, available_bytes=0, hint="connect the devices, or drop a demand")
+
+
+def _torn(problem: Problem) -> str:
+    """The first device whose pinned blocks have another device's between them."""
+    owned = sorted(owners(problem).items())
+    for index, (block, node) in enumerate(owned):
+        later = [other for other, its in owned[index + 1 :] if its == node]
+        between = next((entry for entry in owned if later and block < entry[0] < later[-1] and entry[1] != node), None)
+        if between:
+            return f", yet blocks {block} and {later[-1]} belong on {node}, block {between[0]} between them on {between[1]}"
+    return ""
+
+
+def _drained(problem: Problem) -> str:
+    """What each battery gives, and what the smallest shard on that device draws."""
+    limited = [device for device in problem.devices if device.joules_limit is not None and device.decode_s]
+    least = [
+        min(shard_joules(problem, device, Span(device.node, b, b + 1)) for b in range(len(problem.blocks)))
+        for device in limited
+    ]
+    told = [
+        f"{device.node} gives {device.joules_limit:.4g} J and draws {joules:.4g} J or more for its smallest shard"
+        for device, joules in zip(limited, least, strict=True)
+    ]
+    more = f" and {len(told) - MOST_TOLD} more" if len(told) > MOST_TOLD else ""
+    return f"no chain keeps within the devices' batteries: {', '.join(told[:MOST_TOLD])}{more}"
 
 
 def _charged(problem: Problem) -> tuple[DeviceSpec, ...]:

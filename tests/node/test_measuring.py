@@ -126,6 +126,18 @@ def test_every_kind_of_block_is_timed_in_prefill_and_decode(tiny_store: tuple[St
         assert all(t.time_s > 0 for t in mine)
 
 
+def test_an_encoder_is_timed_with_no_more_rows_than_it_has_positions(
+    pulled: Callable[[Path], tuple[Store, Digest]], golden: Path
+) -> None:
+    """Alone, its blocks would take more; as a run they refuse them."""
+    store, manifest = pulled(golden / "bert")
+
+    result = run_trials(store, TrialSpec(home="", manifest=manifest, threads=1), OnnxBackend(), SystemClock())
+
+    assert {trial.rows for trial in result.trials} == {1, 16}
+    assert {trial.kind for trial in result.trials} == {b.kind for b in open_artifact(store, manifest).blocks}
+
+
 @dataclass
 class Scales:
     """ONNX Runtime, weighed: bytes of weights that are loaded at once, now and at most."""

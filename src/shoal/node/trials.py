@@ -176,8 +176,11 @@ class _Bench:
 
     def _points(self, span: SampleSpan, *, stateful: bool) -> list[TrialPoint]:
         """Of a run only short contexts: what a cached position costs, its blocks alone tell as well, and sooner."""
+        longest = self._context_tokens
         limits = TrialLimits(
-            context_tokens=self._context_tokens if stateful else 0, max_batch=MAX_BATCH if stateful else 1
+            context_tokens=longest if stateful else 0,
+            max_rows=min(_FILL_ROWS, longest),
+            max_batch=MAX_BATCH if stateful else 1,
         )
         return [point for point in trial_points(limits) if span.kind or point.context <= SHORT_CONTEXT]
 

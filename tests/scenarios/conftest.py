@@ -38,7 +38,7 @@ from shoal.node.progress import Quiet
 from shoal.node.pull import PullRequest, pull
 from shoal.node.running import Running, running_file
 from shoal.node.trials import TrialSpec
-from shoal.plan.problem import Pin, RequestShape
+from shoal.plan.problem import Pin, Plan, RequestShape
 from shoal.profile.device import device_facts, fingerprint
 from shoal.store.home import open_store
 
@@ -184,6 +184,7 @@ class Fleet:
     stock: "Stock"
     machines: list[Machine] = field(default_factory=list)
     clients: ExitStack = field(default_factory=ExitStack)
+    stopped: list[Plan] = field(default_factory=list)
 
     def machine(self, name: str) -> Machine:
         return next(m for m in self.machines if m.name == name)
@@ -274,7 +275,8 @@ class Fleet:
     def stop(self, name: str) -> None:
         """End a deployment and wait until its workers are gone."""
         before = self._workers()
-        stages = len(self.deployment(name).plan.stages)
+        self.stopped.append(self.deployment(name).plan)
+        stages = len(self.stopped[-1].stages)
         with self.asking() as shoal:
             shoal.stop(name)
         self.wait(lambda: self._workers() <= before - stages, f"the workers of {name} have ended")

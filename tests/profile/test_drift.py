@@ -103,6 +103,17 @@ def test_no_factor_is_absurd(samples: list[float]) -> None:
     assert FACTORS[0] <= after(samples).factor <= FACTORS[1]
 
 
+@given(seeds, st.floats(0.6, 1.6))
+def test_a_factor_moves_once_at_most_while_samples_scatter_a_little(seed: int, factor: float) -> None:
+    settled = after([factor] * 60)
+
+    later = [settled]
+    for sample in noisy(seed, factor, 0.05, 60):
+        later.append(observe(later[-1], sample))
+
+    assert len({drift.factor for drift in later}) <= 2
+
+
 def test_few_samples_correct_nothing() -> None:
     assert after([3.0] * (RULE.fewest - 1)).factor == 1.0
 

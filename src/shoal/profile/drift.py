@@ -4,7 +4,8 @@ A sample is a live time over the one that the profile predicts; its logarithm is
 alike.  Two things are made of the samples:
 
 - the factor that corrects the profile: an exponentially weighted mean (Roberts, Control chart tests based on geometric moving
-  averages, Technometrics 1, 1959), of all samples alike while there are few;
+  averages, Technometrics 1, 1959), of all samples alike while there are few.  It follows the mean only by steps of more than
+  `step`: with each sample another factor, the same question would get another plan each time;
 - a change: a two-sided cumulative sum (Page, Continuous inspection schemes, Biometrika 41, 1954) of what goes beyond `slack`
   around the factor that was last told.  It passes `limit` when a shift is large or lasts; then the mean since the sum was last
   zero, the likeliest time of the change, is the new factor.
@@ -30,6 +31,7 @@ class DriftRule(msgspec.Struct, frozen=True, kw_only=True):
     """Half of the smallest shift that is worth a new plan: 1.3 times."""
     limit: float = 1.0
     clip: float = 0.45
+    step: float = 0.05
     fewest: int = 3
     """Samples before a factor is believed."""
 
@@ -46,6 +48,8 @@ class Drift(msgspec.Struct, frozen=True, kw_only=True):
 
     samples: int = 0
     mean: float = 0.0
+    used: float = 0.0
+    """The mean that plans are made by."""
     told: float = 0.0
     """The mean that whoever plans was last told of."""
     rise: float = 0.0
@@ -59,7 +63,7 @@ class Drift(msgspec.Struct, frozen=True, kw_only=True):
     def factor(self) -> float:
         """What the profile's times are to be multiplied by."""
         low, high = FACTORS
-        return min(max(low, exp(self.mean)), high) if self.samples >= RULE.fewest else 1.0
+        return min(max(low, exp(self.used)), high)
 
 
 def ratio(live_s: float, predicted_s: float, floor_s: float) -> float:
@@ -77,11 +81,18 @@ def observe(drift: Drift, live_over_predicted: float, rule: DriftRule = RULE) ->
     fall, falling = _accumulated(drift.fall, drift.falling, -off - rule.slack, value)
     if max(rise, fall) <= rule.limit:
         return msgspec.structs.replace(
-            drift, samples=samples, mean=mean, rise=rise, fall=fall, rising=rising, falling=falling
+            drift,
+            samples=samples,
+            mean=mean,
+            used=mean if samples >= rule.fewest and abs(mean - drift.used) > rule.step else drift.used,
+            rise=rise,
+            fall=fall,
+            rising=rising,
+            falling=falling,
         )
     count, total = rising if rise > fall else falling
     level = total / count
-    return Drift(samples=max(count, rule.fewest), mean=level, told=level, changes=drift.changes + 1)
+    return Drift(samples=max(count, rule.fewest), mean=level, used=level, told=level, changes=drift.changes + 1)
 
 
 def corrected_rtt_s(rtt_s: float, factor: float) -> float:

@@ -3,8 +3,9 @@
 A model that is too big for the device is measured all the same: a run of neighbours as one shard, then one block of each kind,
 one after another (`shoal.profile.calls` says why, and how calls are told apart from blocks).
 
-Before each timed step something else is read that fills the processor's caches.  In service a stage waits for the others
-between two steps, and its weights are read from memory again: a block that stays in the cache runs twice as fast as it will there.
+Before each timed step something else is read that fills the processor's caches, and the core sleeps for a moment.  In service a
+stage waits for the others between two steps, and its weights are read from memory again: a block that stays in the cache runs
+twice as fast as it will there, and a core that has slept is some percent slower at first.
 A step of another shape than the last is made once untimed, for the engine binds its tensors anew then.
 """
 
@@ -42,8 +43,9 @@ from shoal.store.lock import try_locked
 TRIAL_CONTEXT_TOKENS = 1024
 COLD_BYTES = 48 << 20
 """What is read before a timed step, and the weights of a run at most: more than the last cache of most machines at the edge."""
+REST_S = 0.005
 MAX_BATCH = 4
-METHOD = 2
+METHOD = 3
 """Trials that were made and kept by another method are made anew."""
 BUDGET = TrialBudget(steps=60, repeats=4, burst=2, warm_up=0, timed_s=1.2)
 """Of each kind of block and of the run: some three seconds for a small model, ten on a device ten times slower."""
@@ -189,9 +191,15 @@ class _Bench:
         return min(TRIAL_CONTEXT_TOKENS, self.artifact.manifest.spec.context_tokens or TRIAL_CONTEXT_TOKENS)
 
     def chill(self) -> Callable[[], object]:
-        """What empties the processor's caches."""
+        """What leaves the processor as waiting for the other stages does."""
         size_bytes = min(COLD_BYTES, self.spec.memory_bytes // 4 or COLD_BYTES)
-        return np.ones(max(1, size_bytes // 8)).max
+        other = np.ones(max(1, size_bytes // 8))
+
+        def rest() -> None:
+            other.max()
+            time.sleep(REST_S)
+
+        return rest
 
 
 def _repeated(feeds: Mapping[str, Array], batch: int) -> Mapping[str, Array]:

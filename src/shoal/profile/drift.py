@@ -37,7 +37,7 @@ class DriftRule(msgspec.Struct, frozen=True, kw_only=True):
 
 
 RULE = DriftRule()
-STEP_FLOOR_S = 0.0002
+STEP_FLOOR_S = 0.001
 HOP_FLOOR_S = 0.001
 FACTORS = (0.1, 20.0)
 """A profile that is further off needs measuring, not correcting."""

@@ -51,8 +51,10 @@ def hops_of(problem: Problem, devices: list[DeviceSpec]) -> Hops:
             latency_s[here, there], rate[here, there] = link.latency_s, link.bytes_per_s
     wire_s = (prompts * prompt_bytes + further * row_bytes) / rate[:, :, None]
     wire_s[~np.isfinite(latency_s)] = INF
+    hop_s = delay_bytes / rate[:, :, None]
+    hop_s += ((rounds + further) * latency_s)[:, :, None]  # in place: a large fleet's is 60 MB
     return Hops(
-        hop_s=delay_bytes / rate[:, :, None] + ((rounds + further) * latency_s)[:, :, None],
+        hop_s=hop_s,
         wire_s=wire_s,
         sent=prompt_bytes + further / problem.shape.batch * row_bytes,
         links=tuple(tuple(row) for row in links),

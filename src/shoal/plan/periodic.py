@@ -96,7 +96,7 @@ def periodic(passes: Sequence[Pass]) -> Periodic | None:
     for rhythm in _rhythms(passes[0].start.size - 1):
         spread = _spread(rhythm, costs[1], passes[0].hop)
         if spread <= SAME or (spread <= ALIKE and kind is None):
-            form = _read(passes, rhythm, costs)
+            form = _read(passes, rhythm, costs, even=spread <= SAME)
             if form.exact:
                 return form
             kind = kind or form
@@ -108,7 +108,7 @@ def in_step(passes: Sequence[Pass], rhythm: Rhythm) -> Periodic | None:
     costs = _costs(passes[0])
     if costs is None or _spread(rhythm, costs[1], passes[0].hop) > SAME:
         return None
-    form = _read(passes, rhythm, costs)
+    form = _read(passes, rhythm, costs, even=True)
     return form if form.exact else None
 
 
@@ -171,7 +171,7 @@ def _range(values: Floats) -> float:
     return float((wide / np.where((high > 0) & (high < INF), high, 1.0)).max(initial=0.0))
 
 
-def _read(passes: Sequence[Pass], rhythm: Rhythm, costs: tuple[Floats, Floats]) -> Periodic:
+def _read(passes: Sequence[Pass], rhythm: Rhythm, costs: tuple[Floats, Floats], *, even: bool) -> Periodic:
     search, (opening, block) = passes[0], costs
     blocks, low = block.shape[1], _least_units(rhythm)
     each = np.stack([_least(block[:, rhythm.cuts(a)][:, : rhythm.units]) for a in range(rhythm.period)], axis=1)
@@ -181,7 +181,6 @@ def _read(passes: Sequence[Pass], rhythm: Rhythm, costs: tuple[Floats, Floats]) 
     room, agree = _rooms(rhythm, fits, low)
     room_last, agree_last = _last_rooms(rhythm, fits[:, :, -1])
     ends, agree_ends = _ends(passes, rhythm)
-    even = _spread(rhythm, block, search.hop) <= SAME and _masks_agree(rhythm, search.hop)
     return Periodic(
         rhythm=rhythm,
         opening=opening,
@@ -193,7 +192,7 @@ def _read(passes: Sequence[Pass], rhythm: Rhythm, costs: tuple[Floats, Floats]) 
         room=room,
         room_last=room_last,
         ends=ends,
-        exact=even and agree and agree_last and agree_ends,
+        exact=even and _masks_agree(rhythm, search.hop) and agree and agree_last and agree_ends,
     )
 
 

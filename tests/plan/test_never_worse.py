@@ -8,10 +8,12 @@ from tests.plan.test_baselines import problems
 
 from shoal.plan.baselines import BASELINES, best_baseline, worth
 from shoal.plan.budget import StepBudget
+from shoal.plan.choosing import as_chosen, shaped
 from shoal.plan.cost import Span, objective_value
 from shoal.plan.exact import satisfies
+from shoal.plan.pareto import Front, pareto
 from shoal.plan.placement import BASELINE, place
-from shoal.plan.problem import Infeasible, Limits, Objective, Plan, Problem
+from shoal.plan.problem import Choose, Infeasible, Limits, Objective, Plan, Problem
 from shoal.plan.tables import build_tables
 
 LAWS = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -83,3 +85,41 @@ def test_a_baselines_plan_that_is_taken_is_named_and_keeps_the_bound() -> None:
     assert answer.solver == f"{BASELINE}: {best[0]}"
     assert objective_value(problem.objective, answer.estimate) == worth(problem, best[1])
     assert 0 < answer.gap < 1
+
+
+@LAWS
+@given(problems((Objective.THROUGHPUT,)), st.integers(0, 5), st.booleans())
+def test_no_baseline_is_better_at_the_size_of_micro_batches_that_was_chosen(
+    problem: Problem, steps: int, held: bool
+) -> None:
+    free = replace(problem, choose=Choose(batch=(1, 2), in_flight=4, slots=8 if held else 0))
+
+    answer = place(free, StepBudget(steps))
+
+    stated = as_chosen(free, answer.shape) if isinstance(answer, Plan) else shaped(free, 1, 1)
+    rivals = [worth(stated, spans) for baseline in BASELINES.values() if (spans := baseline(stated))]
+    match answer:
+        case Infeasible():
+            assert not rivals
+        case Plan():
+            value = objective_value(Objective.THROUGHPUT, answer.estimate)
+            assert value <= min(rivals, default=value) * ROUNDED
+            assert answer.lower_bound <= value * ROUNDED
+
+
+@settings(LAWS, max_examples=12)
+@given(larger(), st.integers(0, 5))
+def test_no_baseline_is_better_than_a_front_by_any_of_its_aims(problem: Problem, steps: int) -> None:
+    goals = (Objective.LATENCY, Objective.THROUGHPUT)
+
+    front = pareto(problem, StepBudget(steps), goals)
+
+    for place_, goal in enumerate(goals):
+        judged = replace(problem, objective=goal)
+        rivals = [worth(judged, spans) for b in BASELINES.values() if (spans := b(judged))]
+        match front:
+            case Infeasible():
+                assert not rivals
+            case Front():
+                best = min(front.values(index)[place_] for index in range(len(front.points)))
+                assert best <= min(rivals, default=best) * ROUNDED

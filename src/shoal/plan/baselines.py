@@ -175,12 +175,16 @@ BASELINES: Mapping[str, Baseline] = MappingProxyType(
 )
 
 
+def baseline_plans(problem: Problem, tables: Tables) -> dict[str, Spans]:
+    """The plan of each baseline that has one; *tables* are the problem's."""
+    ready = dataclasses.replace(tables, relay_s=np.full_like(tables.relay_s, INF))
+    return {name: spans for name, baseline in BASELINES.items() if (spans := baseline(problem, ready))}
+
+
 def best_baseline(problem: Problem, tables: Tables) -> tuple[str, Spans] | None:
     """The best plan of all baselines and its author's name; *tables* are the problem's."""
-    ready = dataclasses.replace(tables, relay_s=np.full_like(tables.relay_s, INF))
-    found = [(name, spans) for name, baseline in BASELINES.items() if (spans := baseline(problem, ready))]
     wires = wires_of(problem)
-    valued = [(worth(problem, spans, wires), name, spans) for name, spans in found]
+    valued = [(worth(problem, spans, wires), name, spans) for name, spans in baseline_plans(problem, tables).items()]
     value, name, best = min(valued, key=lambda one: one[0], default=(INF, "", ()))
     return (name, best) if value < INF else None
 

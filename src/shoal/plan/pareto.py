@@ -19,6 +19,7 @@ from msgspec.structs import replace
 
 from shoal.errors import InvalidRequestError
 from shoal.plan.arrays import Flags, Floats
+from shoal.plan.baselines import baseline_plans
 from shoal.plan.budget import Budget
 from shoal.plan.check import check
 from shoal.plan.cost import ROUNDING, Priced, Span, barred, meets, objective_value, owners, price
@@ -88,6 +89,8 @@ def _searched(problem: Problem, budget: Budget, chosen: tuple[Objective, ...]) -
     search = _Search(problem, budget)
     for pair in combinations(chosen, 2):
         search.pair(pair)
+    if not search.complete:
+        search.ruled(chosen)
     if not search.found:
         tables = build_tables(problem)
         limits = blocked(problem, tables, budget) if problem.limits != Limits() else None
@@ -151,6 +154,14 @@ class _Search:
         parts = self._parts(objectives[0])
         self.complete = self._explore(parts, objectives, [], MANY_LABELS)
         self.covers = "" if self.complete else "the fronts of all pairs of objectives"
+
+    def ruled(self, objectives: Sequence[Objective]) -> None:
+        """Note what the named baselines give by each objective: without a proof one of them may be better than all found."""
+        for objective in objectives:
+            problem = replace(self.problem, objective=objective)
+            parts = self._parts(objective)
+            for spans in baseline_plans(problem, parts.tables).values():
+                self.keep(parts, spans)
 
     def keep(self, parts: Parts, spans: tuple[Span, ...]) -> Priced | None:
         """Note a chain if it is within the limits."""

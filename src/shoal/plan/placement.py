@@ -59,8 +59,12 @@ def _choose(problem: Problem, budget: Budget) -> Answer:
     chosen, proven = choose(problem, budget.share(SEARCH), _search)
     if chosen is None:
         least = smallest(problem)
-        nothing = dataclasses.replace(NOTHING, bound=INF if proven else 0.0)
-        return why_not(least, build_tables(least), nothing, budget.share(WHY_NOT))
+        tables = build_tables(least)
+        found = dataclasses.replace(NOTHING, bound=INF if proven else 0.0)
+        ruled = _no_worse(least, tables, found)  # what fits at all, fits there
+        if ruled.chain is None:
+            return why_not(least, tables, found, budget.share(WHY_NOT))
+        return _plan(least, tables, ruled, budget.share(WHY))
     found = _no_worse(chosen.problem, chosen.tables, chosen.found)
     plan = _plan(chosen.problem, chosen.tables, found, budget.share(WHY))
     return replace(plan, weighed=chosen.weighed)
@@ -107,7 +111,7 @@ def _no_worse(problem: Problem, tables: Tables, found: Found) -> Found:
     return dataclasses.replace(
         found,
         chain=tuple((tables.nodes.index(span.node), span.start, span.stop) for span in spans),
-        via=np.full((len(tables.nodes), len(tables.nodes), len(problem.blocks) + 1), -1),
+        via=np.full(tables.hop_s.shape, -1),
         solver=f"{BASELINE}: {name}",
         finals=(),
     )

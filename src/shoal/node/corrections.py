@@ -109,7 +109,7 @@ class Corrections:
         if other is None:
             return 1.0
         before = self._measured.get((node, model), {}).get(other, 0.0)
-        return msgspec.structs.replace(known[other], mean=known[other].mean - before).factor
+        return msgspec.structs.replace(known[other], used=known[other].used - before).factor
 
     def suspect(self, pair: Pair) -> bool:
         """Whether this link has changed since it was measured."""
@@ -126,7 +126,7 @@ class Corrections:
         for (there, _), means in self._measured.items():
             if there == node:
                 means.pop(model, None)
-        self._measured[node, model] = {other: drift.mean for other, drift in known.items()}
+        self._measured[node, model] = {other: drift.used for other, drift in known.items()}
 
     def forget_link(self, pair: Pair) -> None:
         """It was measured anew: hellos that left before say nothing more, and later ones are compared with the first of them."""

@@ -216,7 +216,7 @@ def test_without_a_node_here_a_command_says_how_to_start_one(command: str, tmp_p
         capture_output=True,
         text=True,
         check=False,
-        timeout=60,
+        timeout=300,
     )
 
     assert done.returncode == 69
@@ -241,7 +241,7 @@ def test_listening_beyond_this_machine_takes_an_explicit_flag(tmp_path: Path) ->
         capture_output=True,
         text=True,
         check=False,
-        timeout=60,
+        timeout=300,
     )
 
     assert done.returncode == 2

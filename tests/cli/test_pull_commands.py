@@ -49,7 +49,7 @@ finally:
     heavy = {"numpy", "onnx", "onnxruntime", "zenoh", "litestar", "httpx", "rich"} & set(sys.modules)
     assert not heavy, heavy
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300, check=False)
 
     assert (done.returncode, done.stderr) == (0, "")
     for name, line in COMMANDS.items():
@@ -95,6 +95,18 @@ def test_a_model_is_pulled_listed_forgotten_and_its_space_freed(run: Run, onnx_f
     assert forgotten.exit_code == 0
     assert would.stdout.replace("would free", "freed") == freed.stdout
     assert left.stdout == "nothing to free\n"
+
+
+@pytest.mark.parametrize(("columns", "shown"), [("80", False), ("120", True)])
+def test_sources_are_listed_where_there_is_room_for_them(
+    run: Run, onnx_file: Path, columns: str, *, shown: bool
+) -> None:
+    run("pull", str(onnx_file), "--name", "mine")
+
+    lines = run("models", COLUMNS=columns).stdout.splitlines()
+
+    assert len(lines) == 2
+    assert ("SOURCE" in lines[0], "file:" in lines[1]) == (shown, shown)
 
 
 def test_an_empty_home_says_what_to_do(run: Run) -> None:
@@ -204,7 +216,7 @@ main()
 """
     environment = {"SHOAL_HOME": str(tmp_path / "home"), "PATH": ""}
     done = subprocess.run(
-        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=300, check=False
     )
 
     assert done.returncode == 130
@@ -229,7 +241,7 @@ def test_a_fault_of_ours_is_one_line_unless_asked_for_more(tmp_path: Path) -> No
 
     for debug, traceback in (("", False), ("1", True)):
         environment = {"SHOAL_HOME": str(tmp_path / "home"), "SHOAL_DEBUG": debug}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
         assert done.returncode != 0
         assert ("Traceback" in done.stderr) == traceback
         assert ("error: " in done.stderr) != traceback

@@ -16,6 +16,9 @@ from shoal.model.catalog import CATALOGUE
 from shoal.node.settings import read_settings
 from shoal.store.home import Store, missing_bytes, open_store
 
+_WIDE = 100
+"""Columns of a terminal that has room for sources, too; in fewer they would stand letter below letter."""
+
 
 class ModelRow(msgspec.Struct, frozen=True, kw_only=True):
     """A model as `--json` prints it; `here_bytes` is less than `size_bytes` where only some blocks were fetched.
@@ -43,7 +46,8 @@ def models(*, json: Annotated[bool, typer.Option("--json", help="Print as JSON."
     if json:
         sys.stdout.buffer.write(msgspec.json.format(msgspec.json.encode(rows)) + b"\n")
     elif rows:
-        Console().print(_table(rows))
+        console = Console()
+        console.print(_table(rows, sources=console.width >= _WIDE))
     elif not damaged:
         typer.echo("No model is here yet. Pull one of these by name, or give a reference (`shoal pull --help`):")
         for entry in CATALOGUE:
@@ -84,9 +88,10 @@ def _row(store: Store, name: str) -> ModelRow:
     )
 
 
-def _table(rows: list[ModelRow]) -> Table:
+def _table(rows: list[ModelRow], *, sources: bool) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("NAME", "KIND", "ARCH", "SIZE", "WEIGHTS", "ERROR", "CONTEXT", "LICENCE", "SOURCE"):
+    last = ("SOURCE",) if sources else ()
+    for column in ("NAME", "KIND", "ARCH", "SIZE", "WEIGHTS", "ERROR", "CONTEXT", "LICENCE", *last):
         justify: Literal["left", "right"] = "right" if column in {"SIZE", "ERROR", "CONTEXT"} else "left"
         table.add_column(column, justify=justify, no_wrap=column != "SOURCE", overflow="fold")
     for row in rows:
@@ -96,5 +101,5 @@ def _table(rows: list[ModelRow]) -> Table:
         context = str(row.context_tokens) if row.context_tokens else "-"
         error = f"{row.import_error:.2g}" if row.import_error else "-"
         numbers = (size, row.quantisation or "-", error, context)
-        table.add_row(row.name, row.kind, row.architecture, *numbers, row.licence, row.source)
+        table.add_row(row.name, row.kind, row.architecture, *numbers, row.licence, *((row.source,) if sources else ()))
     return table

@@ -348,7 +348,7 @@ class Stock:
         spec = msgspec.json.encode(TrialSpec(home=str(home), manifest=digest, threads=1, memory_bytes=2 << 30))
         trials = [sys.executable, "-m", "shoal.node.trials"]
         done = subprocess.run(
-            trials, input=spec + b"\n", capture_output=True, timeout=60, env=clean_environment(), check=True
+            trials, input=spec + b"\n", capture_output=True, timeout=300, env=clean_environment(), check=True
         )
         self.profiles.mkdir(exist_ok=True)
         path.write_bytes(done.stdout)

@@ -1,6 +1,10 @@
-"""Workers die, nodes die, freeze and come back: it is seen in time, and the service recovers by itself."""
+"""Workers die, nodes die, freeze and come back: it is seen, and the service recovers by itself.
 
-import time
+After how many seconds is a law of `fleet.state`, tested in virtual time: within one for a node whose end was seen, within
+three for one that is only silent.  Here it shows which of the two it was.  Measured on two cores that others kept busy
+(load 2 to 4): a killed node was given up after 0.4 to 0.5 s of its end, a frozen one after 2.0 s.
+"""
+
 from collections.abc import Iterator
 from contextlib import contextmanager
 from queue import SimpleQueue
@@ -19,12 +23,6 @@ from shoal.transport.zenoh import open_control
 
 Fleet = Any  # of conftest
 Machine = Any
-KILLED_S = 1.0
-FROZEN_S = 3.0
-"""The claim: a killed node is given up within the first, a frozen one within the second.
-
-Measured on two cores that others kept busy (load 2 to 4): 0.38 to 0.53 s and 1.94 to 1.96 s, so the slack is half a second and one.
-"""
 ASKED = {"model": "two", "messages": [{"role": "user", "content": "hi"}], "temperature": 0}
 
 
@@ -62,10 +60,13 @@ def second_of(fleet: Fleet) -> Machine:
     return next(m for m in fleet.machines if m.id == node)
 
 
-def event_after(fleet: Fleet, kind: str, node: str, since_s: float) -> float | None:
-    """Seconds from *since_s* to the first event of that kind about the node."""
-    times = [e.unix_s - since_s for e in fleet.events() if (e.kind, e.node) == (kind, node) and e.unix_s >= since_s]
-    return min(times, default=None)
+def told_after(fleet: Fleet, kind: str, node: str, sequence: int) -> str | None:
+    """What the first event of that kind about the node said, of those behind *sequence*."""
+    return next((e.text for e in fleet.events() if (e.kind, e.node) == (kind, node) and e.sequence > sequence), None)
+
+
+def last_event(fleet: Fleet) -> int:
+    return max(event.sequence for event in fleet.events())
 
 
 @contextmanager
@@ -117,20 +118,19 @@ def test_when_only_the_last_worker_freezes_the_stream_ends_and_the_service_recov
 
 
 @pytest.mark.slow
-def test_a_killed_node_is_seen_in_time_and_its_stage_moves(site: Fleet) -> None:
+def test_a_killed_node_is_seen_to_end_and_its_stage_moves(site: Fleet) -> None:
     before, epoch = text_of(site), site.deployment("two").plan_epoch
     lost = second_of(site)
     orphans = lost.workers()
 
     with long_answer(site) as ended:
-        killed_s = time.time()
+        past = last_event(site)
         lost.kill()
         end = ended.get(timeout=20)
 
     assert isinstance(end, openai.APIError)
-    seen_s = site.wait(lambda: event_after(site, "node.suspect", lost.id, killed_s), "the node is suspect")
-    lost_s = site.wait(lambda: event_after(site, "node.lost", lost.id, killed_s), "the node is lost")
-    assert seen_s <= lost_s <= KILLED_S
+    assert "its process or link ended" in site.wait(lambda: told_after(site, "node.suspect", lost.id, past), "suspect")
+    assert "its process or link ended" in site.wait(lambda: told_after(site, "node.lost", lost.id, past), "lost")
     view = site.wait_ready("two", after_epoch=epoch)
     assert lost.id not in {s.node for s in view.plan.stages}
     assert text_of(site) == before
@@ -157,23 +157,22 @@ def test_a_node_that_was_killed_comes_back_as_itself(site: Fleet) -> None:
 
 
 @pytest.mark.slow
-def test_a_frozen_node_is_seen_in_time_and_is_itself_again_afterwards(site: Fleet) -> None:
+def test_a_frozen_node_is_given_up_and_is_itself_again_afterwards(site: Fleet) -> None:
     before, epoch = text_of(site), site.deployment("two").plan_epoch
     frozen = second_of(site)
     workers = frozen.workers()
 
-    frozen_s = time.time()
+    past = last_event(site)
     for process in (frozen.process.pid, *(w.pid for w in workers)):
         psutil.Process(process).suspend()
     try:
-        seen_s = site.wait(lambda: event_after(site, "node.suspect", frozen.id, frozen_s), "the node is suspect")
-        lost_s = site.wait(lambda: event_after(site, "node.lost", frozen.id, frozen_s), "the node is lost")
+        assert "silent" in site.wait(lambda: told_after(site, "node.suspect", frozen.id, past), "the node is suspect")
+        site.wait(lambda: told_after(site, "node.lost", frozen.id, past), "the node is lost")
         view = site.wait_ready("two", after_epoch=epoch)
     finally:
         for process in (frozen.process.pid, *(w.pid for w in workers)):
             psutil.Process(process).resume()
 
-    assert seen_s <= lost_s <= FROZEN_S
     assert frozen.id not in {s.node for s in view.plan.stages}
     site.wait_alive(frozen.name)
     assert site.nodes()[frozen.name].id == frozen.id

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from shoal.fleet.state import LOST_AFTER_S, Event, FleetState, NodeForgotten, Standing, standing
+from shoal.fleet.state import LOST_AFTER_S, Event, FleetState, Member, NodeForgotten, Standing, standing
 from shoal.ids import NodeId
 from shoal.node.moving import Note
 
@@ -31,7 +31,7 @@ class Attendance:
         for node, member in state.members.items():
             now = standing(member, now_s)
             if self._standings.get(node) is not now:
-                self.note(f"node.{now.value}", member.report.facts.name, node=node)
+                self.note(f"node.{now.value}", _told(member, now, now_s), node=node)
                 self._standings[node] = now
             if now is Standing.ALIVE and self._lives.get(node) != member.report.incarnation:
                 self.came()
@@ -40,3 +40,12 @@ class Attendance:
                 self._lives.pop(node, None)
             if now_s - member.heard_s > (LOST_AFTER_S if member.report.leaving else FORGET_AFTER_S):
                 self.apply(NodeForgotten(node=node, incarnation=member.report.incarnation))
+
+
+def _told(member: Member, now: Standing, now_s: float) -> str:
+    """The node's name, and why it is given up: a process that ended is another matter for its owner than a silent machine."""
+    name = member.report.facts.name
+    if now not in {Standing.SUSPECT, Standing.LOST}:
+        return name
+    why = "its process or link ended" if member.vanished_s is not None else "silent"
+    return f"{name}: {why}, last heard {now_s - member.heard_s:.1f} s ago"

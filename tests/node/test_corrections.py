@@ -6,6 +6,7 @@ from msgspec.structs import replace
 from shoal.fleet.report import HopTimes, NodeFacts, NodeReport, ShardId, ShardReport, ShardState, StepTimes
 from shoal.ids import DeploymentId, Digest, NodeId
 from shoal.node.corrections import Corrections, ProfileChanged, expected_step_s
+from shoal.profile.fit import fit
 from shoal.profile.fleet import BlockTrial, DeviceProfile, FleetProfile, LinkProfile
 
 A, B = NodeId("a"), NodeId("b")
@@ -202,7 +203,8 @@ def test_a_link_on_which_a_new_way_is_nothing_like_what_was_measured_is_to_be_me
 def test_a_stages_step_is_predicted_without_the_loop_that_is_not_timed_with_it() -> None:
     times = StepTimes(until=1, time_s=0.0, context=500)
     device = PROFILE.devices[0]
+    fits = fit(device.trials)
 
-    assert expected_step_s(device, ["layer"] * 4, times) == pytest.approx(0.002 + 4 * 0.015)
-    assert expected_step_s(replace(device, factor=9.0), ["layer"], times) == expected_step_s(device, ["layer"], times)
-    assert expected_step_s(device, ["layer", "head"], times) is None
+    assert expected_step_s(device, fits, ["layer"] * 4, times) == pytest.approx(0.002 + 4 * 0.015)
+    assert expected_step_s(replace(device, factor=9.0), fits, ["layer"], times) == pytest.approx(0.002 + 0.015)
+    assert expected_step_s(device, fits, ["layer", "head"], times) is None

@@ -12,7 +12,7 @@ from shoal.node.running import Running, running_node
 from shoal.node.settings import read_settings
 
 DEMO_GATEWAY = "gateway"
-"""The demo's node that is asked: where no other node runs, commands are about the demo."""
+"""The demo's node that is asked where no other node runs."""
 URL_HELP = "The gateway to ask; by default $SHOAL_URL, else the node that runs on this machine."
 
 

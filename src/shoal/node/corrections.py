@@ -20,7 +20,7 @@ from shoal.fleet.report import NodeReport, ShardId, ShardReport, StepTimes
 from shoal.ids import DeploymentId, Digest, NodeId
 from shoal.node.live_times import PINGS
 from shoal.profile.drift import HOP_FLOOR_S, STEP_FLOOR_S, Drift, corrected_rtt_s, observe, ratio
-from shoal.profile.fit import fit
+from shoal.profile.fit import KindFit
 from shoal.profile.fleet import DeviceProfile, FleetProfile, LinkProfile
 
 StageTime = Callable[[NodeId, Digest, tuple[int, int], StepTimes], float | None]
@@ -187,9 +187,13 @@ class Corrections:
         return msgspec.structs.replace(link, factor=corrected_rtt_s(link.rtt_p50_s, drift.factor) / link.rtt_p50_s)
 
 
-def expected_step_s(device: DeviceProfile, kinds: Sequence[str], times: StepTimes) -> float | None:
-    """What *device* was measured to take for one engine call over blocks of these kinds; None where one was not timed."""
-    fits = fit(device.trials)
+def expected_step_s(
+    device: DeviceProfile, fits: Mapping[str, KindFit], kinds: Sequence[str], times: StepTimes
+) -> float | None:
+    """What *device*, whose trials give *fits*, was measured to take for one engine call over blocks of these kinds.
+
+    None where one was not timed.
+    """
     if any(kind not in fits for kind in kinds):
         return None
     call_s = max(0.0, device.step_overhead_s - device.loop_overhead_s)

@@ -24,6 +24,7 @@ from shoal.plan.budget import DeadlineBudget
 from shoal.plan.build import Demands, Setting, problem
 from shoal.plan.placement import place
 from shoal.plan.problem import Answer, Infeasible, Problem
+from shoal.profile.fit import KindFit, fit
 from shoal.profile.fleet import DeviceProfile, FleetProfile, LinkProfile
 from shoal.profile.link import probe_pairs
 
@@ -78,6 +79,8 @@ class FleetPlanner:
     profile_epoch: int = 0
     corrections: Corrections = field(default_factory=Corrections)
     _devices: dict[tuple[NodeId, str, Digest], DeviceProfile] = field(default_factory=dict)
+    _fits: dict[tuple[NodeId, str, Digest], dict[str, KindFit]] = field(default_factory=dict)
+    """Of those trials, as far as live times were compared with them: a millisecond each, with every heartbeat."""
     _unmeasured: dict[tuple[NodeId, str, Digest], Unmeasured] = field(default_factory=dict)
     _links: dict[tuple[NodeId, NodeId], Measured] = field(default_factory=dict)
     _blocks: dict[Digest, BlocksOf] = field(default_factory=dict)
@@ -104,11 +107,13 @@ class FleetPlanner:
     def _expected_step_s(
         self, fingerprint: str, node: NodeId, model: Digest, span: tuple[int, int], times: StepTimes
     ) -> float | None:
-        device = self._devices.get((node, fingerprint, model))
-        known = self._blocks.get(model)
+        key = (node, fingerprint, model)
+        device, known = self._devices.get(key), self._blocks.get(model)
         if device is None or known is None:
             return None
-        return expected_step_s(device, [block.kind for block in known.blocks[slice(*span)]], times)
+        if key not in self._fits:
+            self._fits[key] = fit(device.trials)
+        return expected_step_s(device, self._fits[key], [block.kind for block in known.blocks[slice(*span)]], times)
 
     async def plan(self, spec: DeploymentSpec, surveyed: FleetProfile, promised: Mapping[NodeId, int]) -> Answer:
         """Place *spec* on the surveyed nodes that *promised* names; measures nothing, and so waits for no node."""
@@ -193,6 +198,7 @@ class FleetPlanner:
             return None
         self._unmeasured.pop(key, None)
         self._devices[key] = msgspec.structs.replace(told.device, cached=True)
+        self._fits.pop(key, None)
         if not told.device.cached:
             self.corrections.forget_device(report.node, wanted.manifest)
         return with_facts(told.device, report.facts)

@@ -232,6 +232,37 @@ def test_without_memory_for_both_plans_requests_wait_and_none_fails() -> None:
     assert fleet.held() == {A: {2}, C: {2}}
 
 
+RELAY = 3
+
+
+def relayed(first: NodeId, by: NodeId, last: NodeId) -> Plan:
+    """Two blocks and frames that pass through *by* there and back: one process, which counts once."""
+    whole = plan(first, last, first)
+    one, two, three = whole.stages
+    there, back = (
+        msgspec.structs.replace(one, node=by, start=at, stop=at, memory_bytes=of) for at, of in ((1, RELAY), (2, 0))
+    )
+    return msgspec.structs.replace(whole, stages=(one, there, two, back, three))
+
+
+@pytest.mark.parametrize(("room", "steps"), [(2, ["MoveMade"]), (1, ["MoveClosing", "MoveMade"])])
+def test_a_deployment_moves_to_relays_and_away_from_them_like_to_any_other_stage(room: int, steps: list[str]) -> None:
+    fleet = Fleet({A: room * 2 * NEED, B: room * NEED, C: NEED + RELAY}, long_s=1.0)
+    fleet.place(plan(A, B, A))
+    fleet.move(relayed(A, C, B))
+    fleet.run(10.0)
+    assert fleet.held() == {A: {2}, B: {2}, C: {2}}
+    assert {s.state for mine in fleet.shards.values() for s in mine.values()} == {ShardState.WIRED}
+
+    fleet.move(plan(A, C), epoch=3)
+    fleet.run(10.0)
+
+    assert (fleet.refused, fleet.lost, fleet.waiting) == (0, 0, 0)
+    assert fleet.kinds()[: len(steps)] == steps
+    assert fleet.kinds().count("MoveEnded") == 2
+    assert fleet.held() == {A: {3}, C: {3}}
+
+
 def test_answers_that_take_too_long_to_wait_for_put_the_move_off_and_go_on() -> None:
     fleet = Fleet({A: NEED, B: NEED, C: NEED}, asked=False)
     fleet.place(plan(A, B))

@@ -104,14 +104,14 @@ def test_no_factor_is_absurd(samples: list[float]) -> None:
 
 
 @given(seeds, st.sampled_from([0.6, 0.8, 0.95, 1.0, 1.03, 1.1, 1.3, 1.6]))
-def test_a_factor_moves_once_at_most_while_samples_scatter_a_little(seed: int, factor: float) -> None:
+def test_a_factor_moves_seldom_while_samples_scatter_a_little(seed: int, factor: float) -> None:
     settled = after([factor] * 60)
 
     later = [settled]
     for sample in noisy(seed, factor, 0.05, 60):
         later.append(observe(later[-1], sample))
 
-    assert len({drift.factor for drift in later}) <= 2
+    assert len({drift.factor for drift in later}) <= 3
 
 
 def test_few_samples_correct_nothing() -> None:

@@ -4,7 +4,8 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from shoal.profile.trial import TrialBudget, TrialLimits, TrialPoint, half_iqr, measure, trial_points
+from shoal.profile.fleet import BlockTrial
+from shoal.profile.trial import TrialBudget, TrialLimits, TrialPoint, half_iqr, measure, median_trials, trial_points
 
 
 @dataclass
@@ -96,3 +97,12 @@ def test_a_slow_device_is_timed_once_round_and_no_longer_than_was_allowed() -> N
 
     assert [trial.rows for trial in trials] == [1, 16]
     assert len(runner.calls) == 2
+
+
+def test_of_several_passes_the_median_one_counts_for_each_shape() -> None:
+    def trial(time_s: float, rows: int = 1) -> BlockTrial:
+        return BlockTrial(kind="layer", rows=rows, batch=1, context=0, time_s=time_s, spread_s=time_s / 10)
+
+    found = median_trials([[trial(3.0), trial(9.0, rows=16)], [trial(1.0)], [trial(2.0)]])
+
+    assert found == (trial(2.0), trial(9.0, rows=16))

@@ -105,6 +105,20 @@ def measure(
     return tuple(_trial(kind, point, times) for point, times in samples.items() if times)
 
 
+def median_trials(passes: Sequence[Sequence[BlockTrial]]) -> tuple[BlockTrial, ...]:
+    """Of each shape of the first pass, the trial with the median time among the passes that have it."""
+    found: list[BlockTrial] = []
+    for first in passes[0]:
+        same = [
+            t
+            for trials in passes
+            for t in trials
+            if (t.rows, t.batch, t.context) == (first.rows, first.batch, first.context)
+        ]
+        found.append(sorted(same, key=lambda trial: trial.time_s)[len(same) // 2])
+    return tuple(found)
+
+
 def _contexts(context_tokens: int) -> tuple[int, int]:
     """A short and a long context, each leaving room for a new position."""
     room = context_tokens - 1

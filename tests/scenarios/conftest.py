@@ -189,18 +189,20 @@ class Fleet:
     def machine(self, name: str) -> Machine:
         return next(m for m in self.machines if m.name == name)
 
-    def up(self, name: str, *flags: str, models: tuple[str, ...] = (TINY,)) -> Machine:
-        """A node with a gateway that may coordinate."""
-        return self.add(name, "up", "--port", "0", *flags, models=models)
+    def up(self, name: str, *flags: str, models: tuple[str, ...] = (TINY,), settings: str = "") -> Machine:
+        """A node with a gateway that may coordinate; *settings* go to its file."""
+        return self.add(name, "up", "--port", "0", *flags, models=models, settings=settings)
 
     def join(self, name: str, *flags: str, to: tuple[Machine, ...] = (), models: tuple[str, ...] = ()) -> Machine:
         """A node that joins *to*, by default the first one."""
         addresses = [m.address for m in to or (self.machines[0],)]
         return self.add(name, "join", *addresses, *flags, models=models)
 
-    def add(self, name: str, command: str, *flags: str, models: tuple[str, ...] = ()) -> Machine:
+    def add(self, name: str, command: str, *flags: str, models: tuple[str, ...] = (), settings: str = "") -> Machine:
         home = self.base / name
         self.stock.furnish(home, models)
+        if settings:
+            (home / "settings.toml").write_text(settings)
         machine = Machine(name, home, (command, *flags, "--name", name, *_defaults(flags)))
         self.machines.append(machine)
         machine.start()

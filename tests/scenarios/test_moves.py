@@ -16,6 +16,7 @@ from shoal.node.worker_spec import LinkShape
 Fleet = Any  # of conftest
 Machine = Any
 ASKED = {"model": "two", "messages": [{"role": "user", "content": "hi"}], "temperature": 0, "max_tokens": 60}
+DWELL_S = 3.0
 MOVES_S = 120.0
 """The dwell time after the deployment, some seconds of regret, and the move; on a busy machine."""
 
@@ -68,7 +69,7 @@ def test_when_something_slows_down_the_deployment_moves_without_a_failed_request
     fleet: Fleet, what: str
 ) -> None:
     roomy = what.startswith("a link")
-    first = fleet.up("a", "--memory", "2GiB" if roomy else "160MiB")
+    first = fleet.up("a", "--memory", "2GiB" if roomy else "160MiB", settings=f"move_dwell_s = {DWELL_S}")
     first.wait_up()
     others = [fleet.join(name, "--link", f"{first.id}=1ms,1000mbit", "--memory", "2GiB") for name in ("b", "c")]
     for machine in others:
@@ -89,7 +90,7 @@ def test_when_something_slows_down_the_deployment_moves_without_a_failed_request
         fleet.wait(lambda: len(answers.texts) > count + 4, "requests are answered where it is now")
 
         write_weather(slow.home, Weather())
-        time.sleep(40)
+        time.sleep(5 * DWELL_S)
         there = fleet.deployment("two")
 
     assert answers.failures == []

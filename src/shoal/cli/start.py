@@ -99,6 +99,7 @@ def options_from(flags: Mapping[str, Any]) -> NodeOptions:
         allow_origins=tuple(web_origin(text) for text in flags.get("allow_origins") or ()),
         quota_bytes=settings.quota_bytes,
         fetch_bytes_per_s=settings.fetch_bytes_per_s,
+        move_dwell_s=settings.move_dwell_s,
         memory_bytes=_budget_bytes(flags["memory"]),
         threads=flags["threads"],
         coordinates=bool(flags.get("coordinates")),

@@ -50,6 +50,7 @@ from shoal.node.voice import Bell, Voice
 from shoal.node.worker_spec import WorkerSpec
 from shoal.observe.figures import register
 from shoal.observe.metrics import Metrics
+from shoal.plan.replan import Rules
 from shoal.profile.device import device_facts
 from shoal.serve.access import Access, access_for, read_keys
 from shoal.serve.app import build_app
@@ -254,6 +255,7 @@ def _coordinator(parts: _Parts, voice: Voice, planner: FleetPlanner) -> Coordina
         begin_log=parts.ring.begin,
         eager=parts.options.eager,
         heard=planner.hear,
+        move_rules=Rules(dwell_s=parts.options.move_dwell_s),
     )
     planner.corrections.told = lambda change: parts.ring.note(
         "profile.changed", named(str(change), coordinator.state.members), node=change.node

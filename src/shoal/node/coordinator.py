@@ -48,6 +48,7 @@ from shoal.node.placing import Placing, Planner
 from shoal.node.tenure import Tenure
 from shoal.node.weighing import Weighing
 from shoal.plan.problem import Answer, Infeasible, Plan, Problem
+from shoal.plan.replan import RULES, Rules
 from shoal.profile.fleet import FleetProfile
 
 TICK_S = 0.1
@@ -81,6 +82,7 @@ class Coordinator:
     """Takes a lease that nobody holds at once; a standby waits."""
     heard: Callable[[NodeReport, Mapping[DeploymentId, Digest]], None] = hear_nothing
     """Told each heartbeat, with the models behind the names of deployments: what is known of devices is corrected by them."""
+    move_rules: Rules = RULES
     tick_s: float = TICK_S
     state: FleetState = field(default_factory=FleetState)
     _tenure: Tenure = field(init=False)
@@ -102,7 +104,7 @@ class Coordinator:
         self._attendance = Attendance(self.note, self._patience.forget_all, self._apply)
         self._placing = Placing(self.planner, self.clock, lambda: self.state)
         self.moving = Moving(
-            Weighing(self._placing, self.clock, lambda: self.state),
+            Weighing(self._placing, self.clock, lambda: self.state, self.move_rules),
             self.clock,
             lambda: self.state,
             self._apply,

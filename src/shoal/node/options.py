@@ -9,6 +9,7 @@ import msgspec
 from shoal.errors import SettingsError
 from shoal.ids import NodeId
 from shoal.node.worker_spec import LinkShape
+from shoal.plan.replan import DWELL_S
 from shoal.profile.fleet import Declared
 
 DEFAULT_LISTEN = "tcp/127.0.0.1:7400"
@@ -35,6 +36,7 @@ class NodeOptions(msgspec.Struct, frozen=True, kw_only=True):
     """Web origins whose pages may call it."""
     quota_bytes: int | None = None
     fetch_bytes_per_s: int | None = None
+    move_dwell_s: float = DWELL_S
     memory_bytes: int = 0
     """What shards may use; 0: what is free now, less a reserve."""
     threads: int = 0

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import msgspec
 
 from shoal.errors import SettingsError
+from shoal.plan.replan import DWELL_S
 from shoal.store.disk import home_named
 
 _PREFIX = "SHOAL_"
@@ -37,6 +38,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """Bound on what models, what is derived from them and unfinished downloads take on disk; None: the disk's."""
     fetch_bytes_per_s: Annotated[int, msgspec.Meta(gt=0)] | None = None
     """Bound on how fast chunks come from other nodes; None: the link's speed, at most half of it while models are served."""
+    move_dwell_s: Annotated[float, msgspec.Meta(ge=1)] = DWELL_S
+    """How long a deployment stays where it is at least before it may move again; read where the coordinator runs."""
 
 
 def read_settings(environment: Mapping[str, str] | None = None) -> Settings:

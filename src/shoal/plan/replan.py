@@ -51,12 +51,15 @@ class MoveCost(msgspec.Struct, frozen=True, kw_only=True):
         return self.fetch_s + self.load_s + self.rebuild_s + self.gap_s
 
 
+DWELL_S = 30.0
+
+
 class Rules(msgspec.Struct, frozen=True, kw_only=True):
     """What counts as noise, and how soon it may move again."""
 
     band: float = 0.1
     """A share of the current value; a candidate that is better by less counts as equal."""
-    dwell_s: float = 30.0
+    dwell_s: float = DWELL_S
     idle_requests: float = 0.02
     """Requests under way that are assumed at least."""
     unseen_s: float = 30.0

@@ -352,7 +352,7 @@ def test_the_first_and_the_last_shard_of_a_device_share_its_battery(chain: Chain
     short, enough = (place(stated, StepBudget(10**6)) for stated in tired)
 
     assert isinstance(short, Infeasible)
-    assert "battery" in short.reason
+    assert "batteries" in short.reason
     assert isinstance(enough, Plan)
     assert enumerate_best(tired[0]) is None
 

@@ -6,11 +6,12 @@ BIN := $(VENV)/bin
 PIP := $(PYTHON) -m pip --disable-pip-version-check --python $(BIN)/python
 ARGS ?=
 
-.PHONY: help demo test check unit size bench golden models requirements docs clean
+.PHONY: help demo test check unit tests-alone scenarios size bench golden models requirements docs clean
 
 help:
 	@echo "make demo [ARGS=--once]  three unequal nodes on this machine answer through one pipeline"
 	@echo "make test                everything CI runs: style, types, architecture, tests"
+	@echo "make unit [ARGS=...]     tests only, one after another, or those that ARGS names"
 	@echo "make check               style, types and architecture only"
 	@echo "make bench [ARGS=...]    the benchmarks (see bench/README.md)"
 	@echo "make docs                regenerate docs/reference"
@@ -48,7 +49,16 @@ check: $(VENV)/test.stamp
 unit: $(VENV)/test.stamp models
 	$(BIN)/python -m pytest -q $(ARGS)
 
-test: check unit
+# Scenarios mostly wait for nodes of their own: beside the other tests they cost little time.  Each half prints when it is done.
+test: check models
+	@echo "tests and scenarios, side by side (some minutes)"
+	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target tests-alone scenarios
+
+tests-alone:
+	@$(BIN)/python -m pytest -q --ignore=tests/scenarios
+
+scenarios:
+	@$(BIN)/python -m pytest -q tests/scenarios
 
 size: $(VENV)/test.stamp
 	@$(BIN)/python tools/size.py

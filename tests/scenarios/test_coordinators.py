@@ -144,7 +144,7 @@ def test_a_fleet_without_coordinator_serves_on_and_nodes_that_restart_serve_thei
         restarted.start()
         restarted.wait_up()
         for name in epochs:
-            fleet.wait(partial(_answers, fleet, b, name, before[name]), f"{name} answers, without a coordinator", 30)
+            fleet.wait(partial(_answers, fleet, b, name, before[name]), f"{name} answers, without a coordinator", 90)
 
     a.start()
     a.wait_up()

@@ -317,7 +317,7 @@ def test_a_plain_model_runs_through_the_stages(make_pipeline: Pipelines) -> None
     assert result.reply_to == "gateway"
     assert result.done.error_code == ""
     assert result.tensors["x"].tolist() == [[3.0] * 3] * 2
-    assert pipeline.machines[0].first.flights == {}
+    assert pipeline.machines[0].first.flights.out == {}
 
 
 def test_a_plain_model_that_fails_says_so_to_its_caller() -> None:

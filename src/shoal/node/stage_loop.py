@@ -349,5 +349,5 @@ class StageLoop:
 
 def _requests(first: FirstStage) -> tuple[int, int]:
     """How many are being answered, and how many wait; inferences are requests too."""
-    flying = sum(flight.infer is not None for flight in first.flights.values())
+    flying = len(first.flights.infers())
     return len(first.live) + flying, len(first.waiting) + len(first.infers)

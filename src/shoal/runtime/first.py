@@ -21,6 +21,7 @@ from shoal.errors import (
 from shoal.ids import RequestId
 from shoal.model.spec import INPUT_IDS
 from shoal.runtime.effects import Effect, Emit, EmitResult, Tensors
+from shoal.runtime.flights import Flight, Flights
 from shoal.runtime.frames import (
     BatchFrame,
     ClosedSequence,
@@ -36,23 +37,11 @@ from shoal.runtime.frames import (
 from shoal.runtime.ports import SequenceStep
 from shoal.runtime.request import FinishReason, GenerateRequest, OutputDelta, SampledToken
 from shoal.runtime.sampling import check_sampling
-from shoal.runtime.scheduler import Pressure, is_prefill, next_batch
+from shoal.runtime.scheduler import is_prefill, next_batch
 from shoal.runtime.sequence import LiveSequence
 from shoal.runtime.settings import StageSettings
 from shoal.runtime.slots import SlotTable
-
-
-@dataclass(slots=True)
-class Flight:
-    """A frame in the pipeline: whom it serves, and since when."""
-
-    requests: tuple[RequestId, ...]
-    sent_s: float
-    prefill: bool = False
-    infer: InferStep | None = None
-    probe: bool = False
-    wants: tuple[RequestId, ...] = ()
-    """Those of `requests` that a token must come for."""
+from shoal.runtime.waiting import WaitingLine
 
 
 @dataclass(slots=True)
@@ -61,38 +50,31 @@ class FirstStage:
 
     settings: StageSettings
     slots: SlotTable
-    waiting: deque[Submit] = field(default_factory=deque)
     infers: deque[tuple[SubmitInfer, Tensors]] = field(default_factory=deque)
     live: dict[RequestId, LiveSequence] = field(default_factory=dict)
-    flights: dict[int, Flight] = field(default_factory=dict)
     closing: list[ClosedSequence] = field(default_factory=list)
-    now_s: float = 0.0
-    answered_s: float = 0.0
-    stuck: bool = False
-    """Nothing has come out of the pipeline for `lost_s` although something should."""
     next_step: int = 0
     last_was_prefill: bool = False
+    waiting: WaitingLine = field(init=False)
+    flights: Flights = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.waiting = WaitingLine(self.settings.scheduler.queue_limit)
+        self.flights = Flights(lost_s=self.settings.lost_s, probe_s=self.settings.probe_s)
 
     def submit(self, submit: Submit) -> list[Effect]:
         """Queue a request; refuse it with an error delta when it can never run or too many wait."""
         request = submit.request.request
-        if request in self.live or any(s.request.request == request for s in self.waiting):
+        if request in self.live or request in self.waiting:
             return []
         try:
             check_request(submit.request, self.settings)
         except InvalidRequestError as error:
             return [_refusal(submit, error)]
-        self.waiting.append(submit)
+        self.waiting.join(submit)
         self._admit()
-        limit = self.settings.scheduler.queue_limit
-        if len(self.waiting) <= limit:
-            return []
-        self.waiting.pop()
-        busy = OverloadedError(
-            f"{len(self.live)} answers are being made and {limit} requests wait: the queue is full",
-            hint="try again in a moment",
-        )
-        return [_refusal(submit, busy)]
+        overflow = self.waiting.overflow(len(self.live))
+        return [_refusal(*overflow)] if overflow else []
 
     def submit_infer(self, submit: SubmitInfer, tensors: Tensors) -> list[Effect]:
         """Queue an inference."""
@@ -115,12 +97,9 @@ class FirstStage:
 
     def cancel(self, request: RequestId) -> list[Effect]:
         """Forget a request wherever it is; unknown ones are fine (it may just have ended)."""
-        for submit in self.waiting:
-            if submit.request.request == request:
-                self.waiting.remove(submit)
-                return [
-                    Emit(reply_to=submit.reply_to, delta=OutputDelta(request=request, finish=FinishReason.CANCELLED))
-                ]
+        submit = self.waiting.leave(request)
+        if submit is not None:
+            return [Emit(reply_to=submit.reply_to, delta=OutputDelta(request=request, finish=FinishReason.CANCELLED))]
         self.infers = deque(item for item in self.infers if item[0].request != request)
         sequence = self.live.get(request)
         if sequence is None:
@@ -129,11 +108,11 @@ class FirstStage:
 
     def abandon(self, code: str, text: str) -> list[Effect]:
         """Fail every request, waiting or running."""
-        queued, self.waiting = self.waiting, deque()
+        queued = self.waiting.clear()
         steps = [InferStep(request=s.request, reply_to=s.reply_to) for s, _ in self.infers]
-        steps += [f.infer for f in self.flights.values() if f.infer]
+        steps += self.flights.infers()
         self.infers.clear()
-        self.flights.clear()
+        self.flights.out.clear()
         effects = [e for r in list(self.live) for e in self._fail(Failure(request=r, code=code, text=text))]
         effects += [_error(s.reply_to, Failure(request=s.request.request, code=code, text=text)) for s in queued]
         return effects + [_infer_failed(step, code, text) for step in steps]
@@ -147,50 +126,23 @@ class FirstStage:
         waiting = [(s.reply_to, s.request.request) for s in self.waiting]
         running = [(s.reply_to, request) for request, s in self.live.items()]
         infers = [(s.reply_to, s.request) for s, _ in self.infers]
-        infers += [(f.infer.reply_to, f.infer.request) for f in self.flights.values() if f.infer]
+        infers += [(infer.reply_to, infer.request) for infer in self.flights.infers()]
         return waiting + running + infers
 
-    def ran(self, step: int, now_s: float) -> None:
-        """Our own part of a step is done: from now on the others are waited for."""
-        self.now_s = now_s
-        if step in self.flights:
-            self.flights[step].sent_s = now_s
-
-    def watch(self) -> None:
-        """Notice when nothing comes out of the pipeline any more."""
-        if self.flights and self.now_s - max(self._oldest_s(), self.answered_s) > self.settings.lost_s:
-            self.stuck = True
-
     def probe(self, unacked: Container[int]) -> BatchFrame | None:
-        """A frame that only wants to be answered, when one with work has been out for long and no probe is on its way.
-
-        Also while the pipeline is stuck: what was out is given up by then, nothing new is let in, and so nothing else would
-        ever show that answers come again.
-        """
-        probes = [(step, f.sent_s) for step, f in self.flights.items() if f.probe]
-        idle = len(probes) == len(self.flights)
-        due_s = max([self._oldest_s(), *(sent_s for _, sent_s in probes)]) + self.settings.probe_s
-        early = bool(self.flights) and self.now_s < due_s
-        if early or (idle and not self.stuck) or any(step in unacked for step, _ in probes):
+        """A frame that only wants to be answered, when it is time for one (`Flights.probe_due`)."""
+        if not self.flights.probe_due(unacked):
             return None
-        if idle:
-            self.flights.clear()  # one probe is enough: whichever is answered, even one of these, ends it
         step = self._take_step()
-        self.flights[step] = Flight((), self.now_s, probe=True)
+        self.flights.begin(step, Flight((), self.flights.now_s, probe=True))
         return BatchFrame(plan_epoch=self.settings.plan_epoch, run=self.settings.run, step=step, probe=True)
-
-    def _oldest_s(self) -> float:
-        return min((f.sent_s for f in self.flights.values()), default=self.now_s)
 
     def take_tokens(self, frame: TokensFrame) -> list[Effect]:
         """Apply what became of a step.  Frames come in order, so that a skipped step means a lost frame."""
-        self.answered_s, self.stuck = self.now_s, False
-        if frame.step not in self.flights:
+        flight, lost = self.flights.answer(frame.step)
+        if flight is None:
             return []
-        effects: list[Effect] = []
-        for step in [s for s in self.flights if s < frame.step]:
-            effects += self._lose(self.flights.pop(step))
-        flight = self.flights.pop(frame.step)
+        effects = [effect for gone in lost for effect in self._lose(gone)]
         for failure in frame.failed:
             if flight.infer and failure.request == flight.infer.request:
                 effects.append(_infer_failed(flight.infer, failure.code, failure.text))
@@ -206,16 +158,11 @@ class FirstStage:
 
     def next_frame(self) -> tuple[BatchFrame, Tensors] | None:
         """The next thing to run, counted as in flight from now on; None when nothing can or may run."""
-        pressure = self._pressure()
+        pressure = self.flights.pressure(last_was_prefill=self.last_was_prefill)
         if self.infers and pressure.frames < self.settings.scheduler.in_flight:
             return self._infer_frame()
         batch = next_batch(self.live.values(), pressure, self.settings.scheduler)
         return self._rows_frame(batch) if batch else None
-
-    def _pressure(self) -> Pressure:
-        flights = [f for f in self.flights.values() if not f.probe]
-        prefill = sum([f.prefill for f in flights])
-        return Pressure(frames=len(flights), prefill_frames=prefill, last_was_prefill=self.last_was_prefill)
 
     def closing_frame(self) -> BatchFrame | None:
         """Tell the other stages who has ended since the last time; None when nobody has."""
@@ -230,7 +177,7 @@ class FirstStage:
         submit, tensors = self.infers.popleft()
         infer = InferStep(request=submit.request, reply_to=submit.reply_to)
         step = self._take_step()
-        self.flights[step] = Flight((), self.now_s, infer=infer)
+        self.flights.begin(step, Flight((), self.flights.now_s, infer=infer))
         return BatchFrame(plan_epoch=self.settings.plan_epoch, run=self.settings.run, step=step, infer=infer), tensors
 
     def _rows_frame(self, batch: tuple[SequenceStep, ...]) -> tuple[BatchFrame, Tensors]:
@@ -238,7 +185,8 @@ class FirstStage:
         self.last_was_prefill = is_prefill(batch, self.live)
         wants = tuple([s.request for s in batch if s.logits])
         requests = tuple([s.request for s in batch])
-        self.flights[step] = Flight(requests, self.now_s, prefill=self.last_was_prefill, wants=wants)
+        flight = Flight(requests, self.flights.now_s, prefill=self.last_was_prefill, wants=wants)
+        self.flights.begin(step, flight)
         ids: list[int] = []
         opened: list[OpenedSequence] = []
         for rows in batch:
@@ -258,7 +206,7 @@ class FirstStage:
 
     def _admit(self) -> None:
         while self.waiting and (slot := self.slots.free()) is not None:
-            submit = self.waiting.popleft()
+            submit = self.waiting.next()
             request = submit.request
             stops = () if request.ignore_eos else (*request.stop_token_ids, *self.settings.eos_token_ids)
             self.slots.open(slot, request.request)

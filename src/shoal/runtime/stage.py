@@ -93,7 +93,7 @@ def _take_first(
     match given:
         case TokensArrived(frame=frame):
             ours = _acknowledge(state, frame) and frame.run == state.run
-            state.discarded += not ours or frame.step not in first.flights
+            state.discarded += not ours or frame.step not in first.flights.out
             return first.take_tokens(frame) if ours else []
         case SubmitArrived(submit=submit):
             broken = state.trouble or state.behind
@@ -179,7 +179,7 @@ def _step_done(state: StageState, outputs: Tensors) -> list[Effect]:
         )
     state.running = None
     if state.first is not None:
-        state.first.ran(frame.step, state.now_s)
+        state.first.flights.ran(frame.step)
     return _complete(state, frame, inputs, outputs)
 
 

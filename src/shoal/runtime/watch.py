@@ -15,7 +15,7 @@ def watch(state: StageState, tick: Tick) -> list[Effect]:
     if tick.heard_s is not None:
         state.edge.hear(tick.heard_s - state.began_s)
     if state.first is not None:
-        state.first.now_s = state.now_s
+        state.first.flights.now_s = state.now_s
     if state.running is not None:  # nobody is waited for but our own engine
         return _beat(state)
     return _beat(state) + _suspect(state) + _ask(state)
@@ -44,8 +44,8 @@ def _trouble(state: StageState) -> str:
         after = (settings.index + 1) % settings.stages
         return f"stage {after} has shown no sign of life for {settings.overdue_s:g} s"
     if state.first is not None:
-        state.first.watch()
-        if state.first.stuck:
+        state.first.flights.watch()
+        if state.first.flights.stuck:
             return f"every stage lives, but no answer has come out of the pipeline for {settings.lost_s:g} s"
     return ""
 

@@ -16,6 +16,7 @@ from shoal.fleet.state import (
     FleetState,
     NodeHeard,
     PlanMade,
+    PlanServed,
     apply,
     drained,
 )
@@ -62,24 +63,29 @@ class SimulatedNodes:
     def __init__(self) -> None:
         self.shards: dict[NodeId, dict[ShardId, ShardReport]] = {node: {} for node in NODES}
         self.sequence = 0
+        self.births = 0
 
     def obey(self, node: NodeId, order: Order) -> None:
         mine = self.shards[node]
         match order:
             case Hold():
+                self.births += 1
                 fresh = ShardReport(
                     shard=order.shard,
                     state=ShardState.FETCHING,
                     start=order.start,
                     stop=order.stop,
                     memory_bytes=order.memory_bytes,
+                    attempt=order.attempt,
+                    birth=self.births,
                 )
-                mine.setdefault(order.shard, fresh)
+                if order.shard not in mine or mine[order.shard].attempt < order.attempt:
+                    mine[order.shard] = fresh
             case Wire():
                 held = mine.get(order.shard)
-                if held is not None and held.state is ShardState.READY:
+                if held is not None and held.state in {ShardState.READY, ShardState.WIRED}:
                     mine[order.shard] = msgspec.structs.replace(
-                        held, state=ShardState.WIRED, wired_to=order.next_locators
+                        held, state=ShardState.WIRED, wired_to=order.next_locators, wired_birth=order.next_birth
                     )
             case Retire():
                 mine.pop(order.shard, None)
@@ -174,25 +180,35 @@ def test_a_lost_node_breaks_the_plan_and_says_which_stage() -> None:
     assert phase(state.deployments[CHAT], reports) is Phase.RECOVERING
 
 
-def test_a_node_that_restarted_without_its_worker_breaks_the_plan() -> None:
+def served(state: FleetState) -> FleetState:
+    return apply(state, PlanServed(deployment=CHAT, plan_epoch=1))
+
+
+def test_a_node_that_restarted_without_its_worker_is_given_its_shard_again_and_its_neighbour_is_linked_to_it() -> None:
     nodes = SimulatedNodes()
-    state = settle(wanted(plan(*NODES[:2])), nodes)
+    state = served(settle(wanted(plan(*NODES)), nodes))
     nodes.shards[NODES[1]].clear()
 
     state = nodes.tell(state, 0.0)
+    assert phase(state.deployments[CHAT], heard(state, 0.0)) is Phase.MENDING
+    settle(state, nodes)
 
-    assert "lost its worker" in broken(state.deployments[CHAT], heard(state, 0.0))
+    (first,), (second,) = nodes.shards[NODES[0]].values(), nodes.shards[NODES[1]].values()
+    assert first.wired_birth == second.birth == 4, "the fourth worker that was started"
 
 
-def test_a_node_that_restarted_and_loaded_its_shard_again_breaks_the_plan_that_others_are_wired_by() -> None:
+def test_a_worker_that_was_started_again_where_it_was_before_is_linked_anew() -> None:
     nodes = SimulatedNodes()
-    state = settle(wanted(plan(*NODES)), nodes)
+    state = served(settle(wanted(plan(*NODES)), nodes))
     shard, held = next(iter(nodes.shards[NODES[1]].items()))
-    nodes.shards[NODES[1]][shard] = msgspec.structs.replace(held, locators=("tcp/elsewhere:1",))
+    nodes.shards[NODES[1]][shard] = msgspec.structs.replace(held, state=ShardState.READY, birth=9, wired_to=())
 
     state = nodes.tell(state, 0.0)
+    assert broken(state.deployments[CHAT], heard(state, 0.0)) == ""
+    assert phase(state.deployments[CHAT], heard(state, 0.0)) is Phase.MENDING
+    settle(state, nodes)
 
-    assert broken(state.deployments[CHAT], heard(state, 0.0)) == "stage 1 lost its worker"
+    assert next(iter(nodes.shards[NODES[0]].values())).wired_birth == 9
 
 
 def test_a_stage_may_be_wired_while_one_further_down_is_not_even_asked_for() -> None:

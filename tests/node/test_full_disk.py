@@ -74,7 +74,7 @@ class Steady:
         await anyio.sleep_forever()
         raise AssertionError
 
-    async def stop(self) -> None:
+    async def stop(self, *, at_once: bool = False) -> None:
         return None
 
 
@@ -82,7 +82,7 @@ async def fetch(order: Hold, arrived: Callable[[int], None]) -> None:
     return None
 
 
-async def launch(order: Hold) -> Steady:
+async def launch(order: Hold, _birth: int) -> Steady:
     return Steady()
 
 

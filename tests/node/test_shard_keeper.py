@@ -38,7 +38,7 @@ class Machine:
         if self.ails is not None:
             raise self.ails
 
-    async def launch(self, order: Hold) -> WorkerHandle:
+    async def launch(self, order: Hold, _birth: int) -> WorkerHandle:
         self.said.append(f"start {order.shard}")
         return Worker(self, str(order.shard))
 
@@ -52,7 +52,7 @@ class Worker:
         await anyio.sleep_forever()
         raise AssertionError
 
-    async def stop(self) -> None:
+    async def stop(self, *, at_once: bool = False) -> None:
         await self.machine.may_end.wait()
         self.machine.said.append(f"ended {self.shard}")
 

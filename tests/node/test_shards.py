@@ -48,7 +48,7 @@ class Worker:
         await self.ended.wait()
         return self.reason
 
-    async def stop(self) -> None:
+    async def stop(self, *, at_once: bool = False) -> None:
         await anyio.sleep(0.02)  # giving memory back takes a while
         self.log.append("stopped")
         self.ended.set()
@@ -100,7 +100,7 @@ def run(
             if full:
                 raise StorageFullError("the disk is full")
 
-        async def launch(order: Hold) -> Worker:
+        async def launch(order: Hold, birth: int) -> Worker:
             log.append(f"launch {order.shard}")
             workers[order.shard] = Worker(log)
             return workers[order.shard]

@@ -7,7 +7,7 @@ admit both plans,) made, ended; or dropped, as long as it is not made.  At most 
 import msgspec
 
 from shoal.fleet.spec import DeploymentSpec
-from shoal.ids import DeploymentId
+from shoal.ids import DeploymentId, NodeId
 from shoal.plan.problem import Answer, Plan
 
 
@@ -29,6 +29,19 @@ class Former(msgspec.Struct, frozen=True, kw_only=True):
 
     plan_epoch: int
     plan: Plan
+    attempts: tuple[int, ...] = ()
+
+
+class Standby(msgspec.Struct, frozen=True, kw_only=True):
+    """A node that is to take stage *stage* over when its own is lost: it has the tensors, perhaps in a worker that waits."""
+
+    stage: int
+    node: NodeId
+    attempt: int
+    """Which its shard is, before and after it takes over."""
+    loaded: bool = False
+    memory_bytes: int = 0
+    """What it holds meanwhile; nothing on disk."""
 
 
 class Deployment(msgspec.Struct, frozen=True, kw_only=True):
@@ -44,6 +57,21 @@ class Deployment(msgspec.Struct, frozen=True, kw_only=True):
     """New requests wait until this plan serves, rather than being refused: it took the place of one that served."""
     moved: str = ""
     """Why this plan replaced one that served; empty for one that replaced nothing or something broken."""
+    served: bool = False
+    """Whether this plan has served: what is lost of it then is mended, rather than planned anew."""
+    mends: int = 0
+    """How often a lost stage of this plan was given to another worker, while the others went on."""
+    attempts: tuple[int, ...] = ()
+    """Of each stage, the least attempt that counts; empty: all are as they were begun."""
+    mended: str = ""
+    """Why it was mended last."""
+    beyond_mending: str = ""
+    """Why what it has lost cannot be given to anybody; empty where that was not tried."""
+    standbys: tuple[Standby, ...] = ()
+
+    def attempt_of(self, stage: int) -> int:
+        """The least attempt at *stage* that counts."""
+        return self.attempts[stage] if stage < len(self.attempts) else 0
 
     @property
     def heir(self) -> "Deployment | None":
@@ -55,7 +83,19 @@ class Deployment(msgspec.Struct, frozen=True, kw_only=True):
     def ending(self) -> "Deployment | None":
         """The deployment as it was before the move, while answers of that plan end."""
         last = self.former
-        return Deployment(spec=self.spec, plan_epoch=last.plan_epoch, answer=last.plan) if last else None
+        if last is None:
+            return None
+        return Deployment(spec=self.spec, plan_epoch=last.plan_epoch, answer=last.plan, attempts=last.attempts)
+
+    @property
+    def plans(self) -> tuple[tuple[int, Plan, tuple[int, ...]], ...]:
+        """All plans whose shards are wanted: epoch, plan, and the attempts that count."""
+        found = [(self.plan_epoch, self.answer, self.attempts)] if isinstance(self.answer, Plan) else []
+        if self.successor is not None:
+            found.append((self.successor.plan_epoch, self.successor.plan, ()))
+        if self.former is not None:
+            found.append((self.former.plan_epoch, self.former.plan, self.former.attempts))
+        return tuple(found)
 
     @property
     def epochs(self) -> tuple[int, ...]:
@@ -104,6 +144,44 @@ class MoveDropped(msgspec.Struct, frozen=True, kw_only=True, tag="move_dropped")
     why: str
 
 
+class PlanServed(msgspec.Struct, frozen=True, kw_only=True, tag="plan_served"):
+    """Every stage of the plan of *plan_epoch* is linked: for the first time, or again."""
+
+    deployment: DeploymentId
+    plan_epoch: int
+
+
+class PlanMended(msgspec.Struct, frozen=True, kw_only=True, tag="plan_mended"):
+    """The plan of *plan_epoch* goes on with other workers for what it has lost; its number of stages and their blocks stay."""
+
+    deployment: DeploymentId
+    plan_epoch: int
+    mends: int
+    """Counted from 1; a higher one replaces a lower one."""
+    plan: Plan
+    attempts: tuple[int, ...]
+    why: str
+
+
+class MendingEnded(msgspec.Struct, frozen=True, kw_only=True, tag="mending_ended"):
+    """What the plan of *plan_epoch* has lost after *mends* mends cannot be given to anybody: another plan is needed."""
+
+    deployment: DeploymentId
+    plan_epoch: int
+    mends: int
+    why: str
+
+
+class StandbysChosen(msgspec.Struct, frozen=True, kw_only=True, tag="standbys_chosen"):
+    """Who is to take over which stage of the plan of *plan_epoch*, and has to be ready for it."""
+
+    deployment: DeploymentId
+    plan_epoch: int
+    mends: int
+    standbys: tuple[Standby, ...]
+
+
+MendEvent = PlanServed | PlanMended | MendingEnded | StandbysChosen
 MoveEvent = MoveBegun | MoveClosing | MoveMade | MoveEnded | MoveDropped
 
 
@@ -113,6 +191,32 @@ def resumed(deployment: Deployment, now_s: float) -> Deployment:
     if heir is None or heir.closing_s is None:
         return deployment
     return msgspec.structs.replace(deployment, successor=msgspec.structs.replace(heir, closing_s=now_s))
+
+
+def mended(old: Deployment, event: MendEvent) -> Deployment | None:
+    """*old* after *event*; None for one that speaks of another plan, or of one that was mended since."""
+    replace = msgspec.structs.replace
+    if event.plan_epoch != old.plan_epoch or not isinstance(old.answer, Plan):
+        return None
+    match event:
+        case PlanServed():
+            return replace(old, served=True, beyond_mending="") if not old.served or old.beyond_mending else None
+        case PlanMended(plan=plan, attempts=attempts, mends=mends, why=why):
+            if mends <= old.mends or not _same_cuts(old.answer, plan):
+                return None
+            used = {(stage.node, attempts[i]) for i, stage in enumerate(plan.stages)}
+            left = tuple(s for s in old.standbys if (s.node, s.attempt) not in used)
+            return replace(
+                old, answer=plan, mends=mends, attempts=attempts, mended=why, beyond_mending="", standbys=left
+            )
+        case MendingEnded(mends=mends, why=why):
+            return replace(old, beyond_mending=why) if mends == old.mends and not old.beyond_mending else None
+        case StandbysChosen(mends=mends, standbys=standbys):
+            return replace(old, standbys=standbys) if mends == old.mends and standbys != old.standbys else None
+
+
+def _same_cuts(one: Plan, other: Plan) -> bool:
+    return [(s.start, s.stop) for s in one.stages] == [(s.start, s.stop) for s in other.stages]
 
 
 def moved(old: Deployment, event: MoveEvent) -> Deployment | None:
@@ -139,7 +243,7 @@ def moved(old: Deployment, event: MoveEvent) -> Deployment | None:
                 plan_epoch=heir.plan_epoch,
                 answer=heir.plan,
                 planned_s=at_s,
-                former=Former(plan_epoch=old.plan_epoch, plan=old.answer) if drains else None,
+                former=Former(plan_epoch=old.plan_epoch, plan=old.answer, attempts=old.attempts) if drains else None,
                 held=True,
                 moved=heir.why,
             )

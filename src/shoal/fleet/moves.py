@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from msgspec.structs import replace
 
 from shoal.fleet.deployment import Deployment, MoveClosing, MoveDropped, MoveEnded, MoveEvent, MoveMade, Successor
+from shoal.fleet.losses import shard_of
 from shoal.fleet.reconcile import (
     Addressed,
     Phase,
@@ -22,7 +23,6 @@ from shoal.fleet.reconcile import (
     hold_order,
     phase,
     promised_bytes,
-    shard_of,
     wire_order,
 )
 from shoal.fleet.report import NodeReport, ShardReport, ShardState

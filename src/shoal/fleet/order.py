@@ -8,6 +8,7 @@ import msgspec
 
 from shoal.fleet.report import ShardId
 from shoal.ids import Digest, NodeId
+from shoal.runtime.settings import Recovery
 
 
 class Hold(msgspec.Struct, frozen=True, kw_only=True, tag="hold"):
@@ -33,6 +34,11 @@ class Hold(msgspec.Struct, frozen=True, kw_only=True, tag="hold"):
     """False: have its chunks, and wait to be told again."""
     beside: tuple[int, ...] = ()
     """Plan epochs of the same deployment that stay meanwhile."""
+    attempt: int = 0
+    """A plan whose stage was lost goes on with another worker for it.  Attempts are counted through the whole plan: the worker of
+    a higher one takes the place of that of a lower one on the same node, however that fares."""
+    recovery: Recovery = Recovery.EXACT
+    """How a worker that is new in a plan that serves is brought to where the one before it was."""
 
     @property
     def is_relay(self) -> bool:
@@ -47,6 +53,8 @@ class Wire(msgspec.Struct, frozen=True, kw_only=True, tag="wire"):
     shard: ShardId
     next_node: NodeId
     next_locators: tuple[str, ...]
+    next_birth: int = 0
+    """Of the worker there (`ShardReport.birth`): another one may listen at the same address."""
 
 
 class Retire(msgspec.Struct, frozen=True, kw_only=True, tag="retire"):
@@ -54,6 +62,8 @@ class Retire(msgspec.Struct, frozen=True, kw_only=True, tag="retire"):
 
     fencing_epoch: int
     shard: ShardId
+    attempt: int | None = None
+    """Up to this one; None: whichever it is."""
 
 
 Order = Hold | Wire | Retire

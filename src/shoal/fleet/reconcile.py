@@ -2,13 +2,14 @@
 report delays a deployment but never derails it.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from enum import StrEnum
 
 import msgspec
 
 from shoal.errors import NodeUnreachableError
 from shoal.fleet.deployment import Deployment
+from shoal.fleet.losses import leads_to, losses, shard_of, shards_of
 from shoal.fleet.order import Hold, Order, Retire, Wire
 from shoal.fleet.report import NodeReport, ShardId, ShardReport, ShardState
 from shoal.fleet.state import FleetState, Standing, drained, standing
@@ -26,7 +27,10 @@ class Phase(StrEnum):
     """A node of the plan is leaving: running requests end, new ones are asked to come again (503 with Retry-After)."""
     MOVING = "moving"
     """Memory does not admit this plan and the next at once: running requests end, new ones wait for the next (`fleet.moves`)."""
+    MENDING = "mending"
+    """Stages of the plan are given to other workers: running requests go on when those stand, new ones wait for that."""
     RECOVERING = "recovering"
+    """The plan has lost what cannot be mended: running requests end, another plan is made."""
     REFUSED = "refused"
 
 
@@ -46,39 +50,49 @@ def phase(deployment: Deployment, reports: Mapping[NodeId, NodeReport], *, is_dr
             return Phase.REFUSED
         case Plan() as plan:
             if broken(deployment, reports, is_drained=is_drained):
-                return Phase.RECOVERING
-            shards = [shard_of(deployment, plan, i, reports) for i in range(len(plan.stages))]
+                return Phase.MENDING if mendable(deployment, reports) else Phase.RECOVERING
+            shards = shards_of(deployment, plan, reports)
             if any(reports[s.node].leaving for s in plan.stages):
                 return Phase.DRAINING
             if deployment.successor is not None and deployment.successor.closing_s is not None:
                 return Phase.MOVING
-            if all(s is not None and s.state is ShardState.WIRED for s in shards):
+            if not unlinked(plan, shards):
                 return Phase.SERVING
+            if deployment.served:
+                return Phase.MENDING
             return Phase.MOVING if deployment.held else Phase.LOADING
 
 
 def broken(deployment: Deployment, reports: Mapping[NodeId, NodeReport], *, is_drained: bool = False) -> str:
-    """Why the current plan cannot go on and another is needed; empty when it can."""
+    """Why the current plan cannot go on as it is; empty when it can."""
     plan = deployment.answer
     if not isinstance(plan, Plan):
         return ""
-    for index, stage in enumerate(plan.stages):
-        if stage.node not in reports:
-            return f"node {stage.node} of stage {index} is gone"
-        shard = shard_of(deployment, plan, index, reports)
-        if shard is not None and shard.state is ShardState.FAILED:
-            return f"stage {index} on {stage.node} failed: {shard.error}"
-    shards = [shard_of(deployment, plan, i, reports) for i in range(len(plan.stages))]
+    lost = losses(deployment, reports)
+    if lost:
+        return lost[0].why
     leaving = [stage.node for stage in plan.stages if reports[stage.node].leaving]
-    if leaving and (is_drained or shards[0] is None):
+    if leaving and (is_drained or shard_of(deployment, plan, 0, reports) is None):
         return f"node {leaving[0]} is leaving"
+    return ""
+
+
+def mendable(deployment: Deployment, reports: Mapping[NodeId, NodeReport]) -> bool:
+    """Whether what the current plan has lost may yet be given to somebody else."""
+    known = any(loss.stage is not None for loss in losses(deployment, reports))
+    return known and deployment.served and not deployment.beyond_mending
+
+
+def unlinked(plan: Plan, shards: Sequence[ShardReport | None]) -> str:
+    """What is missing for *plan* to serve; empty when all of it is linked."""
+    for index, shard in enumerate(shards):
+        if shard is None or shard.state is not ShardState.WIRED:
+            stands = shard.state.value if shard is not None else "not there yet"
+            return f"stage {index} on {plan.stages[index].node} is {stands}"
     for index, shard in enumerate(shards):
         follower = (index + 1) % len(shards)
-        if shard is not None and _suffers(shard, shards[follower]):
-            return f"stage {index} on {plan.stages[index].node} says: {shard.error}"
-        if shard is not None and shard.state is ShardState.WIRED and not _leads_to(shard, shards[follower]):
-            # It sends to a worker that is no more: the node of its follower was restarted.
-            return f"stage {follower} lost its worker"
+        if shard is not None and not leads_to(shard, shards[follower]):
+            return f"stage {index} is being linked to another worker of stage {follower}"
     return ""
 
 
@@ -90,12 +104,15 @@ def missing_orders(state: FleetState, fencing_epoch: int, now_s: float) -> tuple
         sound = not broken(deployment, reports, is_drained=drained(state, name))
         if isinstance(deployment.answer, Plan) and sound:
             orders += _towards(deployment, deployment.answer, reports, fencing_epoch)
-    wanted = {n: d.epochs for n, d in state.deployments.items()}
     for node, report in reports.items():
-        orders += [
-            Addressed(node=node, order=Retire(fencing_epoch=fencing_epoch, shard=s.shard))
-            for s in _stale(report.shards, wanted)
-        ]
+        for shard in report.shards:
+            owner = state.deployments.get(shard.shard.deployment)
+            if not _is_wanted(owner, node, shard):
+                # Of a plan that goes on: somebody else has its place, and its frames must not meet those of that one.
+                superseded = owner is not None and shard.shard.plan_epoch in owner.epochs
+                attempt = shard.attempt if superseded else None
+                retire = Retire(fencing_epoch=fencing_epoch, shard=shard.shard, attempt=attempt)
+                orders.append(Addressed(node=node, order=retire))
     return tuple(orders)
 
 
@@ -148,14 +165,15 @@ def _planned_bytes(deployment: Deployment, node: NodeId) -> int:
     now, then = deployment.answer, deployment.successor
     held = sum(s.memory_bytes for s in now.stages if s.node == node) if isinstance(now, Plan) else 0
     coming = sum(s.memory_bytes for s in then.plan.stages if s.node == node) if then else 0
-    return max(held, coming) if then and then.waits else held + coming
+    ready = sum(s.memory_bytes for s in deployment.standbys if s.node == node)
+    return ready + (max(held, coming) if then and then.waits else held + coming)
 
 
 def _towards(
     deployment: Deployment, plan: Plan, reports: Mapping[NodeId, NodeReport], fencing_epoch: int
 ) -> list[Addressed]:
     count = len(plan.stages)
-    shards = [shard_of(deployment, plan, i, reports) for i in range(count)]
+    shards = shards_of(deployment, plan, reports)
     orders: list[Addressed] = []
     for index, stage in enumerate(plan.stages):
         shard = shards[index]
@@ -163,9 +181,16 @@ def _towards(
         if shard is None or shard.state is ShardState.FETCHED:
             hold = hold_order(deployment, plan, index, reports, fencing_epoch)
             orders.append(Addressed(node=stage.node, order=hold))
-        elif shard.state is ShardState.READY and follower is not None and follower.locators:
+        elif _is_to_be_wired(shard, follower):
+            assert follower is not None
             orders.append(wire_order(plan, index, shard.shard, follower, fencing_epoch))
     return orders
+
+
+def _is_to_be_wired(shard: ShardReport, follower: ShardReport | None) -> bool:
+    if follower is None or not follower.locators or follower.state is ShardState.FAILED:
+        return False
+    return shard.state is ShardState.READY or (shard.state is ShardState.WIRED and not leads_to(shard, follower))
 
 
 def wire_order(plan: Plan, index: int, shard: ShardId, follower: ShardReport, fencing_epoch: int) -> Addressed:
@@ -175,6 +200,7 @@ def wire_order(plan: Plan, index: int, shard: ShardId, follower: ShardReport, fe
         shard=shard,
         next_node=plan.stages[(index + 1) % len(plan.stages)].node,
         next_locators=follower.locators,
+        next_birth=follower.birth,
     )
     return Addressed(node=plan.stages[index].node, order=wire)
 
@@ -197,32 +223,20 @@ def hold_order(
         memory_bytes=stage.memory_bytes,
         sources=sources(spec.manifest, reports, asker=stage.node, source=spec.source),
         beside=tuple(epoch for epoch in deployment.epochs if epoch != deployment.plan_epoch),
+        attempt=deployment.attempt_of(index),
+        recovery=spec.recovery,
     )
 
 
-def shard_of(
-    deployment: Deployment, plan: Plan, index: int, reports: Mapping[NodeId, NodeReport]
-) -> ShardReport | None:
-    """What the node of stage *index* reports of that shard."""
-    report = reports.get(plan.stages[index].node)
-    if report is None:
-        return None
-    wanted = ShardId(deployment=deployment.spec.deployment, plan_epoch=deployment.plan_epoch, stage=index)
-    return next((s for s in report.shards if s.shard == wanted), None)
-
-
-def _leads_to(shard: ShardReport, follower: ShardReport | None) -> bool:
-    """Whether a wired shard sends to the worker that *follower* reports (a node that does not say where is believed)."""
-    return follower is not None and (not shard.wired_to or shard.wired_to == follower.locators)
-
-
-def _suffers(shard: ShardReport, follower: ShardReport | None) -> bool:
-    """Whether a shard sees the pipeline not work; one that dials where nobody listens yet only waits."""
-    if not shard.error_code:
+def _is_wanted(deployment: Deployment | None, node: NodeId, shard: ShardReport) -> bool:
+    """Whether a plan of *deployment* wants this shard there: not one that another attempt has taken the place of."""
+    if deployment is None:
         return False
-    listens = follower is not None and follower.locators == shard.wired_to
-    return shard.state is ShardState.WIRED or (shard.state is ShardState.READY and listens)
-
-
-def _stale(shards: Iterable[ShardReport], wanted: Mapping[DeploymentId, tuple[int, ...]]) -> list[ShardReport]:
-    return [s for s in shards if s.shard.plan_epoch not in wanted.get(s.shard.deployment, ())]
+    epoch, index = shard.shard.plan_epoch, shard.shard.stage
+    if deployment.answer is None:  # the plan before answers until another is made
+        return epoch == deployment.plan_epoch
+    for plan_epoch, plan, attempts in deployment.plans:
+        if plan_epoch == epoch and index < len(plan.stages) and plan.stages[index].node == node:
+            return shard.attempt >= (attempts[index] if attempts else 0)
+    standbys = deployment.standbys if epoch == deployment.plan_epoch else ()
+    return any((s.stage, s.node) == (index, node) and shard.attempt >= s.attempt for s in standbys)

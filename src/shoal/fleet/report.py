@@ -53,6 +53,10 @@ class HopTimes(msgspec.Struct, frozen=True, kw_only=True):
     """Just after it was wired."""
 
 
+NOBODY = -1
+"""In place of a stage: somebody is to blame, but who?"""
+
+
 class ShardReport(msgspec.Struct, frozen=True, kw_only=True):
     """A shard that this node holds.  `locators` are where its data session listens (from `ready` on)."""
 
@@ -61,8 +65,14 @@ class ShardReport(msgspec.Struct, frozen=True, kw_only=True):
     start: int
     stop: int
     locators: tuple[str, ...] = ()
+    attempt: int = 0
+    """Of the order that it was started by; see `Hold.attempt`."""
+    birth: int = 0
+    """Tells its worker from every other that ever held this shard; 0 while there is none."""
     wired_to: tuple[str, ...] = ()
     """Locators that its frames go to, once it is wired; in `ready` with an error, those that it cannot reach."""
+    wired_birth: int = 0
+    """Of the worker that listens there; 0 when nobody said."""
     next_node: NodeId | None = None
     """The node that listens there."""
     rtt_s: float | None = None
@@ -70,6 +80,12 @@ class ShardReport(msgspec.Struct, frozen=True, kw_only=True):
     error_code: str = ""
     error: str = ""
     """Why it has failed; in another state, what it sees go wrong around it: that may pass by itself, or another plan is made."""
+    blames: int | None = None
+    """The stage at which it sees that; None: the next one; `NOBODY` when it cannot tell."""
+    blamed_birth: int = 0
+    """Of the worker there; 0 when it does not know."""
+    doubt: str = ""
+    """What may be about to go wrong: something is silent that should have spoken.  Passes by itself, or becomes an error."""
     memory_bytes: int = 0
     """Planned bytes, promised from the moment the order was taken."""
     fetched_bytes: int = 0
@@ -106,6 +122,8 @@ class NodeFacts(msgspec.Struct, frozen=True, kw_only=True):
     slowdown: float = 1.0
     """Factor by which an emulated device is slower than this machine; 1 on real ones."""
     declared: Declared = Declared()
+    mends: bool = False
+    """Can start a shard of a plan that serves anew (`Hold.attempt`)."""
 
 
 class NodeReport(msgspec.Struct, frozen=True, kw_only=True):

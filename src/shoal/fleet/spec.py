@@ -1,9 +1,22 @@
 """Declared work: what an operator wants to be true."""
 
+from enum import StrEnum
+
 import msgspec
 
 from shoal.ids import DeploymentId, Digest, NodeId
 from shoal.plan.problem import Choose, Cloud, Limits, Objective, Pin, Relays, RequestShape, Residency
+from shoal.runtime.settings import Recovery
+
+
+class Standbys(StrEnum):
+    """What is kept ready for the loss of a node."""
+
+    NONE = "none"
+    TENSORS = "tensors"
+    """The node that would take a stage over has its tensors on disk."""
+    LOADED = "loaded"
+    """It has them loaded, in a worker that waits: memory for two."""
 
 
 class DeploymentSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -24,4 +37,6 @@ class DeploymentSpec(msgspec.Struct, frozen=True, kw_only=True):
     choose: Choose = Choose()
     cloud: Cloud | None = None
     relays: Relays = Relays.IF_NEEDED
+    recovery: Recovery = Recovery.EXACT
+    standbys: Standbys = Standbys.TENSORS
     generation: int = 1

@@ -12,12 +12,18 @@ import msgspec
 
 from shoal.fleet.deployment import (
     Deployment,
+    MendEvent,
+    MendingEnded,
     MoveBegun,
     MoveClosing,
     MoveDropped,
     MoveEnded,
     MoveEvent,
     MoveMade,
+    PlanMended,
+    PlanServed,
+    StandbysChosen,
+    mended,
     moved,
 )
 from shoal.fleet.report import NodeReport, ShardId
@@ -112,7 +118,9 @@ class PlanMade(msgspec.Struct, frozen=True, kw_only=True, tag="plan_made"):
     at_s: float
 
 
-Event = NodeHeard | NodeVanished | NodeForgotten | DeploymentWanted | DeploymentDropped | PlanMade | MoveEvent
+Event = (
+    NodeHeard | NodeVanished | NodeForgotten | DeploymentWanted | DeploymentDropped | PlanMade | MoveEvent | MendEvent
+)
 
 
 def apply(state: FleetState, event: Event) -> FleetState:
@@ -128,11 +136,7 @@ def apply(state: FleetState, event: Event) -> FleetState:
                 return state
             return msgspec.structs.replace(state, members={n: m for n, m in state.members.items() if n != node})
         case DeploymentWanted(spec=spec):
-            old = state.deployments.get(spec.deployment)
-            if old is not None and old.spec.generation >= spec.generation:
-                return state
-            epoch = old.plan_epoch if old is not None else 0
-            return _with_deployment(state, Deployment(spec=spec, plan_epoch=epoch))
+            return _wanted(state, spec)
         case DeploymentDropped(deployment=name, generation=generation):
             old = state.deployments.get(name)
             if old is None or old.spec.generation > generation:
@@ -140,17 +144,13 @@ def apply(state: FleetState, event: Event) -> FleetState:
             rest = {n: d for n, d in state.deployments.items() if n != name}
             return _without_quiet(msgspec.structs.replace(state, deployments=rest), name, *old.epochs)
         case PlanMade():
-            old = state.deployments.get(event.deployment)
-            if old is None or old.plan_epoch >= event.plan_epoch:
-                return state
-            planned = Deployment(
-                spec=old.spec, plan_epoch=event.plan_epoch, answer=event.answer, planned_s=event.at_s, held=old.held
-            )
-            return _with_deployment(state, planned)
+            return _planned(state, event)
         case MoveBegun() | MoveClosing() | MoveMade() | MoveEnded() | MoveDropped():
             old = state.deployments.get(event.deployment)
-            after = moved(old, event) if old is not None else None
-            return _with_deployment(state, after) if after is not None else state
+            return _with_deployment(state, moved(old, event) if old is not None else None)
+        case PlanServed() | PlanMended() | MendingEnded() | StandbysChosen():
+            old = state.deployments.get(event.deployment)
+            return _with_deployment(state, mended(old, event) if old is not None else None)
         case _:
             assert_never(event)
 
@@ -224,6 +224,24 @@ def _vanished(state: FleetState, event: NodeVanished) -> FleetState:
     return msgspec.structs.replace(state, members={**state.members, event.node: gone})
 
 
+def _wanted(state: FleetState, spec: DeploymentSpec) -> FleetState:
+    old = state.deployments.get(spec.deployment)
+    if old is not None and old.spec.generation >= spec.generation:
+        return state
+    epoch = old.plan_epoch if old is not None else 0
+    return _with_deployment(state, Deployment(spec=spec, plan_epoch=epoch))
+
+
+def _planned(state: FleetState, event: PlanMade) -> FleetState:
+    old = state.deployments.get(event.deployment)
+    if old is None or old.plan_epoch >= event.plan_epoch:
+        return state
+    planned = Deployment(
+        spec=old.spec, plan_epoch=event.plan_epoch, answer=event.answer, planned_s=event.at_s, held=old.held
+    )
+    return _with_deployment(state, planned)
+
+
 def _still_vanished(known: Member | None, event: NodeHeard) -> float | None:
     if known is None or known.vanished_s is None or event.report.incarnation != known.report.incarnation:
         return None
@@ -257,8 +275,10 @@ def _without_quiet(state: FleetState, name: DeploymentId, *epochs: int) -> Fleet
     return msgspec.structs.replace(state, quiet_since_s={n: s for n, s in state.quiet_since_s.items() if n not in gone})
 
 
-def _with_deployment(state: FleetState, deployment: Deployment) -> FleetState:
-    """What was said of its plans before says nothing of what they are now."""
+def _with_deployment(state: FleetState, deployment: Deployment | None) -> FleetState:
+    """What was said of its plans before says nothing of what they are now.  None: nothing has changed."""
+    if deployment is None:
+        return state
     name, old = deployment.spec.deployment, state.deployments.get(deployment.spec.deployment)
     changed = msgspec.structs.replace(state, deployments={**state.deployments, name: deployment})
     return _without_quiet(changed, name, *deployment.epochs, *(old.epochs if old is not None else ()))

@@ -4,7 +4,9 @@ from collections.abc import Mapping, Sequence
 from typing import assert_never
 
 from shoal.fleet.deployment import Deployment
-from shoal.fleet.reconcile import Phase, broken, heard, phase
+from shoal.fleet.losses import shard_of, shards_of
+from shoal.fleet.reconcile import Phase, broken, heard, phase, unlinked
+from shoal.fleet.report import NodeReport, ShardState
 from shoal.fleet.state import FleetState, Member, drained
 from shoal.fleet.view import DeploymentStatus
 from shoal.ids import DeploymentId, NodeId
@@ -30,7 +32,15 @@ def statuses(state: FleetState, now_s: float) -> list[DeploymentStatus]:
         source = reports.get(deployment.spec.source)
         gateway = source.facts.gateway if source is not None else ""
         reason = named(_reason(state, deployment, now_s), state.members)
-        told.append(DeploymentStatus(deployment=deployment, phase=found[name], reason=reason, gateway=gateway))
+        told.append(
+            DeploymentStatus(
+                deployment=deployment,
+                phase=found[name],
+                reason=reason,
+                gateway=gateway,
+                first_birth=_first_birth(deployment, reports),
+            )
+        )
     return told
 
 
@@ -56,12 +66,27 @@ def places(stages: Sequence[Stage]) -> str:
     return ", ".join(f"{'relay' if s.is_relay else f'[{s.start}, {s.stop})'} on {s.node}" for s in stages)
 
 
+def _first_birth(deployment: Deployment, reports: Mapping[NodeId, NodeReport]) -> int:
+    """Which worker has the first stage; 0 while none does."""
+    plan = deployment.answer
+    first = shard_of(deployment, plan, 0, reports) if isinstance(plan, Plan) else None
+    return first.birth if first is not None and first.state is not ShardState.FAILED else 0
+
+
+def _under_way(deployment: Deployment, reports: Mapping[NodeId, NodeReport]) -> str:
+    """What is being done about a plan that was given out, and is not broken."""
+    plan, heir = deployment.answer, deployment.successor
+    if isinstance(plan, Plan) and deployment.served and phase(deployment, reports) is Phase.MENDING:
+        missing = unlinked(plan, shards_of(deployment, plan, reports))
+        return f"{missing}; {deployment.mended}" if deployment.mended else missing
+    return f"moving: {heir.why}" if heir is not None else ""
+
+
 def _reason(state: FleetState, deployment: Deployment, now_s: float) -> str:
     match deployment.answer:
         case Infeasible() as infeasible:
             return f"{infeasible.reason}; {infeasible.hint}" if infeasible.hint else infeasible.reason
         case Plan() | None:
-            heir = deployment.successor
-            return why_broken(state, deployment, now_s) or (f"moving: {heir.why}" if heir is not None else "")
+            return why_broken(state, deployment, now_s) or _under_way(deployment, heard(state, now_s))
         case _:
             assert_never(deployment.answer)

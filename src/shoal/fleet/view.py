@@ -33,6 +33,8 @@ class DeploymentStatus(msgspec.Struct, frozen=True, kw_only=True):
     reason: str = ""
     gateway: str = ""
     """Where it is asked; empty while its source node is not heard."""
+    first_birth: int = 0
+    """Which worker has the first stage (`ShardReport.birth`): what another one was asked, this one knows nothing of."""
 
 
 class CoordinatorView(msgspec.Struct, frozen=True, kw_only=True):

@@ -301,7 +301,7 @@ def new_id() -> str:
     return secrets.token_hex(8)
 
 
-async def launch_hold(parts: _Parts, crews: Crews, hold: Hold) -> WorkerHandle:
+async def launch_hold(parts: _Parts, crews: Crews, hold: Hold, birth: int) -> WorkerHandle:
     """Start the worker of a shard, or a relay, where it listened before if it was here before."""
     options = parts.options
     host = options.listen.removeprefix("tcp/").rpartition(":")[0]
@@ -321,6 +321,9 @@ async def launch_hold(parts: _Parts, crews: Crews, hold: Hold) -> WorkerHandle:
         context_tokens=hold.context_tokens,
         in_flight=hold.in_flight,
         threads=engine_threads(options, device_facts("").cores),
+        attempt=hold.attempt,
+        birth=birth,
+        recovery=hold.recovery,
         slowdown=options.slowdown,
         links=options.links,
     )

@@ -41,6 +41,7 @@ from shoal.fleet.view import LEASE_S, CoordinatorView, Lease
 from shoal.ids import DeploymentId, Digest, NodeId
 from shoal.node.attendance import Attendance
 from shoal.node.journal import Journal
+from shoal.node.mending import Mending
 from shoal.node.moving import Moving, Note
 from shoal.node.ordering import Ordering
 from shoal.node.patience import Patience
@@ -88,6 +89,7 @@ class Coordinator:
     _tenure: Tenure = field(init=False)
     _attendance: Attendance = field(init=False)
     _placing: Placing = field(init=False)
+    _mending: Mending = field(init=False)
     moving: Moving = field(init=False)
     """What pays and is under way."""
     _patience: Patience = field(default_factory=Patience)
@@ -103,6 +105,7 @@ class Coordinator:
         self._tenure = Tenure(me=self.me, journal=self.journal, eager=self.eager)
         self._attendance = Attendance(self.note, self._patience.forget_all, self._apply)
         self._placing = Placing(self.planner, self.clock, lambda: self.state)
+        self._mending = Mending(lambda: self.state, self._apply, self._keep)
         self.moving = Moving(
             Weighing(self._placing, self.clock, lambda: self.state, self.move_rules),
             self.clock,
@@ -205,6 +208,7 @@ class Coordinator:
                 if self.lease is not None:
                     self._attendance.watch(self.state, now_s)
                     if not self._gathering():
+                        self._mending.tick(now_s, group)
                         self.moving.tick(now_s, group)
                     for deployment in self._to_plan(now_s):
                         self._patience.began(deployment.spec.deployment)
@@ -281,7 +285,7 @@ class Coordinator:
                     self._patience.serves(name, now_s)
                 case Phase.DRAINING:
                     self._patience.drains(name)
-                case Phase.LOADING | Phase.MOVING:
+                case Phase.LOADING | Phase.MOVING | Phase.MENDING:
                     pass
         return found
 

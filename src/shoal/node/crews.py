@@ -89,6 +89,6 @@ class Relay:
         """See `WorkerHandle.wait`."""
         return await self.crew.process.wait()
 
-    async def stop(self) -> None:
+    async def stop(self, *, at_once: bool = False) -> None:  # noqa: ARG002 other relays of the process may go on
         """See `WorkerHandle.stop`."""
         await self.crews.leave(self.crew, self.shard)

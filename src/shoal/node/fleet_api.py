@@ -66,6 +66,7 @@ STATES = {
     Phase.SERVING: DeploymentState.READY,
     Phase.DRAINING: DeploymentState.DEGRADED,
     Phase.MOVING: DeploymentState.DEGRADED,
+    Phase.MENDING: DeploymentState.DEGRADED,
     Phase.RECOVERING: DeploymentState.DEGRADED,
     Phase.REFUSED: DeploymentState.FAILED,
 }

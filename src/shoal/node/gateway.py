@@ -77,6 +77,8 @@ class Models:
             status = view.find(name)
             if status is not None and status.phase in _ANSWERING and _epoch(status) == _epoch(opened.status):
                 self._open[name] = replace(opened, status=status)
+                if opened.status.first_birth not in {0, status.first_birth}:
+                    opened.pipeline.break_off("the worker of its first stage is lost")
             else:
                 del self._open[name]
                 self._leave(name, opened)
@@ -92,7 +94,7 @@ class Models:
     def any_served(self) -> bool:
         """Whether any model of the fleet answers now, by the newest view.  For any thread."""
         statuses = self.view.deployments if self.view is not None else ()
-        return any(status.phase in _ANSWERING for status in statuses)
+        return any(status.phase in _ANSWERING - {Phase.MENDING} for status in statuses)
 
     async def run(self) -> None:
         """Open pipelines that begin to serve, until cancelled; their text is prepared while their engines load."""
@@ -173,7 +175,9 @@ class Models:
         status = self.view.find(name) if self.view is not None else None
         if status is None or name not in self._last or name in self._closed:
             return False
-        return status.phase is Phase.MOVING or (status.phase is Phase.SERVING and name not in self._open)
+        return status.phase in {Phase.MOVING, Phase.MENDING} or (
+            status.phase is Phase.SERVING and name not in self._open
+        )
 
     def _leave(self, name: DeploymentId, opened: Opened) -> None:
         """Keep for its running requests the pipeline that the deployment has moved from; whatever was left before is no more."""
@@ -294,7 +298,7 @@ class Models:
             self._turn()
 
 
-_ANSWERING = {Phase.SERVING, Phase.DRAINING, Phase.MOVING}
+_ANSWERING = {Phase.SERVING, Phase.DRAINING, Phase.MOVING, Phase.MENDING}
 
 
 def _epoch(status: DeploymentStatus) -> tuple[int, int]:

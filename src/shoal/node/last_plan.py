@@ -70,7 +70,10 @@ def alone(view: CoordinatorView, report: NodeReport, others: Mapping[NodeId, Nod
 
 def _alone(status: DeploymentStatus, heard: Mapping[NodeId, NodeReport]) -> DeploymentStatus:
     # Half of a move is none: nobody is there to end it.
-    deployment = msgspec.structs.replace(status.deployment, successor=None, former=None, held=False)
+    # And nobody gives a lost stage to somebody else.
+    deployment = msgspec.structs.replace(
+        status.deployment, successor=None, former=None, held=False, beyond_mending="no coordinator is heard"
+    )
     plan, status = deployment.answer, msgspec.structs.replace(status, deployment=deployment)
     if isinstance(plan, Plan) and plan.stages[0].node in heard:
         reports = {
@@ -98,6 +101,7 @@ def _believed(deployment: Deployment, plan: Plan, node: NodeId, heard: Mapping[N
                     state=ShardState.WIRED,
                     start=stage.start,
                     stop=stage.stop,
+                    attempt=deployment.attempt_of(index),
                     locators=known[0] if known else (),
                 )
             )

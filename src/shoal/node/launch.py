@@ -47,8 +47,10 @@ class WorkerProcess:
             return f"worker {self.pid} was ended by {signal.Signals(-code).name}"
         return f"worker {self.pid} ended with exit code {code}"
 
-    async def stop(self) -> None:
-        """Close its input; kill it when it does not end by itself."""
+    async def stop(self, *, at_once: bool = False) -> None:
+        """Close its input; kill it when it does not end by itself, or *at_once*."""
+        if at_once and self._process.returncode is None:
+            self._process.kill()
         if self._process.stdin is not None:
             await self._process.stdin.aclose()
         with anyio.move_on_after(_STOP_S):

@@ -74,6 +74,8 @@ def relay_settings(spec: WorkerSpec) -> StageSettings:
         stages=spec.stages,
         slots=spec.slots,
         context_tokens=spec.context_tokens,
+        birth=spec.birth,
+        recovery=spec.recovery,
     )
 
 

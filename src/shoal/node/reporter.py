@@ -34,6 +34,7 @@ class Reporter:
     state: ShardState = ShardState.LOADING
     locators: tuple[str, ...] = ()
     wired_to: tuple[str, ...] = ()
+    wired_birth: int = 0
     error: ShoalError | None = None
     next_node: NodeId | None = None
     rtt_s: float | None = None
@@ -59,7 +60,7 @@ class Reporter:
         wiring, alone = outcome.wiring, self.spec.stages == 1
         with self._lock:  # another thread may be reporting: half of a wiring is none
             self.next_node, self.rtt_s = wiring.next_node, outcome.rtt_s
-            self.wired_to = () if alone else wiring.next_locators
+            self.wired_to, self.wired_birth = () if alone else wiring.next_locators, outcome.birth
             self.state, self.error = ShardState.READY if outcome.error else ShardState.WIRED, outcome.error
             self._send()
 
@@ -98,7 +99,10 @@ class Reporter:
             start=self.spec.start,
             stop=self.spec.stop,
             locators=self.locators,
+            attempt=self.spec.attempt,
+            birth=self.spec.birth,
             wired_to=self.wired_to,
+            wired_birth=self.wired_birth,
             next_node=self.next_node,
             rtt_s=self.rtt_s,
             error_code=error.code if error else "",

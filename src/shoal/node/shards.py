@@ -1,6 +1,7 @@
 """The shards that this node holds: takes orders, keeps one worker process per shard, reports how far each has come."""
 
 import contextlib
+import secrets
 import threading
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
@@ -29,15 +30,16 @@ class WorkerHandle(Protocol):
         """Return when it has ended, with the reason in words."""
         ...
 
-    async def stop(self) -> None:
-        """End it and wait until its memory is back; harmless when repeated."""
+    async def stop(self, *, at_once: bool = False) -> None:
+        """End it and wait until its memory is back, without a farewell if *at_once*; harmless when repeated."""
         ...
 
 
 Fetch = Callable[[Hold, Callable[[int], None]], Awaitable[None]]
 """Get the chunks of a shard onto this node's disk; the callback takes bytes as they arrive."""
 
-Launch = Callable[[Hold], Awaitable[WorkerHandle]]
+Launch = Callable[[Hold, int], Awaitable[WorkerHandle]]
+"""Start the worker of a shard; the number is its birth (`ShardReport.birth`)."""
 
 
 LOOK_EVERY_S = 0.5
@@ -46,6 +48,11 @@ _SILENT_LOOKS = 10
 seconds, for a node that was itself frozen must not hold that against its workers."""
 _LOADING_LOOKS = 240
 """The same while it loads: some engines keep the interpreter to themselves meanwhile, and small machines are slow to start."""
+
+
+def draw_birth() -> int:
+    """A number that no other worker has."""
+    return secrets.randbits(32) | 1
 
 
 class _Fence(msgspec.Struct, frozen=True, kw_only=True):
@@ -57,6 +64,10 @@ class _Kept:
     hold: Hold
     report: ShardReport
     scope: anyio.CancelScope
+    before: "_Kept | None" = None
+    """The same shard in an earlier attempt, which this one takes the place of."""
+    at_once: bool = False
+    """Its worker is not to be trusted with a farewell."""
     wiring: Wiring | None = None
     silent_looks: int = 0
     port: int = 0
@@ -81,6 +92,7 @@ class ShardKeeper:
         log: FilteringBoundLogger,
         *,
         look_every_s: float = LOOK_EVERY_S,
+        new_birth: Callable[[], int] = draw_birth,
     ) -> None:
         self.undone = 0
         """Orders that were taken and could not be followed."""
@@ -91,6 +103,7 @@ class ShardKeeper:
         self._tell = tell
         self._changed = changed
         self._look_every_s = look_every_s
+        self._new_birth = new_birth
         self._kept: dict[ShardId, _Kept] = {}
         self._orders: Mailbox[Order] = Mailbox()
         self._fence_lock = threading.Lock()
@@ -128,13 +141,17 @@ class ShardKeeper:
         The worker knows everything about its shard but what this node promised and fetched for it.
         """
         kept = self._kept.get(said.shard)
-        if kept is None or kept.report.state is ShardState.FAILED:
+        if kept is None or kept.report.state is ShardState.FAILED or said.birth not in {0, kept.report.birth}:
             return
         ours, kept.silent_looks = kept.report, 0
-        self._become(
-            kept,
-            msgspec.structs.replace(said, memory_bytes=ours.memory_bytes, fetched_bytes=ours.fetched_bytes),
+        told = msgspec.structs.replace(
+            said,
+            attempt=ours.attempt,
+            birth=ours.birth,
+            memory_bytes=ours.memory_bytes,
+            fetched_bytes=ours.fetched_bytes,
         )
+        self._become(kept, told)
         if said.state is ShardState.READY and kept.wiring is not None:
             self._tell(kept.wiring)
 
@@ -164,24 +181,34 @@ class ShardKeeper:
     async def _follow(self, order: Order, group: anyio.abc.TaskGroup) -> None:
         match order:
             case Hold():
-                kept = self._kept.get(order.shard)
-                if kept is None or (order.load and not kept.hold.load):
-                    for elder in self._elders(order) if order.load else ():
-                        await self._give_up(elder)
-                    await anyio.to_thread.run_sync(lambda: self._journal.put("hold", str(order.shard), order))
-                    self._start(order, group) if kept is None else self._load(kept, order)
+                await self._hold(order, group)
             case Wire():
                 await anyio.to_thread.run_sync(lambda: self._journal.put("wire", str(order.shard), order))
                 self._wire(order)
-            case Retire(shard=shard):
-                await self._give_up(shard)
+            case Retire(shard=shard, attempt=attempt):
+                kept = self._kept.get(shard)
+                if kept is None or attempt is None or kept.hold.attempt <= attempt:
+                    await self._give_up(shard, at_once=attempt is not None)
             case _:
                 assert_never(order)
 
-    async def _give_up(self, shard: ShardId) -> None:
+    async def _hold(self, order: Hold, group: anyio.abc.TaskGroup) -> None:
+        kept = self._kept.get(order.shard)
+        again = kept is not None and order.attempt > kept.hold.attempt
+        if kept is not None and not again and (kept.hold.load or not order.load):
+            return
+        for elder in self._elders(order) if order.load else ():
+            await self._give_up(elder)
+        if kept is not None and again:
+            await self._give_up(order.shard, at_once=True)  # with its wiring: the one that comes is wired anew
+        await anyio.to_thread.run_sync(lambda: self._journal.put("hold", str(order.shard), order))
+        self._start(order, group, kept) if kept is None or again else self._load(kept, order)
+
+    async def _give_up(self, shard: ShardId, *, at_once: bool = False) -> None:
         # Its memory first, which others wait for.  A record that stays takes the shard up again at the next start, and the
         # coordinator, which sees it then, has it given up again.
         if shard in self._kept:
+            self._kept[shard].at_once = at_once
             self._kept[shard].scope.cancel()
         for kind in ("hold", "wire"):
             await anyio.to_thread.run_sync(self._journal.remove, kind, str(shard))
@@ -195,25 +222,33 @@ class ShardKeeper:
     def _load(self, kept: _Kept, hold: Hold) -> None:
         """What was only fetched may be loaded now."""
         kept.hold = hold
+        self._note(kept, memory_bytes=hold.memory_bytes)
         kept.may_load.set()
 
     def _wire(self, order: Wire) -> None:
         kept = self._kept.get(order.shard)
         if kept is None:
             return
-        kept.wiring = Wiring(shard=order.shard, next_node=order.next_node, next_locators=order.next_locators)
-        if kept.report.state is ShardState.READY:
+        kept.wiring = Wiring(
+            shard=order.shard,
+            next_node=order.next_node,
+            next_locators=order.next_locators,
+            next_birth=order.next_birth,
+            birth=kept.report.birth,
+        )
+        if kept.report.state in {ShardState.READY, ShardState.WIRED}:
             self._tell(kept.wiring)
 
-    def _start(self, hold: Hold, group: anyio.abc.TaskGroup) -> None:
+    def _start(self, hold: Hold, group: anyio.abc.TaskGroup, before: _Kept | None = None) -> None:
         report = ShardReport(
             shard=hold.shard,
             state=ShardState.FETCHING,
             start=hold.start,
             stop=hold.stop,
+            attempt=hold.attempt,
             memory_bytes=hold.memory_bytes,
         )
-        kept = _Kept(hold=hold, report=report, scope=anyio.CancelScope())
+        kept = _Kept(hold=hold, report=report, scope=anyio.CancelScope(), before=before)
         self._kept[hold.shard] = kept
         self._changed()
         group.start_soon(self._keep, kept)
@@ -227,15 +262,18 @@ class ShardKeeper:
                     await kept.may_load.wait()
                 for elder in [self._kept[shard] for shard in self._elders(kept.hold)]:
                     await elder.ended.wait()
-                self._note(kept, state=ShardState.LOADING)
-                worker = await self._launch(kept.hold)
+                if kept.before is not None:
+                    await kept.before.ended.wait()
+                    kept.before = None
+                self._note(kept, state=ShardState.LOADING, birth=self._new_birth())
+                worker = await self._launch(kept.hold, kept.report.birth)
                 try:
                     ended = await self._outlive(kept, worker)
                     if kept.report.state is not ShardState.FAILED:
                         self._note(kept, state=ShardState.FAILED, error_code="shard_lost", error=ended)
                 finally:
                     with anyio.CancelScope(shield=True):
-                        await worker.stop()
+                        await worker.stop(at_once=kept.at_once)
             except ShoalError as error:
                 self._note(kept, state=ShardState.FAILED, error_code=error.code, error=error.message)
             except Exception as error:  # noqa: BLE001 whatever ails one shard, the node and its other shards go on
@@ -243,7 +281,8 @@ class ShardKeeper:
                 self._note(kept, state=ShardState.FAILED, error_code="unavailable", error=said)
             # A failed shard stays in the reports until it is retired: that is how the coordinator learns of it.
             await anyio.sleep_forever()
-        del self._kept[kept.hold.shard]
+        if self._kept.get(kept.hold.shard) is kept:
+            del self._kept[kept.hold.shard]
         kept.ended.set()
         self._changed()
         await anyio.to_thread.run_sync(give_back_memory)
@@ -264,7 +303,7 @@ class ShardKeeper:
                 kept.silent_looks += 1
                 loading = kept.report.state is ShardState.LOADING
                 if kept.silent_looks > (_LOADING_LOOKS if loading else _SILENT_LOOKS):
-                    silent_s = kept.silent_looks * self._look_every_s
+                    silent_s, kept.at_once = kept.silent_looks * self._look_every_s, True
                     said.append(f"its worker has said nothing for {silent_s:g} s and was ended")
                     group.cancel_scope.cancel()
         return said[0]

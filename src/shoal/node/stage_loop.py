@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
-from typing import assert_never
+from typing import NamedTuple, assert_never
 
 import msgspec
 from structlog.typing import FilteringBoundLogger
@@ -66,11 +66,22 @@ _PULSE_S = 1.0
 
 
 class Wired:
-    """Told to the loop when its way out is there; *switched* is called when it goes that way and no other."""
+    """Told to the loop when its way out is there; *switched* is called when it goes that way and no other.
 
-    def __init__(self, outbound: Bus, switched: Callable[[], None] = lambda: None) -> None:
+    *birth* tells which worker is at its end: another one than before knows nothing of what the one before it was sent.
+    """
+
+    def __init__(self, outbound: Bus, switched: Callable[[], None] = lambda: None, *, birth: int = 0) -> None:
         self.outbound = outbound
         self.switched = switched
+        self.birth = birth
+
+
+class Greeting(NamedTuple):
+    """The next stage's answer to hello *number*, by the worker of that *birth*."""
+
+    number: int
+    birth: int
 
 
 class Stopped:
@@ -95,7 +106,7 @@ class StageLoop:
     """Called about four times a second and whenever nothing waits to be done: a place to send reports from."""
     log: FilteringBoundLogger
     inbox: SimpleQueue[Item] = field(default_factory=SimpleQueue)
-    greeted: SimpleQueue[int] = field(default_factory=SimpleQueue)
+    greeted: SimpleQueue[Greeting] = field(default_factory=SimpleQueue)
     steps: int = 0
     busy_s: float = 0.0
     live: LiveTimes = field(default_factory=LiveTimes)
@@ -150,7 +161,7 @@ class StageLoop:
         *load* goes with it and is ignored there: a hello as heavy as a frame.
         """
         self._hellos += 1
-        hello = frames.HelloFrame(plan_epoch=self.shard.plan_epoch, number=self._hellos)
+        hello = frames.HelloFrame(plan_epoch=self.shard.plan_epoch, number=self._hellos, birth=self.settings.birth)
         way.put(
             self._keys.forward, pack(frames.encode(hello), {} if load is None else {"load": load}), lane=Lane.DECODE
         )
@@ -312,10 +323,10 @@ class StageLoop:
         match heard:
             case None:
                 return  # pieces of it are still on their way
-            case frames.HelloFrame(number=number, back=True):
-                self._greeted(sample, number)
+            case frames.HelloFrame(number=number, back=True, birth=birth):
+                self._greeted(sample, number, birth)
             case frames.HelloFrame():
-                answer = msgspec.structs.replace(heard, back=True)
+                answer = msgspec.structs.replace(heard, back=True, birth=self.settings.birth)
                 self.inbound.put(self._keys.credits_out, pack(frames.encode(answer), {}))
             case CreditArrived():
                 self._heard_s = self.clock.now_s()
@@ -325,13 +336,13 @@ class StageLoop:
             case _:
                 assert_never(heard)
 
-    def _greeted(self, sample: Sample, number: int) -> None:
+    def _greeted(self, sample: Sample, number: int, birth: int) -> None:
         """Each hello is answered once, whoever repeats it: nobody empties the queue of a stage that is wired."""
         if not 0 < number <= self._hellos:
             self._drop(sample, MalformedFrameError(f"an answer to hello {number}, and {self._hellos} were said"))
         elif number > self._last_greeted:  # over an old and a new way to the same stage, it comes twice
             self._last_greeted = number
-            self.greeted.put(number)
+            self.greeted.put(Greeting(number, birth))
 
     def _from_gateway(self, sample: Sample) -> None:
         try:

@@ -40,6 +40,8 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
 
     wiring: Wiring
     rtt_s: float | None = None
+    birth: int = 0
+    """Of the worker that answered; 0 when it did not say."""
     error: ShoalError | None = None
 
 
@@ -85,9 +87,12 @@ class Wirer:
     def on_wire(self, sample: Sample) -> None:
         """Follow a wiring unless it is followed already."""
         try:
-            self._inbox.put(msgspec.msgpack.decode(sample.payload, type=Wiring))
+            wiring = msgspec.msgpack.decode(sample.payload, type=Wiring)
         except msgspec.MsgspecError as error:
             self.log.warning("wiring.dropped", shard=str(self.spec.shard), error=str(error))
+            return
+        if wiring.birth in {0, self.spec.birth}:  # else for a worker of this shard before us
+            self._inbox.put(wiring)
 
     def close(self) -> None:
         """Close the way out; harmless when there is none."""
@@ -126,11 +131,20 @@ class Wirer:
         sent_s = time.monotonic()
         try:
             number = self.loop.greet(self._way, load=np.zeros(PING_BYTES, np.uint8))
-            while self.loop.greeted.get(timeout=RETRY_S) < number:
+            while (answer := self.loop.greeted.get(timeout=RETRY_S)).number < number:
                 pass  # the answer to an earlier one that was given up
         except (Empty, ShoalError):
             return
         self.loop.live.pinged(time.monotonic() - sent_s)
+        self._met(answer.birth)
+
+    def _met(self, birth: int) -> None:
+        """Another worker may listen where the one that was greeted did: its node was started again, and the link with it."""
+        assert self._made is not None
+        if birth != self._made.birth and self._way is not None:
+            self._made = msgspec.structs.replace(self._made, birth=birth)
+            self.loop.inbox.put(Wired(self._way, birth=birth))
+            self.told(self._made)
 
     def _want(self, wiring: Wiring) -> None:
         if wiring == self._wanted:
@@ -148,39 +162,40 @@ class Wirer:
         if wiring is None or self._is_made() or time.monotonic() < self._retry_at_s:
             return
         try:
-            rtt_s = self._make(wiring) if self.spec.stages > 1 else None
+            alone = Outcome(wiring=wiring, birth=self.spec.birth)
+            made = self._make(wiring) if self.spec.stages > 1 else alone
         except Exception as error:  # noqa: BLE001 whatever it is, it is tried again and said
             self._failed(wiring, error)
             return
-        self._made, self._failing_since_s, self._complaint = Outcome(wiring=wiring, rtt_s=rtt_s), None, ""
+        self._made, self._failing_since_s, self._complaint = made, None, ""
         self.told(self._made)
 
-    def _make(self, wiring: Wiring) -> float:
+    def _make(self, wiring: Wiring) -> Outcome:
         way = self.dial(wiring.next_locators)
         try:
             way = self.shape(way, wiring)
             self.loop.hear_next(way)
-            rtt_s = self._greet(way)
+            rtt_s, birth = self._greet(way)
         except BaseException:
             way.close()
             raise
         old, self._way = self._way, way
         self.loop.live.wired()
-        self.loop.inbox.put(Wired(way, switched=lambda: self._inbox.put(_Replaced(old)) if old else None))
-        return rtt_s
+        self.loop.inbox.put(Wired(way, switched=lambda: self._inbox.put(_Replaced(old)) if old else None, birth=birth))
+        return Outcome(wiring=wiring, rtt_s=rtt_s, birth=birth)
 
-    def _greet(self, way: Bus) -> float:
-        """Say hello over a new way until it is answered; the round trip of the hello that was."""
+    def _greet(self, way: Bus) -> tuple[float, int]:
+        """Say hello over a new way until it is answered; the round trip of the hello that was, and who answered."""
         sent_s: dict[int, float] = {}
         until_s = time.monotonic() + HELLO_TIMEOUT_S
         while (now_s := time.monotonic()) < until_s:
             sent_s[self.loop.greet(way)] = now_s
             try:
-                number = self.loop.greeted.get(timeout=RETRY_S)
+                number, birth = self.loop.greeted.get(timeout=RETRY_S)
             except Empty:
                 continue
             if number in sent_s:
-                return time.monotonic() - sent_s[number]
+                return time.monotonic() - sent_s[number], birth
         raise NodeUnreachableError(f"no answer to a hello within {HELLO_TIMEOUT_S:g} s")
 
     def _failed(self, wiring: Wiring, error: Exception) -> None:

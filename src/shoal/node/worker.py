@@ -48,6 +48,8 @@ def stage_settings(spec: WorkerSpec, artifact: Artifact, takes: tuple[TensorForm
         eos_token_ids=model.eos_token_ids,
         takes=takes,
         run=secrets.randbits(32),
+        birth=spec.birth,
+        recovery=spec.recovery,
         scheduler=SchedulerSettings(in_flight=spec.in_flight),
     )
 

@@ -4,6 +4,7 @@ import msgspec
 
 from shoal.fleet.report import ShardId
 from shoal.ids import Digest, NodeId
+from shoal.runtime.settings import Recovery
 
 
 class LinkShape(msgspec.Struct, frozen=True, kw_only=True):
@@ -31,6 +32,9 @@ class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
     context_tokens: int
     in_flight: int
     threads: int
+    attempt: int = 0
+    birth: int = 0
+    recovery: Recovery = Recovery.EXACT
     slowdown: float = 1.0
     links: tuple[LinkShape, ...] = ()
 
@@ -41,3 +45,7 @@ class Wiring(msgspec.Struct, frozen=True, kw_only=True):
     shard: ShardId
     next_node: NodeId
     next_locators: tuple[str, ...]
+    next_birth: int = 0
+    """Of the worker that listens there."""
+    birth: int = 0
+    """Of the worker that is told; 0: whoever hears it."""

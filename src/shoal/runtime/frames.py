@@ -115,6 +115,8 @@ class HelloFrame(msgspec.Struct, frozen=True, kw_only=True, tag="hello"):
     plan_epoch: int
     number: int
     back: bool = False
+    birth: int = 0
+    """Of the worker that says it (`StageSettings.birth`)."""
 
 
 StageFrame = BatchFrame | TokensFrame | CreditFrame | SentFrame | HelloFrame

@@ -1,8 +1,19 @@
 """What a stage machine must know about itself and its model."""
 
+from enum import StrEnum
+
 import msgspec
 
 from shoal.runtime.scheduler import SchedulerSettings
+
+
+class Recovery(StrEnum):
+    """How a worker that takes the place of a lost one is brought to where that one was."""
+
+    EXACT = "exact"
+    """By the same steps again: equal engines give equal bits."""
+    FAST = "fast"
+    """By as few steps as possible: the last bits may differ."""
 
 
 class TensorForm(msgspec.Struct, frozen=True, kw_only=True):
@@ -21,6 +32,7 @@ class StageSettings(msgspec.Struct, frozen=True, kw_only=True):
     `run` tells this start of a first stage from others, for the stages that outlive it.
     `takes` says what must come with a frame (empty: whatever comes).
     Every `heartbeat_s` each request gets a sign of life (an empty delta), so that gateways can tell slow from gone.
+    `birth` tells this worker from every other that holds, or held, the same stage.
     `credits` frames at most are on their way to the next stage.  A frame that has been out for `remind_s` is followed by a
     word on what was sent, and one without an answer for `probe_s` by a probe: both find out what was lost, and neither takes a
     slow stage for a broken one.  A next stage that owes something and shows no sign of life for `overdue_s` is in trouble.
@@ -35,6 +47,8 @@ class StageSettings(msgspec.Struct, frozen=True, kw_only=True):
     vocabulary: int = 0
     eos_token_ids: tuple[int, ...] = ()
     run: int = 0
+    birth: int = 0
+    recovery: Recovery = Recovery.EXACT
     sends: tuple[str, ...] = ()
     takes: tuple[TensorForm, ...] = ()
     credits: int = 4

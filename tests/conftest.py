@@ -1,11 +1,15 @@
 """What every room's tests share: one Hypothesis profile, and real models out of pinned packages, filled by `make models`."""
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
+
+from shoal.model.gguf_tokenizer import tokenizer_files
+from shoal.model.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -19,6 +23,25 @@ settings.load_profile("shoal")
 def golden() -> Path:
     """Folder of the recorded references: `<case>/reference.npz` (see tools/golden/make.py)."""
     return ROOT / "tests" / "golden"
+
+
+@pytest.fixture(scope="session")
+def small_tokenizer(golden: Path) -> Callable[[str], Tokenizer]:
+    """A tokenizer of a few hundred tokens, 0 its begin and 1 its end: "byte_level", or SentencePiece as "prefix" or "bare"."""
+
+    def make(kind: str) -> Tokenizer:
+        if kind == "byte_level":
+            recorded = json.loads((golden / "text" / "byte_level.json").read_text(encoding="utf-8"))
+            model = {"model": "gpt2", "pre": "gpt-2", "merges": recorded["merges"]}
+            tokens, types = ["<s>", "</s>", *recorded["tokens"]], [3, 3] + [1] * len(recorded["tokens"])
+        else:
+            recorded = json.loads((golden / "text" / "sentence_piece.json").read_text(encoding="utf-8"))[kind]
+            model = {"model": "llama", "scores": recorded["scores"], "add_space_prefix": kind == "prefix"}
+            tokens, types = recorded["tokens"], recorded["types"]
+        facts = {**model, "tokens": tokens, "token_type": types, "bos_token_id": 0, "eos_token_id": 1}
+        return Tokenizer.from_files(tokenizer_files({f"tokenizer.ggml.{name}": value for name, value in facts.items()}))
+
+    return make
 
 
 @pytest.fixture(scope="session")

@@ -247,3 +247,22 @@ def test_parameters_that_make_no_sense_are_refused_by_name(field: str, value: ob
         check_sampling(SamplingParams(**{field: value}), vocabulary=50)
 
     assert caught.value.param == field
+
+
+@given(floats(60), st.sets(st.integers(0, 59), min_size=1), st.integers(0, 2**40))
+def test_the_draw_among_some_tokens_is_that_of_a_vocabulary_without_the_others(
+    logits: np.ndarray, some: set[int], seed: int
+) -> None:
+    allowed = np.isin(np.arange(60), list(some))
+    barred = {token: -MAX_BIAS for token in range(60) if not allowed[token]}
+    filtered = SamplingParams(temperature=0.8, top_k=3, top_p=0.7, min_p=0.05, repetition_penalty=1.3, logprobs=2)
+    for params in [SamplingParams(), SamplingParams(temperature=1.5, seed=seed), filtered]:
+        drawn = sample(logits, params, prompt=(1, 2), position=seed % 999, allowed=allowed)
+        assert drawn.token in some
+        biased = msgspec.structs.replace(params, logit_bias=barred)
+        assert drawn == sample(logits, biased, prompt=(1, 2), position=seed % 999)
+
+
+def test_a_grammar_that_leaves_no_token_is_an_error() -> None:
+    with pytest.raises(ShoalError, match="allows no token at position 4"):
+        sample(LOGITS, SamplingParams(), position=4, allowed=np.zeros(LOGITS.size, np.bool_))

@@ -52,6 +52,7 @@ from shoal.runtime.effects import (
     TokensArrived,
 )
 from shoal.runtime.first import FirstStage
+from shoal.runtime.grammar import Grammars
 from shoal.runtime.ports import Session
 from shoal.runtime.request import Array, OutputDelta
 from shoal.runtime.settings import StageSettings
@@ -105,6 +106,7 @@ class StageLoop:
     told: Callable[[], None]
     """Called about four times a second and whenever nothing waits to be done: a place to send reports from."""
     log: FilteringBoundLogger
+    grammars: Grammars | None = None
     inbox: SimpleQueue[Item] = field(default_factory=SimpleQueue)
     greeted: SimpleQueue[Greeting] = field(default_factory=SimpleQueue)
     steps: int = 0
@@ -169,7 +171,7 @@ class StageLoop:
 
     def run(self) -> None:
         """Work until told to stop; closes nothing that it was given."""
-        state = start(self.settings)
+        state = start(self.settings, self.grammars)
         pulse = threading.Thread(target=self._pulse, name=f"pulse-{self.shard}", daemon=True)
         pulse.start()
         self._replies.start(f"replies-{self.shard}")

@@ -21,6 +21,7 @@ from shoal.node.stage_loop import StageLoop
 from shoal.node.weather import ChangingLinks, link_of, links_of
 from shoal.node.wiring import Wirer
 from shoal.node.worker_spec import Wiring, WorkerSpec
+from shoal.runtime.grammar import Grammars
 from shoal.runtime.ports import Session
 from shoal.runtime.settings import StageSettings
 from shoal.transport.bus import Bus
@@ -39,6 +40,7 @@ class Bench:
     control: Bus
     reporter: Reporter
     log: FilteringBoundLogger
+    grammars: Grammars | None = None
 
 
 def work(
@@ -56,6 +58,7 @@ def work(
         clock=SystemClock(),
         told=reporter.remind,
         log=bench.log,
+        grammars=bench.grammars,
     )
     reporter.loop, reporter.locators = loop, inbound.locators
     begun(loop)

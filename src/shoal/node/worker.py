@@ -18,6 +18,7 @@ from shoal.clock import SystemClock
 from shoal.errors import ShoalError
 from shoal.fleet.report import ShardState
 from shoal.node.artifacts import Artifact, load_shard, open_artifact
+from shoal.node.grammars import grammars_of
 from shoal.node.reporter import Reporter
 from shoal.node.stage_loop import StageLoop, Stopped
 from shoal.node.stage_work import Bench, listen, work
@@ -67,8 +68,10 @@ def serve(spec: WorkerSpec, control: Bus, backend: Backend, store: Store, log: F
     except ShoalError as error:
         reporter.tell(ShardState.FAILED, error)
         raise
-    bench = Bench(spec=spec, control=control, reporter=reporter, log=log)
-    work(bench, session, stage_settings(spec, artifact, takes), inbound, life.begin)
+    settings = stage_settings(spec, artifact, takes)
+    grammars = grammars_of(store, artifact) if settings.is_last else None
+    bench = Bench(spec=spec, control=control, reporter=reporter, log=log, grammars=grammars)
+    work(bench, session, settings, inbound, life.begin)
 
 
 def _load(

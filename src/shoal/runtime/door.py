@@ -11,6 +11,7 @@ from shoal.errors import InvalidRequestError
 from shoal.ids import RequestId
 from shoal.runtime.effects import Tensors
 from shoal.runtime.frames import BatchFrame, OpenedSequence
+from shoal.runtime.grammar import MAX_GRAMMAR_CHARS
 from shoal.runtime.ports import SequenceStep
 from shoal.runtime.request import Array
 from shoal.runtime.sampling import check_sampling
@@ -59,7 +60,8 @@ def _can_open(opened: OpenedSequence, settings: StageSettings) -> bool:
         check_sampling(opened.sampling, settings.vocabulary)
     except InvalidRequestError:
         return False
-    if not 0 < len(opened.prompt) <= settings.context_tokens:
+    too_long = opened.grammar is not None and len(opened.grammar.text) > MAX_GRAMMAR_CHARS
+    if too_long or not 0 < len(opened.prompt) <= settings.context_tokens:
         return False
     return min(opened.prompt) >= 0 and max(opened.prompt) < (settings.vocabulary or 1 << 31)
 

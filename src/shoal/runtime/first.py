@@ -17,6 +17,7 @@ from shoal.errors import (
     OverloadedError,
     ShardLostError,
     ShoalError,
+    UnsupportedVersionError,
 )
 from shoal.ids import RequestId
 from shoal.model.spec import INPUT_IDS
@@ -34,6 +35,7 @@ from shoal.runtime.frames import (
     SubmitInfer,
     TokensFrame,
 )
+from shoal.runtime.grammar import Bound, check_grammar
 from shoal.runtime.ports import SequenceStep
 from shoal.runtime.request import FinishReason, GenerateRequest, OutputDelta, SampledToken
 from shoal.runtime.sampling import check_sampling
@@ -42,6 +44,10 @@ from shoal.runtime.sequence import LiveSequence
 from shoal.runtime.settings import StageSettings
 from shoal.runtime.slots import SlotTable
 from shoal.runtime.waiting import WaitingLine
+
+_UNBOUND = (
+    "the last stage runs an older version of Shoal, which knows no grammars: update its node, or ask for free text"
+)
 
 
 @dataclass(slots=True)
@@ -234,7 +240,12 @@ class FirstStage:
                 kept.append(token)
             if finish is not None:
                 break
-        delta = OutputDelta(request=entry.request, tokens=tuple(kept), finish=finish)
+        if entry.bound is Bound.COMPLETE and len(kept) == len(entry.tokens):
+            finish = FinishReason.STOP  # the whole answer is there, even if max_tokens are as well
+        constrained = entry.bound is not Bound.FREE
+        if sequence.request.grammar is not None and not constrained:
+            return self._fail(Failure(request=entry.request, code=UnsupportedVersionError.code, text=_UNBOUND))
+        delta = OutputDelta(request=entry.request, tokens=tuple(kept), finish=finish, constrained=constrained)
         if finish is not None:
             return [self._finish(sequence, delta)]
         return [Emit(reply_to=sequence.reply_to, delta=delta)] if kept else []
@@ -283,11 +294,18 @@ def check_request(request: GenerateRequest, settings: StageSettings) -> None:
     if low < 0 or (settings.vocabulary and high >= settings.vocabulary):
         raise InvalidRequestError(f"the prompt holds token ids outside [0, {settings.vocabulary})", param="prompt")
     check_sampling(request.sampling, settings.vocabulary)
+    check_grammar(request.grammar, ignore_eos=request.ignore_eos)
 
 
 def _opened(sequence: LiveSequence) -> OpenedSequence:
     request = sequence.request
-    return OpenedSequence(request=request.request, slot=sequence.slot, prompt=request.prompt, sampling=request.sampling)
+    return OpenedSequence(
+        request=request.request,
+        slot=sequence.slot,
+        prompt=request.prompt,
+        sampling=request.sampling,
+        grammar=request.grammar,
+    )
 
 
 def _refusal(submit: Submit, error: ShoalError) -> Emit:

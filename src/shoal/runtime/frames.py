@@ -17,6 +17,7 @@ from msgspec.msgpack import Decoder
 
 from shoal.errors import MalformedFrameError
 from shoal.ids import DeploymentId, RequestId
+from shoal.runtime.grammar import Bound, Grammar
 from shoal.runtime.ports import SequenceStep
 from shoal.runtime.request import GenerateRequest, OutputDelta, SampledToken, SamplingParams
 
@@ -28,6 +29,7 @@ class OpenedSequence(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     slot: int
     prompt: tuple[int, ...]
     sampling: SamplingParams = SamplingParams()
+    grammar: Grammar | None = None
 
 
 class ClosedSequence(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
@@ -79,6 +81,7 @@ class RequestTokens(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
 
     request: RequestId
     tokens: tuple[SampledToken, ...]
+    bound: Bound = Bound.FREE
 
 
 class TokensFrame(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="tokens"):

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from shoal.errors import ShardLostError, ShoalError
 from shoal.ids import RequestId
 from shoal.runtime.frames import Failure, OpenedSequence, RequestTokens
+from shoal.runtime.grammar import Bound, Grammars, Matcher, NoGrammars
 from shoal.runtime.ports import SequenceStep
 from shoal.runtime.request import Array, SampledToken, SamplingParams
 from shoal.runtime.sampling import sample
@@ -21,12 +22,21 @@ class Sampler:
 
     prompt: tuple[int, ...]
     params: SamplingParams
+    matcher: Matcher | None = None
     output: list[int] = field(default_factory=list)
+
+    @property
+    def bound(self) -> Bound:
+        """What is to be said of the tokens so far."""
+        if self.matcher is None:
+            return Bound.FREE
+        return Bound.COMPLETE if self.matcher.complete(self.output) else Bound.OPEN
 
     def take(self, logits: Array, position: int) -> SampledToken:
         """Sample the token at *position*; ids from there on are forgotten first (a step may be repeated)."""
         del self.output[max(0, position - len(self.prompt)) :]
-        token = sample(logits, self.params, prompt=self.prompt, output=self.output, position=position)
+        allowed = self.matcher.allowed(self.output) if self.matcher is not None else None
+        token = sample(logits, self.params, prompt=self.prompt, output=self.output, position=position, allowed=allowed)
         self.output.append(token.token)
         return token
 
@@ -35,10 +45,12 @@ class Sampler:
 class LastStage:
     """Samplers by request.  Owned by one stage machine."""
 
+    grammars: Grammars = field(default_factory=NoGrammars)
     samplers: dict[RequestId, Sampler] = field(default_factory=dict)
 
     def open(self, opened: OpenedSequence) -> None:
-        self.samplers[opened.request] = Sampler(opened.prompt, opened.sampling)
+        matcher = self.grammars.matcher(opened.grammar) if opened.grammar is not None else None
+        self.samplers[opened.request] = Sampler(opened.prompt, opened.sampling, matcher)
 
     def close(self, request: RequestId) -> None:
         self.samplers.pop(request, None)
@@ -69,5 +81,11 @@ class LastStage:
 
 def _sample_rows(sampler: Sampler, step: SequenceStep, rows: Array) -> RequestTokens:
     first = step.start + step.count - step.logits + 1
-    drawn = tuple(sampler.take(row, first + i) for i, row in enumerate(rows))
-    return RequestTokens(request=step.request, tokens=drawn)
+    drawn: list[SampledToken] = []
+    bound = Bound.FREE
+    for i, row in enumerate(rows):
+        drawn.append(sampler.take(row, first + i))
+        bound = sampler.bound
+        if bound is Bound.COMPLETE:
+            break
+    return RequestTokens(request=step.request, tokens=tuple(drawn), bound=bound)

@@ -36,6 +36,7 @@ from shoal.runtime.effects import (
     TokensArrived,
 )
 from shoal.runtime.frames import BatchFrame, CreditFrame, SentFrame, Submit, TokensFrame
+from shoal.runtime.grammar import Grammars
 from shoal.runtime.ports import SequenceStep, Session
 from shoal.runtime.request import GenerateRequest, OutputDelta
 from shoal.runtime.settings import StageSettings
@@ -62,6 +63,7 @@ class LocalStage:
 
     settings: StageSettings
     session: Session
+    grammars: Grammars | None = None
 
 
 @dataclass(slots=True)
@@ -84,7 +86,7 @@ class LocalPipeline:
     _count: int = 0
 
     def __post_init__(self) -> None:
-        self.machines = [start(stage.settings) for stage in self.stages]
+        self.machines = [start(stage.settings, stage.grammars) for stage in self.stages]
 
     def submit(self, request: GenerateRequest) -> None:
         """Hand a request to the first stage, now."""

@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shoal.ids import DeploymentId, RequestId
+from shoal.runtime.grammar import Grammar
 
 Array = NDArray[np.generic]
 
@@ -45,6 +46,8 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
     """End of sequence; the token that ends the answer is not delivered."""
     ignore_eos: bool = False
     """True: neither `stop_token_ids` nor the model's own end tokens end the answer."""
+    grammar: Grammar | None = None
+    """What the answer must look like; None: anything."""
 
 
 class FinishReason(StrEnum):
@@ -80,6 +83,8 @@ class OutputDelta(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     finish: FinishReason | None = None
     error_code: str = ""
     error: str = ""
+    constrained: bool = False
+    """The tokens follow the request's grammar; False from stages that know none."""
 
 
 class InferRequest(msgspec.Struct, frozen=True, kw_only=True):

@@ -42,17 +42,24 @@ MAX_BIAS = 1e30
 
 
 def sample(
-    logits: Array, params: SamplingParams, *, prompt: Sequence[int] = (), output: Sequence[int] = (), position: int
+    logits: Array,
+    params: SamplingParams,
+    *,
+    prompt: Sequence[int] = (),
+    output: Sequence[int] = (),
+    position: int,
+    allowed: NDArray[np.bool_] | None = None,
 ) -> SampledToken:
     """Choose the token at *position* from `logits [V]`; *prompt* and *output* are the ids before it.
 
-    Equal scores go to the lowest id.  Log-probabilities are the model's own: natural, before bias, penalties, temperature and
-    filters.  Raises ShoalError when a logit is not finite: the model's numbers are broken, not the request.
+    Only *allowed* tokens are drawn, as if the vocabulary had no others; their waiting times stay what they are.  Equal scores go
+    to the lowest id.  Log-probabilities are the model's own: natural, before bias, penalties, temperature, filters and
+    grammar.  Raises ShoalError when a logit is not finite: the model's numbers are broken, not the request.
     """
     scores = np.asarray(logits, dtype=np.float32)
     _check_finite(scores, position)
     adjusted = _adjust(scores, params, prompt, output)
-    token = int(adjusted.argmax()) if params.temperature < LEAST_TEMPERATURE else _draw(adjusted, params, position)
+    token = _choose(adjusted, params, position) if allowed is None else _among(adjusted, params, position, allowed)
     if params.logprobs is None:
         return SampledToken(token=token, position=position)
     logprob, top = _logprobs(scores, token, params.logprobs)
@@ -137,7 +144,25 @@ def _adjust(logits: Logits, params: SamplingParams, prompt: Sequence[int], outpu
     return adjusted
 
 
-def _draw(adjusted: Logits, params: SamplingParams, position: int) -> int:
+def _choose(adjusted: Logits, params: SamplingParams, position: int, names: Ids | None = None) -> int:
+    """Index of the token; *names* are the ids where *adjusted* holds only some of the vocabulary."""
+    if params.temperature < LEAST_TEMPERATURE:
+        return int(adjusted.argmax())
+    return _draw(adjusted, params, position, names)
+
+
+def _among(adjusted: Logits, params: SamplingParams, position: int, allowed: NDArray[np.bool_]) -> int:
+    """Choose among the *allowed* alone: filters would stumble over infinities, and mostly few are left."""
+    names = np.flatnonzero(allowed[: adjusted.size])
+    if not names.size:
+        raise ShoalError(
+            f"the grammar allows no token at position {position} that this model has",
+            hint="its vocabulary cannot write what the grammar wants: loosen the grammar",
+        )
+    return int(names[0 if names.size == 1 else _choose(adjusted[names], params, position, names)])
+
+
+def _draw(adjusted: Logits, params: SamplingParams, position: int, names: Ids | None = None) -> int:
     scaled = (adjusted - adjusted.max()) / np.float32(params.temperature)
     floor, last_tie = _cutoff(scaled, params)
     first, winner = math.inf, 0
@@ -147,7 +172,8 @@ def _draw(adjusted: Logits, params: SamplingParams, position: int) -> int:
             ids = ids[(scaled[ids] > floor) | (ids <= last_tie)]
         # A weight that underflows to 0 waits forever; the largest is exp(0), so the least wait is finite.
         with np.errstate(divide="ignore", over="ignore"):
-            waiting = -np.log(uniforms(params.seed, position, ids)) / np.exp(scaled[ids])
+            tokens = ids if names is None else names[ids]
+            waiting = -np.log(uniforms(params.seed, position, tokens)) / np.exp(scaled[ids])
         if (soonest := waiting.min(initial=math.inf)) < first:
             first, winner = float(soonest), int(ids[waiting.argmin()])
     return winner

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from shoal.runtime.edge import Edge, Work
 from shoal.runtime.first import FirstStage
+from shoal.runtime.grammar import Grammars, NoGrammars
 from shoal.runtime.last import LastStage
 from shoal.runtime.settings import StageSettings
 from shoal.runtime.slots import SlotTable
@@ -39,12 +40,12 @@ class StageState:
         self.run = self.settings.run if self.settings.is_first else None
 
 
-def start(settings: StageSettings) -> StageState:
-    """A stage that has seen nothing yet."""
+def start(settings: StageSettings, grammars: Grammars | None = None) -> StageState:
+    """A stage that has seen nothing yet; the last one asks *grammars* what an answer may be (None: nothing is constrained)."""
     slots = SlotTable(settings.slots)
     return StageState(
         settings=settings,
         slots=slots,
         first=FirstStage(settings, slots) if settings.is_first else None,
-        last=LastStage() if settings.is_last else None,
+        last=LastStage(grammars or NoGrammars()) if settings.is_last else None,
     )

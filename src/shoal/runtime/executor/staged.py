@@ -12,7 +12,7 @@ from typing import Protocol, Self
 
 import anyio
 
-from shoal.errors import ShardLostError
+from shoal.errors import ShardLostError, UnsupportedVersionError
 from shoal.ids import RequestId
 from shoal.runtime.effects import Tensors
 from shoal.runtime.executor.failure import failure_of
@@ -73,6 +73,11 @@ class StagedExecutor:
                 ear.finished = answer.finish is not None
                 if answer.finish is FinishReason.ERROR:
                     raise failure_of(answer.error_code, answer.error)
+                if request.grammar is not None and answer.tokens and not answer.constrained:
+                    raise UnsupportedVersionError(
+                        "the pipeline's nodes run an older version of Shoal, which knows no grammars",
+                        hint="update them, or ask for free text",
+                    )
                 if answer.tokens or ear.finished:
                     yield answer
 

@@ -1,7 +1,8 @@
 """What only the first stage does: admit, schedule, and decide when an answer ends.
 
-Admission is first come, first served into free slots; whoever finds the queue full is told so at once.  A finished or cancelled
-request gives up its slot immediately; `closing` holds what the other stages still have to be told.
+Admission is in the order of the line (`waiting`) into free slots, of which batch requests leave a quarter to those that somebody
+waits for.  A finished or cancelled request gives up its slot immediately; `closing` holds what the other stages still have to be
+told.  A request whose time has passed ends, in line or in the middle of its answer.
 """
 
 from collections import deque
@@ -11,23 +12,21 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from shoal.errors import (
-    ContextLengthError,
+    DeadlineExceededError,
     InvalidRequestError,
     MalformedFrameError,
     OverloadedError,
     ShardLostError,
-    ShoalError,
     UnsupportedVersionError,
 )
 from shoal.ids import RequestId
 from shoal.model.spec import INPUT_IDS
-from shoal.runtime.effects import Effect, Emit, EmitResult, Tensors
+from shoal.runtime.effects import Effect, Emit, Tensors
 from shoal.runtime.flights import Flight, Flights
 from shoal.runtime.frames import (
     BatchFrame,
     ClosedSequence,
     Failure,
-    InferDone,
     InferStep,
     OpenedSequence,
     RequestTokens,
@@ -35,15 +34,15 @@ from shoal.runtime.frames import (
     SubmitInfer,
     TokensFrame,
 )
-from shoal.runtime.grammar import Bound, check_grammar
+from shoal.runtime.grammar import Bound
 from shoal.runtime.ports import SequenceStep
-from shoal.runtime.request import FinishReason, GenerateRequest, OutputDelta, SampledToken
-from shoal.runtime.sampling import check_sampling
+from shoal.runtime.refusal import check_request, error_delta, failed, infer_failed, refusal
+from shoal.runtime.request import FinishReason, OutputDelta, Priority, SampledToken
 from shoal.runtime.scheduler import is_prefill, next_batch
 from shoal.runtime.sequence import LiveSequence
 from shoal.runtime.settings import StageSettings
 from shoal.runtime.slots import SlotTable
-from shoal.runtime.waiting import WaitingLine
+from shoal.runtime.waiting import Waiter, WaitingLine
 
 _UNBOUND = (
     "the last stage runs an older version of Shoal, which knows no grammars: update its node, or ask for free text"
@@ -65,31 +64,30 @@ class FirstStage:
     flights: Flights = field(init=False)
 
     def __post_init__(self) -> None:
-        self.waiting = WaitingLine(self.settings.scheduler.queue_limit)
+        rules = self.settings.scheduler
+        self.waiting = WaitingLine(rules.queue_limit, rules.batch_patience_s)
         self.flights = Flights(lost_s=self.settings.lost_s, probe_s=self.settings.probe_s)
 
     def submit(self, submit: Submit) -> list[Effect]:
-        """Queue a request; refuse it with an error delta when it can never run or too many wait."""
+        """Queue a request; refuse it with an error delta when it can never run, too many wait, or its time would pass in line."""
         request = submit.request.request
         if request in self.live or request in self.waiting:
             return []
         try:
             check_request(submit.request, self.settings)
         except InvalidRequestError as error:
-            return [_refusal(submit, error)]
-        self.waiting.join(submit)
+            return [refusal(submit, error)]
+        self.waiting.join(submit, self.flights.now_s)
         self._admit()
-        overflow = self.waiting.overflow(len(self.live))
-        return [_refusal(*overflow)] if overflow else []
+        overflow = self.waiting.overflow(request, len(self.live))
+        return [refusal(*overflow)] if overflow else []
 
     def submit_infer(self, submit: SubmitInfer, tensors: Tensors) -> list[Effect]:
         """Queue an inference."""
         limit = self.settings.scheduler.queue_limit
         if len(self.infers) >= max(1, limit):
             step = InferStep(request=submit.request, reply_to=submit.reply_to)
-            return [
-                _infer_failed(step, OverloadedError.code, f"{limit} inferences wait already: try again in a moment")
-            ]
+            return [infer_failed(step, OverloadedError.code, f"{limit} inferences wait already: try again in a moment")]
         self.infers.append((submit, tensors))
         return []
 
@@ -97,9 +95,9 @@ class FirstStage:
         """Say at once that the pipeline does not work."""
         match submit:
             case Submit(request=request, reply_to=reply_to):
-                return [_error(reply_to, Failure(request=request.request, code=code, text=text))]
+                return [failed(reply_to, Failure(request=request.request, code=code, text=text))]
             case SubmitInfer(request=name, reply_to=reply_to):
-                return [_infer_failed(InferStep(request=name, reply_to=reply_to), code, text)]
+                return [infer_failed(InferStep(request=name, reply_to=reply_to), code, text)]
 
     def cancel(self, request: RequestId) -> list[Effect]:
         """Forget a request wherever it is; unknown ones are fine (it may just have ended)."""
@@ -112,6 +110,19 @@ class FirstStage:
             return []
         return [self._finish(sequence, OutputDelta(request=request, finish=FinishReason.CANCELLED))]
 
+    def overdue(self) -> list[Effect]:
+        """End what has had its time, waiting or running."""
+        now_s = self.flights.now_s
+        effects: list[Effect] = [refusal(*late) for late in self.waiting.overdue(now_s, len(self.live))]
+        for sequence in [s for s in self.live.values() if s.deadline_s <= now_s]:
+            error = DeadlineExceededError(
+                f"the answer was not complete after the {sequence.request.deadline_s:g} s that were given: "
+                f"{len(sequence.output)} of at most {sequence.request.max_tokens} tokens",
+                hint="give it more time, or ask for fewer tokens",
+            )
+            effects.append(self._finish(sequence, error_delta(sequence.request.request, error)))
+        return effects
+
     def abandon(self, code: str, text: str) -> list[Effect]:
         """Fail every request, waiting or running."""
         queued = self.waiting.clear()
@@ -120,8 +131,8 @@ class FirstStage:
         self.infers.clear()
         self.flights.out.clear()
         effects = [e for r in list(self.live) for e in self._fail(Failure(request=r, code=code, text=text))]
-        effects += [_error(s.reply_to, Failure(request=s.request.request, code=code, text=text)) for s in queued]
-        return effects + [_infer_failed(step, code, text) for step in steps]
+        effects += [failed(s.reply_to, Failure(request=s.request.request, code=code, text=text)) for s in queued]
+        return effects + [infer_failed(step, code, text) for step in steps]
 
     def signs_of_life(self) -> list[Effect]:
         """An empty delta for every request, waiting or running."""
@@ -151,7 +162,7 @@ class FirstStage:
         effects = [effect for gone in lost for effect in self._lose(gone)]
         for failure in frame.failed:
             if flight.infer and failure.request == flight.infer.request:
-                effects.append(_infer_failed(flight.infer, failure.code, failure.text))
+                effects.append(infer_failed(flight.infer, failure.code, failure.text))
             effects += self._fail(failure)
         for entry in frame.tokens:
             effects += self._apply(entry)
@@ -211,15 +222,32 @@ class FirstStage:
         return step
 
     def _admit(self) -> None:
-        while self.waiting and (slot := self.slots.free()) is not None:
-            submit = self.waiting.next()
-            request = submit.request
-            stops = () if request.ignore_eos else (*request.stop_token_ids, *self.settings.eos_token_ids)
-            self.slots.open(slot, request.request)
-            # Newcomers wait for whoever was served before they came.
-            self.live[request.request] = LiveSequence(
-                request, submit.reply_to, slot, frozenset(stops), last_step=self.next_step - 1
-            )
+        while (slot := self.slots.free()) is not None:
+            waiter = self.waiting.first(batch=self._room_for_batch())
+            if waiter is None:
+                return
+            self.waiting.take(waiter)
+            self._open(waiter, slot)
+
+    def _room_for_batch(self) -> bool:
+        """Batch work leaves a quarter of the slots to those that somebody waits for."""
+        batch = [s for s in self.live.values() if s.request.priority is Priority.BATCH]
+        return len(batch) < max(1, self.slots.size - self.slots.size // 4)
+
+    def _open(self, waiter: Waiter, slot: int) -> None:
+        request = waiter.submit.request
+        stops = () if request.ignore_eos else (*request.stop_token_ids, *self.settings.eos_token_ids)
+        self.slots.open(slot, request.request)
+        # Newcomers wait for whoever was served before they came.
+        self.live[request.request] = LiveSequence(
+            request,
+            waiter.submit.reply_to,
+            slot,
+            frozenset(stops),
+            last_step=self.next_step - 1,
+            began_s=self.flights.now_s,
+            deadline_s=waiter.deadline_s,
+        )
 
     def _apply(self, entry: RequestTokens) -> list[Effect]:
         sequence = self.live.get(entry.request)
@@ -253,6 +281,8 @@ class FirstStage:
     def _finish(self, sequence: LiveSequence, delta: OutputDelta) -> Effect:
         request = sequence.request.request
         del self.live[request]
+        if delta.finish is not FinishReason.ERROR:
+            self.waiting.turnover.ended(self.flights.now_s - sequence.began_s)
         self.slots.close(sequence.slot, request)
         self.closing.append(ClosedSequence(request=request, slot=sequence.slot))
         self._admit()
@@ -262,39 +292,16 @@ class FirstStage:
         sequence = self.live.get(failure.request)
         if sequence is None:
             return []
-        return [self._finish(sequence, _error(sequence.reply_to, failure).delta)]
+        return [self._finish(sequence, failed(sequence.reply_to, failure).delta)]
 
     def _lose(self, flight: Flight) -> list[Effect]:
         text = "a frame of the pipeline was lost on its way"
         effects: list[Effect] = []
         if flight.infer:
-            effects.append(_infer_failed(flight.infer, ShardLostError.code, text))
+            effects.append(infer_failed(flight.infer, ShardLostError.code, text))
         for request in flight.requests:
             effects += self._fail(Failure(request=request, code=ShardLostError.code, text=text))
         return effects
-
-
-def check_request(request: GenerateRequest, settings: StageSettings) -> None:
-    """Raise InvalidRequestError or ContextLengthError, naming the field, unless the pipeline can answer *request*."""
-    if not settings.slots:
-        raise InvalidRequestError(
-            "this model does not generate text", hint="ask for embeddings or infer instead", param="model"
-        )
-    length, limit = len(request.prompt), settings.context_tokens
-    if not length:
-        raise InvalidRequestError("the prompt is empty", hint="send at least one token", param="prompt")
-    if request.max_tokens < 1:
-        raise InvalidRequestError(f"max_tokens is {request.max_tokens}; at least 1 is needed", param="max_tokens")
-    if length >= limit:
-        raise ContextLengthError(
-            f"the prompt has {length} tokens and the context {limit}", hint="shorten the prompt by at least "
-            f"{length - limit + 1} tokens, or serve the model with a longer context", param="prompt"
-        )  # fmt: skip
-    low, high = min(request.prompt), max(request.prompt)
-    if low < 0 or (settings.vocabulary and high >= settings.vocabulary):
-        raise InvalidRequestError(f"the prompt holds token ids outside [0, {settings.vocabulary})", param="prompt")
-    check_sampling(request.sampling, settings.vocabulary)
-    check_grammar(request.grammar, ignore_eos=request.ignore_eos)
 
 
 def _opened(sequence: LiveSequence) -> OpenedSequence:
@@ -306,17 +313,3 @@ def _opened(sequence: LiveSequence) -> OpenedSequence:
         sampling=request.sampling,
         grammar=request.grammar,
     )
-
-
-def _refusal(submit: Submit, error: ShoalError) -> Emit:
-    return _error(submit.reply_to, Failure(request=submit.request.request, code=error.code, text=str(error)))
-
-
-def _error(reply_to: str, failure: Failure) -> Emit:
-    delta = OutputDelta(request=failure.request, finish=FinishReason.ERROR, error_code=failure.code, error=failure.text)
-    return Emit(reply_to=reply_to, delta=delta)
-
-
-def _infer_failed(step: InferStep, code: str, text: str) -> EmitResult:
-    done = InferDone(request=step.request, error_code=code, error=text)
-    return EmitResult(reply_to=step.reply_to, done=done, tensors={})

@@ -34,6 +34,13 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     """None: no log-probabilities; n: of the chosen token and the n most likely ones."""
 
 
+class Priority(StrEnum):
+    """Somebody waits for an interactive answer; batch work takes what is left."""
+
+    INTERACTIVE = "interactive"
+    BATCH = "batch"
+
+
 class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Continue a prompt.  Stop strings are the gateway's business: it cancels when it has seen one."""
 
@@ -48,6 +55,9 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
     """True: neither `stop_token_ids` nor the model's own end tokens end the answer."""
     grammar: Grammar | None = None
     """What the answer must look like; None: anything."""
+    priority: Priority = Priority.INTERACTIVE
+    deadline_s: float | None = None
+    """The answer must be complete so long after the first stage received the request; relative, since no two clocks agree."""
 
 
 class FinishReason(StrEnum):
@@ -76,7 +86,10 @@ class SampledToken(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
 
 
 class OutputDelta(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """A piece of an answer.  The last one of a request carries `finish`, and `error` (a code and a text) if it failed."""
+    """A piece of an answer.  The last one of a request carries `finish`, and `error` (a code and a text) if it failed.
+
+    `retry_after_s` says when to come again, where that is known.
+    """
 
     request: RequestId
     tokens: tuple[SampledToken, ...] = ()
@@ -85,6 +98,7 @@ class OutputDelta(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     error: str = ""
     constrained: bool = False
     """The tokens follow the request's grammar; False from stages that know none."""
+    retry_after_s: float | None = None
 
 
 class InferRequest(msgspec.Struct, frozen=True, kw_only=True):

@@ -20,6 +20,10 @@ class LiveSequence:
     scheduled: int = 0
     last_step: int = -1
     opened: bool = False
+    began_s: float = 0.0
+    """When it was given its slot."""
+    deadline_s: float = float("inf")
+    """When its time has passed."""
 
     @property
     def known(self) -> int:

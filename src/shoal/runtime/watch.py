@@ -16,9 +16,10 @@ def watch(state: StageState, tick: Tick) -> list[Effect]:
         state.edge.hear(tick.heard_s - state.began_s)
     if state.first is not None:
         state.first.flights.now_s = state.now_s
+    due = (state.first.overdue() if state.first is not None else []) + _beat(state)
     if state.running is not None:  # nobody is waited for but our own engine
-        return _beat(state)
-    return _beat(state) + _suspect(state) + _ask(state)
+        return due
+    return due + _suspect(state) + _ask(state)
 
 
 def _beat(state: StageState) -> list[Effect]:

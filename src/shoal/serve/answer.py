@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 import anyio
+import msgspec
 
 from shoal.errors import DeadlineExceededError, OverloadedError, ShardLostError, ShoalError, UnavailableError
 from shoal.fleet.faults import Fault, restore
@@ -22,6 +23,8 @@ from shoal.serve.ports import Limits, Node
 
 Emit = Callable[[int, Piece], Awaitable[None]]
 """Takes a choice's index and its news."""
+GRACE_S = 1.0
+"""So much later than the pipeline the gateway notices that a request's own time has passed."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -121,16 +124,44 @@ class _Reader:
 
 
 async def _limited(limiter: anyio.CapacityLimiter, reader: _Reader) -> None:
+    arrived_s = reader.last_s
     async with limiter:
-        reader.last_s = reader.last_s if reader.index == 0 else reader.door.node.clock.now_s()
-        await reader.read(reader.job.requests[reader.index])
+        now_s = reader.door.node.clock.now_s()
+        reader.last_s = reader.last_s if reader.index == 0 else now_s
+        request = reader.job.requests[reader.index]
+        if request.deadline_s is None:
+            await reader.read(request)
+        else:
+            await _in_time(reader, request, request.deadline_s - (now_s - arrived_s))
+
+
+async def _in_time(reader: _Reader, request: GenerateRequest, left_s: float) -> None:
+    """Read an answer of which *left_s* of its time are left.
+
+    The pipeline ends it by itself, with better words, unless no pipeline could be asked: a second later we do.
+    """
+    late = DeadlineExceededError(
+        f"no complete answer within the {request.deadline_s:g} s that were given", hint="give it more time"
+    )
+    if left_s <= 0:
+        raise late
+    try:
+        with anyio.fail_after(left_s + GRACE_S):
+            await reader.read(msgspec.structs.replace(request, deadline_s=left_s))
+    except TimeoutError:
+        raise late from None
 
 
 def _check(delta: OutputDelta) -> None:
     """Raise what a failed delta says."""
     if delta.finish is FinishReason.ERROR:
         raise restore(
-            Fault(message=delta.error or "the model failed", code=delta.error_code or None, type="server_error")
+            Fault(
+                message=delta.error or "the model failed",
+                code=delta.error_code or None,
+                type="server_error",
+                retry_after_s=delta.retry_after_s,
+            )
         )
     if delta.finish is FinishReason.CANCELLED:
         raise UnavailableError("the request was cancelled because its deployment stops", hint="send it again")

@@ -8,7 +8,7 @@ import msgspec
 from shoal.errors import ContextLengthError, InvalidRequestError
 from shoal.ids import RequestId
 from shoal.model.spec import ModelKind
-from shoal.runtime.request import GenerateRequest, SamplingParams
+from shoal.runtime.request import GenerateRequest, Priority, SamplingParams
 from shoal.runtime.sampling import check_sampling
 from shoal.serve.openai_requests import ChatRequest, CompletionRequest, Message, StreamOptions
 from shoal.serve.ports import Limits, ServedModel, TextCodec
@@ -175,6 +175,8 @@ def _job(
             sampling=msgspec.structs.replace(sampling, seed=derived_seed(sampling.seed, copy)),
             stop_token_ids=model.spec.eos_token_ids,
             ignore_eos=bool(body.ignore_eos),
+            priority=body.priority or (Priority.BATCH if body.service_tier == "flex" else Priority.INTERACTIVE),
+            deadline_s=body.timeout_s,
         )
         for at, prompt in enumerate(prompts)
         for copy in range(n)

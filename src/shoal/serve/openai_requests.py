@@ -1,7 +1,7 @@
 """What OpenAI's clients may send, field by field, and which of OpenAI's fields we treat how.
 
 Ranges are OpenAI's where it has them.  `top_k`, `min_p`, `repetition_penalty` and `ignore_eos` are extensions that the open
-servers share (send them as `extra_body` with OpenAI's client).
+servers share, `priority` and `timeout_s` are ours (send them as `extra_body` with OpenAI's client).
 """
 
 from typing import Annotated, Literal
@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
+from shoal.runtime.request import Priority
 from shoal.serve.body import FieldRules
 
 MAX_CHOICES = 8
@@ -26,6 +27,8 @@ Bias = dict[str, Annotated[float, Meta(ge=-100.0, le=100.0)]]
 Seed = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
 StopText = Annotated[str, Meta(min_length=1, max_length=1024)]
 Stop = StopText | Annotated[list[StopText], Meta(max_length=MAX_STOPS)]
+Tier = Literal["auto", "default", "flex", "priority", "scale"]
+Patience = Annotated[float, Meta(gt=0.0, le=86_400.0)]
 TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 Tokens = Annotated[list[TokenId], Meta(min_length=1)]
 
@@ -79,6 +82,12 @@ class ChatRequest(msgspec.Struct, frozen=True, kw_only=True):
     """Shown to the model through its chat template; calls come back as text."""
     tool_choice: Literal["none", "auto"] | None = None
     ignore_eos: bool | None = None
+    service_tier: Tier | None = None
+    """`flex` is batch work; all others are alike here."""
+    priority: Priority | None = None
+    """Whether somebody waits for the answer: before `service_tier`."""
+    timeout_s: Patience | None = None
+    """The answer is of no use after so long: refused at once where that can be foreseen, ended when the time has passed."""
 
 
 class CompletionRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -102,6 +111,12 @@ class CompletionRequest(msgspec.Struct, frozen=True, kw_only=True):
     stop: Stop | None = None
     logprobs: Annotated[int, Meta(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     ignore_eos: bool | None = None
+    service_tier: Tier | None = None
+    """`flex` is batch work; all others are alike here."""
+    priority: Priority | None = None
+    """Whether somebody waits for the answer: before `service_tier`."""
+    timeout_s: Patience | None = None
+    """The answer is of no use after so long: refused at once where that can be foreseen, ended when the time has passed."""
 
 
 class EmbeddingsRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -112,7 +127,7 @@ class EmbeddingsRequest(msgspec.Struct, frozen=True, kw_only=True):
     encoding_format: Literal["float", "base64"] | None = None
 
 
-_HARMLESS = frozenset({"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key",
+_HARMLESS = frozenset({"user", "metadata", "store", "safety_identifier", "prompt_cache_key",
                        "prompt_cache_retention", "prompt_cache_options", "stream_options.include_obfuscation"})  # fmt: skip
 _TEXT_FORMAT = ({"type": "text"},)
 
@@ -140,6 +155,6 @@ COMPLETION_RULES = FieldRules(
     },
 )
 EMBEDDINGS_RULES = FieldRules(
-    harmless=_HARMLESS,
+    harmless=_HARMLESS | {"service_tier"},
     refused={"dimensions": ((), "a model's vectors have one length; cut them yourself if it allows that")},
 )

@@ -72,7 +72,7 @@ class StagedExecutor:
                     continue
                 ear.finished = answer.finish is not None
                 if answer.finish is FinishReason.ERROR:
-                    raise failure_of(answer.error_code, answer.error)
+                    raise failure_of(answer.error_code, answer.error, answer.retry_after_s)
                 if request.grammar is not None and answer.tokens and not answer.constrained:
                     raise UnsupportedVersionError(
                         "the pipeline's nodes run an older version of Shoal, which knows no grammars",

@@ -64,6 +64,44 @@ def test_nobody_is_overtaken_by_who_came_later_than_patience_allows(
             assert later_s <= (patience_s if priority is BATCH else 0.0)
 
 
+def crowd(line: WaitingLine, count: int, priority: Priority = Priority.INTERACTIVE) -> list[OverloadedError]:
+    """What those are told whom *line* has no room for, of *count* that come at once while four answers are made."""
+    refused = []
+    for n in range(count):
+        line.join(submit(str(n), priority), 0.0)
+        found = line.overflow(RequestId(str(n)), running=4)
+        if found is not None:
+            assert isinstance(found[1], OverloadedError)
+            refused.append(found[1])
+    return refused
+
+
+def test_nobody_waits_much_longer_than_an_answer_takes() -> None:
+    line = WaitingLine(limit=64, turnover=Turnover(mean_s=8.0, count=3))
+    refused = crowd(line, 10)
+
+    assert len(line) == 4  # the fourth begins in 4 * 8 s / 4, the fifth would later than an answer takes
+    assert [e.retry_after_s for e in refused] == [2.0] * 6
+    assert "4 requests wait before this one: it would begin in about 10 s, and an answer takes 8 s" in str(refused[0])
+
+
+def test_short_answers_do_not_make_the_line_shorter_than_a_second() -> None:
+    line = WaitingLine(limit=64, turnover=Turnover(mean_s=0.5, count=3))
+    crowd(line, 30)
+
+    assert len(line) == 8
+
+
+def test_batch_work_waits_for_as_long_as_it_takes() -> None:
+    line = WaitingLine(limit=64, turnover=Turnover(mean_s=8.0, count=3))
+
+    assert not crowd(line, 30, BATCH)
+
+
+def test_the_line_takes_a_first_crowd_while_nobody_knows_how_long_answers_take() -> None:
+    assert not crowd(WaitingLine(limit=64, turnover=Turnover(mean_s=8.0, count=2)), 30)
+
+
 def test_batch_requests_take_at_most_half_of_the_line() -> None:
     line = WaitingLine(limit=4)
     for n in range(2):

@@ -65,7 +65,7 @@ class FirstStage:
 
     def __post_init__(self) -> None:
         rules = self.settings.scheduler
-        self.waiting = WaitingLine(rules.queue_limit, rules.batch_patience_s)
+        self.waiting = WaitingLine(rules.queue_limit, rules.batch_patience_s, rules.queue_s)
         self.flights = Flights(lost_s=self.settings.lost_s, probe_s=self.settings.probe_s)
 
     def submit(self, submit: Submit) -> list[Effect]:

@@ -24,13 +24,14 @@ class SchedulerSettings(msgspec.Struct, frozen=True, kw_only=True):
     """`in_flight` frames with rows may be in the pipeline at once; a prompt enters in chunks of `chunk_rows`.
 
     `queue_limit` requests may wait for a slot; interactive ones go before batch requests that have waited less than
-    `batch_patience_s` longer.
+    `batch_patience_s` longer, and wait about as long as an answer takes, or `queue_s` if that is longer.
     """
 
     in_flight: int = 4
     chunk_rows: int = 128
     queue_limit: int = 64
     batch_patience_s: float = 30.0
+    queue_s: float = 1.0
 
 
 class Pressure(msgspec.Struct, frozen=True, kw_only=True):

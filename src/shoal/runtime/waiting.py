@@ -3,8 +3,12 @@
 The order is that of arrival, with one handicap: a batch request stands where an interactive one would that came `patience_s` later.
 So interactive requests go first, and yet none that comes after that time can overtake: nobody starves, and no second queue
 with rules between the two is needed.  Batch requests take at most half of the line, so that work sent overnight does not turn
-people away.  Nobody who stands in line is sent away for a newcomer: whoever finds it full is told so at once, and when to come
-again.
+people away.
+
+The line is as long as is of use.  Whoever is let in should not feel the crowd much, so an interactive request may wait about as
+long as an answer takes (`queue_s` at least); the rest is told at once that there is no room, and when to come again, while
+it can still go elsewhere.  Batch requests wait for as long as it takes, and those that name a time for as long as that allows.
+Nobody who stands in line is sent away for a newcomer.
 """
 
 from bisect import insort
@@ -63,6 +67,7 @@ class WaitingLine:
 
     limit: int
     patience_s: float = 30.0
+    queue_s: float = 1.0
     turnover: Turnover = field(default_factory=Turnover)
     _line: list[Waiter] = field(default_factory=list)
 
@@ -95,7 +100,7 @@ class WaitingLine:
             return None
         waiter = self._line[place]
         wait_s = self.turnover.wait_s(place, running)
-        error = self._full(waiter, running) or _foreseen(waiter, place, wait_s)
+        error = self._full(waiter, running) or self._crowded(waiter, place, wait_s) or _foreseen(waiter, place, wait_s)
         if error is None:
             return None
         del self._line[place]
@@ -136,6 +141,20 @@ class WaitingLine:
         return OverloadedError(
             f"{running} answers are being made and {others} wait: the queue is full",
             hint=f"try again in {again_s:.0f} s",
+            retry_after_s=again_s,
+        )
+
+    def _crowded(self, waiter: Waiter, ahead: int, wait_s: float | None) -> OverloadedError | None:
+        bound_s = max(self.queue_s, self.turnover.mean_s)
+        request = waiter.submit.request
+        patient = request.priority is Priority.BATCH or request.deadline_s is not None
+        if wait_s is None or wait_s <= bound_s or patient:
+            return None
+        again_s = max(1.0, wait_s - bound_s)
+        return OverloadedError(
+            f"{ahead} requests wait before this one: it would begin in about {wait_s:.3g} s, and an answer takes "
+            f"{self.turnover.mean_s:.3g} s: there are more requests than can be answered",
+            hint=f"try again in {again_s:.0f} s, or send it as batch work (service_tier flex), which waits",
             retry_after_s=again_s,
         )
 

@@ -21,6 +21,7 @@ MODULES = {
     "edgeshard": "bench.edgeshard.claim",
     "prediction": "bench.prediction.claim",
     "overload": "bench.overload.claim",
+    "soak": "bench.soak.claim",
 }
 
 

@@ -353,6 +353,7 @@ def test_neighbours_in_the_frame_of_a_lost_sequence_go_on(
 
 def test_every_request_gets_signs_of_life_while_it_waits(make_pipeline: Pipelines, make_request: Requests) -> None:
     pipeline = make_pipeline(slots=1)
+    pipeline.clock.advance(5000.0)
     for name in ("a", "bb"):
         pipeline.submit(make_request(name))
     pipeline.turn()

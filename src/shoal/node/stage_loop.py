@@ -242,7 +242,7 @@ class StageLoop:
         return f"stage {self.shard.stage} is not wired yet" if self._early else ""
 
     def _advance(self, state: StageState, given: StageInput) -> StageState:
-        state, effects = advance(state, given)
+        state, effects = advance(state, given, self.clock.now_s())
         for effect in effects:
             self._carry_out(state, effect)
         return state

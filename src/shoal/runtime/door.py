@@ -12,7 +12,6 @@ from shoal.ids import RequestId
 from shoal.runtime.effects import Tensors
 from shoal.runtime.frames import BatchFrame, OpenedSequence
 from shoal.runtime.grammar import MAX_GRAMMAR_CHARS
-from shoal.runtime.ports import SequenceStep
 from shoal.runtime.request import Array
 from shoal.runtime.sampling import check_sampling
 from shoal.runtime.settings import StageSettings, TensorForm
@@ -28,7 +27,7 @@ def plausible(frame: BatchFrame, tensors: Tensors, settings: StageSettings) -> b
         frame.plan_epoch == settings.plan_epoch
         and frame.step >= 0
         and (not (frame.opened or frame.closed) or _names_slots(frame, settings))
-        and _rows_fit(frame.sequences, settings)
+        and _rows_fit(frame, settings)
         and _carries(frame, tensors, settings)
     )
 
@@ -42,12 +41,20 @@ def _names_slots(frame: BatchFrame, settings: StageSettings) -> bool:
     )
 
 
-def _rows_fit(sequences: Sequence[SequenceStep], settings: StageSettings) -> bool:
-    """Asked of every frame: one pass, no generators."""
+def _rows_fit(frame: BatchFrame, settings: StageSettings) -> bool:
+    """Asked of every frame: one pass, no generators.
+
+    A row is sampled for what is known, and one more behind each id that was guessed.
+    """
+    sequences, drafts = frame.sequences, frame.drafts
+    if drafts and not _in_vocabulary([token for draft in drafts.values() for token in draft], settings):
+        return False
     slots: set[int] = set()
     requests: set[RequestId] = set()
     for s in sequences:
         rows = s.start >= 0 and 0 <= s.logits <= s.count and s.count > 0
+        if s.logits and s.logits != 1 + len(drafts.get(s.request, ())):
+            return False
         if not rows or s.start + s.count > settings.context_tokens or not 0 <= s.slot < settings.slots:
             return False
         slots.add(s.slot)
@@ -63,7 +70,11 @@ def _can_open(opened: OpenedSequence, settings: StageSettings) -> bool:
     too_long = opened.grammar is not None and len(opened.grammar.text) > MAX_GRAMMAR_CHARS
     if too_long or not 0 < len(opened.prompt) <= settings.context_tokens:
         return False
-    return min(opened.prompt) >= 0 and max(opened.prompt) < (settings.vocabulary or 1 << 31)
+    return _in_vocabulary(opened.prompt, settings)
+
+
+def _in_vocabulary(ids: Sequence[int], settings: StageSettings) -> bool:
+    return not ids or (min(ids) >= 0 and max(ids) < (settings.vocabulary or 1 << 31))
 
 
 def _carries(frame: BatchFrame, tensors: Tensors, settings: StageSettings) -> bool:

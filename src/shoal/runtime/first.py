@@ -42,6 +42,8 @@ from shoal.runtime.scheduler import is_prefill, next_batch
 from shoal.runtime.sequence import LiveSequence
 from shoal.runtime.settings import StageSettings
 from shoal.runtime.slots import SlotTable
+from shoal.runtime.speculate.draft import Drafter
+from shoal.runtime.speculate.speculator import Speculator, agreed
 from shoal.runtime.waiting import Waiter, WaitingLine
 
 _UNBOUND = (
@@ -55,6 +57,7 @@ class FirstStage:
 
     settings: StageSettings
     slots: SlotTable
+    drafter: Drafter
     infers: deque[tuple[SubmitInfer, Tensors]] = field(default_factory=deque)
     live: dict[RequestId, LiveSequence] = field(default_factory=dict)
     closing: list[ClosedSequence] = field(default_factory=list)
@@ -62,11 +65,13 @@ class FirstStage:
     last_was_prefill: bool = False
     waiting: WaitingLine = field(init=False)
     flights: Flights = field(init=False)
+    speculator: Speculator = field(init=False)
 
     def __post_init__(self) -> None:
         rules = self.settings.scheduler
         self.waiting = WaitingLine(rules.queue_limit, rules.batch_patience_s, rules.queue_s)
         self.flights = Flights(lost_s=self.settings.lost_s, probe_s=self.settings.probe_s)
+        self.speculator = Speculator(self.settings.speculation, self.drafter, self.settings.context_tokens)
 
     def submit(self, submit: Submit) -> list[Effect]:
         """Queue a request; refuse it with an error delta when it can never run, too many wait, or its time would pass in line."""
@@ -164,8 +169,14 @@ class FirstStage:
             if flight.infer and failure.request == flight.infer.request:
                 effects.append(infer_failed(flight.infer, failure.code, failure.text))
             effects += self._fail(failure)
+        right = 0
         for entry in frame.tokens:
-            effects += self._apply(entry)
+            draft = flight.drafts.get(entry.request, ())
+            right += agreed(entry.tokens, draft)
+            effects += self._apply(entry, draft)
+        if frame.tokens and not flight.prefill:
+            guessed = sum(len(draft) for draft in flight.drafts.values())
+            self.speculator.ledger.lapped(self.flights.now_s - flight.begun_s, len(flight.requests), guessed, right)
         told = {f.request for f in frame.failed} | {e.request for e in frame.tokens if e.tokens}
         text = "the last stage answered a step without the token that was wanted"
         for request in flight.wants:
@@ -200,21 +211,24 @@ class FirstStage:
     def _rows_frame(self, batch: tuple[SequenceStep, ...]) -> tuple[BatchFrame, Tensors]:
         step = self._take_step()
         self.last_was_prefill = is_prefill(batch, self.live)
+        batch, drafts = self.speculator.extend(batch, self.live)
         wants = tuple([s.request for s in batch if s.logits])
         requests = tuple([s.request for s in batch])
-        flight = Flight(requests, self.flights.now_s, prefill=self.last_was_prefill, wants=wants)
+        flight = Flight(requests, self.flights.now_s, prefill=self.last_was_prefill, wants=wants, drafts=drafts)
         self.flights.begin(step, flight)
         ids: list[int] = []
         opened: list[OpenedSequence] = []
         for rows in batch:
             sequence = self.live[rows.request]
-            ids += sequence.ids(rows.start, rows.count)
+            draft = drafts.get(rows.request, ())
+            ids += (*sequence.ids(rows.start, rows.count - len(draft)), *draft)
             if not sequence.opened:
                 opened.append(_opened(sequence))
             sequence.opened, sequence.scheduled, sequence.last_step = True, rows.start + rows.count, step
         frame = BatchFrame(
-            plan_epoch=self.settings.plan_epoch, run=self.settings.run, step=step, sequences=batch, opened=tuple(opened)
-        )
+            plan_epoch=self.settings.plan_epoch, run=self.settings.run, step=step, sequences=batch,
+            opened=tuple(opened), drafts=dict(drafts),
+        )  # fmt: skip
         return frame, {INPUT_IDS: np.array([ids], np.int64)}
 
     def _take_step(self) -> int:
@@ -249,13 +263,15 @@ class FirstStage:
             deadline_s=waiter.deadline_s,
         )
 
-    def _apply(self, entry: RequestTokens) -> list[Effect]:
+    def _apply(self, entry: RequestTokens, draft: tuple[int, ...]) -> list[Effect]:
         sequence = self.live.get(entry.request)
         if sequence is None:
             return []
         kept: list[SampledToken] = []
         finish = None
-        for token in entry.tokens:
+        right = agreed(entry.tokens, draft)
+        self.speculator.judged(entry.request, right, len(draft))
+        for token in entry.tokens[: right + 1]:
             vocabulary = self.settings.vocabulary
             if token.position != sequence.known or token.token < 0 or 0 < vocabulary <= token.token:
                 text = (
@@ -268,12 +284,16 @@ class FirstStage:
                 kept.append(token)
             if finish is not None:
                 break
+        sequence.settle()
         if entry.bound is Bound.COMPLETE and len(kept) == len(entry.tokens):
             finish = FinishReason.STOP  # the whole answer is there, even if max_tokens are as well
         constrained = entry.bound is not Bound.FREE
         if sequence.request.grammar is not None and not constrained:
             return self._fail(Failure(request=entry.request, code=UnsupportedVersionError.code, text=_UNBOUND))
-        delta = OutputDelta(request=entry.request, tokens=tuple(kept), finish=finish, constrained=constrained)
+        delta = OutputDelta(
+            request=entry.request, tokens=tuple(kept), finish=finish, constrained=constrained,
+            drafted=len(draft), accepted=right,
+        )  # fmt: skip
         if finish is not None:
             return [self._finish(sequence, delta)]
         return [Emit(reply_to=sequence.reply_to, delta=delta)] if kept else []
@@ -284,6 +304,7 @@ class FirstStage:
         if delta.finish is not FinishReason.ERROR:
             self.waiting.turnover.ended(self.flights.now_s - sequence.began_s)
         self.slots.close(sequence.slot, request)
+        self.speculator.close(request)
         self.closing.append(ClosedSequence(request=request, slot=sequence.slot))
         self._admit()
         return Emit(reply_to=sequence.reply_to, delta=delta)

@@ -3,7 +3,7 @@
 Frames are answered in order, so that whatever is skipped was lost; where nothing follows, a probe finds that out.
 """
 
-from collections.abc import Container
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 
 from shoal.ids import RequestId
@@ -17,11 +17,16 @@ class Flight:
 
     requests: tuple[RequestId, ...]
     sent_s: float
+    """When it was sent; once our own part is done, when that was."""
     prefill: bool = False
     infer: InferStep | None = None
     probe: bool = False
     wants: tuple[RequestId, ...] = ()
     """Those of `requests` that a token must come for."""
+    drafts: Mapping[RequestId, tuple[int, ...]] = field(default_factory=dict)
+    """Ids that were guessed for them."""
+    begun_s: float = 0.0
+    """When our own part began."""
 
 
 @dataclass(slots=True)
@@ -38,6 +43,7 @@ class Flights:
 
     def begin(self, step: int, flight: Flight) -> None:
         """A frame enters the pipeline."""
+        flight.begun_s = self.now_s
         self.out[step] = flight
 
     def ran(self, step: int) -> None:

@@ -70,6 +70,8 @@ class BatchFrame(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, 
     run: int = 0
     probe: bool = False
     """Asks for an answer and nothing else: what was sent before it and is not answered by then is lost."""
+    drafts: dict[RequestId, tuple[int, ...]] = {}
+    """Guessed ids: those of the last rows of a sequence.  The last stage samples row by row as far as they are right."""
 
     def wants_answer(self) -> bool:
         """Whether a tokens frame answers it."""

@@ -4,7 +4,7 @@ It keeps prompt, parameters and output of every open request, so that nothing bu
 token ids leaves it (ADR 7).
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from shoal.errors import ShardLostError, ShoalError
@@ -56,9 +56,9 @@ class LastStage:
         self.samplers.pop(request, None)
 
     def sample_step(
-        self, sequences: Iterable[SequenceStep], logits: Array
+        self, sequences: Iterable[SequenceStep], logits: Array, drafts: Mapping[RequestId, tuple[int, ...]]
     ) -> tuple[tuple[RequestTokens, ...], tuple[Failure, ...]]:
-        """Tokens of the wanted rows: `logits [R, V]` holds them in the order of *sequences*."""
+        """Tokens of the wanted rows: `logits [R, V]` holds them in the order of *sequences*; *drafts* as in the frame."""
         tokens: list[RequestTokens] = []
         failed: list[Failure] = []
         row = 0
@@ -73,19 +73,23 @@ class LastStage:
                 failed.append(Failure(request=step.request, code=ShardLostError.code, text=text))
                 continue
             try:
-                tokens.append(_sample_rows(sampler, step, rows))
+                tokens.append(_sample_rows(sampler, step, rows, drafts.get(step.request, ())))
             except ShoalError as error:
                 failed.append(Failure(request=step.request, code=error.code, text=str(error)))
         return tuple(tokens), tuple(failed)
 
 
-def _sample_rows(sampler: Sampler, step: SequenceStep, rows: Array) -> RequestTokens:
+def _sample_rows(sampler: Sampler, step: SequenceStep, rows: Array, draft: tuple[int, ...]) -> RequestTokens:
+    """One token per row, up to the first that the draft did not foresee: what follows was computed from a wrong id.
+
+    Each draw sees the tokens before it, guessed rightly or not guessed at all: the answer is that of plain decoding (ADR 8).
+    """
     first = step.start + step.count - step.logits + 1
     drawn: list[SampledToken] = []
     bound = Bound.FREE
     for i, row in enumerate(rows):
         drawn.append(sampler.take(row, first + i))
         bound = sampler.bound
-        if bound is Bound.COMPLETE:
+        if bound is Bound.COMPLETE or (i < len(draft) and drawn[-1].token != draft[i]):
             break
     return RequestTokens(request=step.request, tokens=tuple(drawn), bound=bound)

@@ -40,6 +40,7 @@ from shoal.runtime.grammar import Grammars
 from shoal.runtime.ports import SequenceStep, Session
 from shoal.runtime.request import GenerateRequest, OutputDelta
 from shoal.runtime.settings import StageSettings
+from shoal.runtime.speculate.draft import Drafter
 from shoal.runtime.stage import advance
 from shoal.runtime.stage_state import StageState, start
 
@@ -76,6 +77,8 @@ class LocalPipeline:
     hop_s: HopTime = lambda _source, _target, _frame, _tensors: 0.0
     passes: Callable[[int, int], bool] = lambda _source, _target: True
     """Whether the link from stage to stage works; what is sent while it does not is lost without a word."""
+    drafter: Drafter | None = None
+    """Who guesses at the first stage; None: as in a worker."""
     machines: list[StageState] = field(init=False)
     deltas: dict[RequestId, list[OutputDelta]] = field(default_factory=dict)
     results: dict[RequestId, EmitResult] = field(default_factory=dict)
@@ -86,7 +89,7 @@ class LocalPipeline:
     _count: int = 0
 
     def __post_init__(self) -> None:
-        self.machines = [start(stage.settings, stage.grammars) for stage in self.stages]
+        self.machines = [start(stage.settings, stage.grammars, self.drafter) for stage in self.stages]
 
     def submit(self, request: GenerateRequest) -> None:
         """Hand a request to the first stage, now."""
@@ -145,7 +148,7 @@ class LocalPipeline:
             stage.session.close()
 
     def _take(self, stage: int, given: StageInput) -> None:
-        _, effects = advance(self.machines[stage], given)
+        _, effects = advance(self.machines[stage], given, self.clock.now_s())
         for effect in effects:
             self._carry_out(stage, effect)
 

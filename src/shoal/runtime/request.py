@@ -58,6 +58,10 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
     priority: Priority = Priority.INTERACTIVE
     deadline_s: float | None = None
     """The answer must be complete so long after the first stage received the request; relative, since no two clocks agree."""
+    reproducible: bool = False
+    """The same request must give the same answer again: nothing may depend on how busy the machines are."""
+    predicted: tuple[int, ...] = ()
+    """What the answer might be; wrong predictions cost time and change nothing."""
 
 
 class FinishReason(StrEnum):
@@ -98,6 +102,9 @@ class OutputDelta(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     error: str = ""
     constrained: bool = False
     """The tokens follow the request's grammar; False from stages that know none."""
+    drafted: int = 0
+    """Ids that were guessed in the lap that gave `tokens`, and those of them that were right."""
+    accepted: int = 0
     retry_after_s: float | None = None
 
 

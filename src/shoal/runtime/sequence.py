@@ -9,6 +9,7 @@ from shoal.runtime.request import FinishReason, GenerateRequest
 class LiveSequence:
     """Token ids are the ground truth (ADR 9); `scheduled` of them have been handed to the pipeline as rows.
 
+    While guessed ids are in the pipeline, `scheduled` counts them too and may be beyond what is known.
     `last_step` is the newest step that it took part in: the scheduler's turn order.
     """
 
@@ -41,10 +42,13 @@ class LiveSequence:
 
     def ids(self, start: int, count: int) -> tuple[int, ...]:
         """Token ids of positions [start, start + count)."""
-        prompt = self.request.prompt
-        if start < len(prompt):
-            return prompt[start : start + count]
-        return tuple(self.output[start - len(prompt) : start - len(prompt) + count])
+        prompt, stop = self.request.prompt, start + count
+        output = self.output[max(0, start - len(prompt)) : max(0, stop - len(prompt))]
+        return (*prompt[start:stop], *output)
+
+    def settle(self) -> None:
+        """Guesses were answered: rows of wrong ones are to be run again, with the right ids."""
+        self.scheduled = min(self.scheduled, self.known - 1)
 
     def accept(self, token: int, context_tokens: int) -> FinishReason | None:
         """Take a sampled token; the reason if it ends the answer.  A stop token is not kept."""

@@ -5,6 +5,7 @@ from enum import StrEnum
 import msgspec
 
 from shoal.runtime.scheduler import SchedulerSettings
+from shoal.runtime.speculate.speculator import Speculation
 
 
 class Recovery(StrEnum):
@@ -58,6 +59,7 @@ class StageSettings(msgspec.Struct, frozen=True, kw_only=True):
     heartbeat_s: float = 2.0
     lost_s: float = 120.0
     scheduler: SchedulerSettings = SchedulerSettings()
+    speculation: Speculation = Speculation()
 
     @property
     def is_first(self) -> bool:

@@ -56,8 +56,13 @@ from shoal.runtime.stage_state import StageState
 from shoal.runtime.watch import watch
 
 
-def advance(state: StageState, given: StageInput) -> tuple[StageState, tuple[Effect, ...]]:
-    """Take one input; the effects are to be carried out in order before the next one."""
+def advance(state: StageState, given: StageInput, now_s: float | None = None) -> tuple[StageState, tuple[Effect, ...]]:
+    """Take one input, at *now_s* on the shell's clock (None: as at the last tick).
+
+    The effects are to be carried out in order before the next one.
+    """
+    if now_s is not None:
+        state.tell_time(now_s)
     effects = _take(state, given)
     effects += _proceed(state)
     return state, tuple(effects)
@@ -190,7 +195,7 @@ def _step_failed(state: StageState, code: str, text: str) -> list[Effect]:
     (frame, _), state.running = state.running, None
     victims = [s.request for s in frame.sequences] + ([frame.infer.request] if frame.infer else [])
     failed = tuple(Failure(request=r, code=code, text=text) for r in victims)
-    hollow = msgspec.structs.replace(frame, sequences=(), infer=None, failed=frame.failed + failed)
+    hollow = msgspec.structs.replace(frame, sequences=(), drafts={}, infer=None, failed=frame.failed + failed)
     return _complete(state, hollow, {}, {})
 
 
@@ -217,7 +222,7 @@ def _answer(state: StageState, last: LastStage, frame: BatchFrame, outputs: Tens
         done = InferDone(request=frame.infer.request)
         effects.append(EmitResult(reply_to=frame.infer.reply_to, done=done, tensors=outputs))
     wanted = any(s.logits for s in frame.sequences)
-    tokens, failed = last.sample_step(frame.sequences, outputs[LOGITS]) if wanted else ((), ())
+    tokens, failed = last.sample_step(frame.sequences, outputs[LOGITS], frame.drafts) if wanted else ((), ())
     answer = TokensFrame(
         plan_epoch=frame.plan_epoch, step=frame.step, run=frame.run, tokens=tokens, failed=frame.failed + failed
     )

@@ -9,6 +9,8 @@ from shoal.runtime.grammar import Grammars, NoGrammars
 from shoal.runtime.last import LastStage
 from shoal.runtime.settings import StageSettings
 from shoal.runtime.slots import SlotTable
+from shoal.runtime.speculate.draft import Drafter
+from shoal.runtime.speculate.ngram import NgramDrafter
 
 
 @dataclass(slots=True)
@@ -39,13 +41,25 @@ class StageState:
         self.edge = Edge(self.settings.credits)
         self.run = self.settings.run if self.settings.is_first else None
 
+    def tell_time(self, now_s: float) -> None:
+        """A clock's zero is arbitrary: the machine's own time begins when it is first told."""
+        if self.began_s is None:
+            self.began_s = now_s
+        self.now_s = now_s - self.began_s
+        if self.first is not None:
+            self.first.flights.now_s = self.now_s
 
-def start(settings: StageSettings, grammars: Grammars | None = None) -> StageState:
-    """A stage that has seen nothing yet; the last one asks *grammars* what an answer may be (None: nothing is constrained)."""
+
+def start(settings: StageSettings, grammars: Grammars | None = None, drafter: Drafter | None = None) -> StageState:
+    """A stage that has seen nothing yet.
+
+    The last one asks *grammars* what an answer may be (None: nothing is constrained); the first one has *drafter* guess
+    (None: by looking up).
+    """
     slots = SlotTable(settings.slots)
     return StageState(
         settings=settings,
         slots=slots,
-        first=FirstStage(settings, slots) if settings.is_first else None,
+        first=FirstStage(settings, slots, drafter or NgramDrafter()) if settings.is_first else None,
         last=LastStage(grammars or NoGrammars()) if settings.is_last else None,
     )

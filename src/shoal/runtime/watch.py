@@ -8,14 +8,9 @@ from shoal.runtime.stage_state import StageState
 
 def watch(state: StageState, tick: Tick) -> list[Effect]:
     """Take the time, say what is due, and notice what has been silent for too long."""
-    # A clock's zero is arbitrary: the machine's own time begins with its first tick.
-    if state.began_s is None:
-        state.began_s = tick.now_s
-    state.now_s = tick.now_s - state.began_s
-    if tick.heard_s is not None:
+    state.tell_time(tick.now_s)
+    if tick.heard_s is not None and state.began_s is not None:
         state.edge.hear(tick.heard_s - state.began_s)
-    if state.first is not None:
-        state.first.flights.now_s = state.now_s
     due = (state.first.overdue() if state.first is not None else []) + _beat(state)
     if state.running is not None:  # nobody is waited for but our own engine
         return due

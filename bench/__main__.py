@@ -20,6 +20,7 @@ MODULES = {
     "planner": "bench.planner.claim",
     "edgeshard": "bench.edgeshard.claim",
     "prediction": "bench.prediction.claim",
+    "speculation": "bench.speculation.claim",
     "overload": "bench.overload.claim",
     "soak": "bench.soak.claim",
 }

@@ -16,7 +16,7 @@ from shoal.fleet.views import DeploymentView
 from shoal.ids import NodeId, RequestId
 from shoal.node.stage_keys import submit_topic
 from shoal.runtime import frames
-from shoal.runtime.request import FinishReason, GenerateRequest, OutputDelta
+from shoal.runtime.request import FinishReason, GenerateRequest, OutputDelta, SamplingParams
 from shoal.transport.bus import Bus, Lane, Sample
 from shoal.transport.frame import pack, unpack
 from shoal.transport.keys import EventTopic, key_of, pattern_of
@@ -69,12 +69,21 @@ class Direct:
         finally:
             subscription.close()
 
-    def ask(self, view: DeploymentView, prompt: Sequence[int], max_tokens: int) -> list[float]:
+    def ask(
+        self,
+        view: DeploymentView,
+        prompt: Sequence[int],
+        max_tokens: int,
+        *,
+        sampling: SamplingParams = SamplingParams(),  # noqa: B008 - frozen
+        predicted: Sequence[int] = (),
+    ) -> list[float]:
         """Seconds from the request to each of its tokens."""
         request = RequestId(f"bench-{next(self._numbers)}")
         wanted = GenerateRequest(
-            request=request, deployment=view.name, prompt=tuple(prompt), max_tokens=max_tokens, ignore_eos=True
-        )
+            request=request, deployment=view.name, prompt=tuple(prompt), max_tokens=max_tokens, ignore_eos=True,
+            sampling=sampling, predicted=tuple(predicted),
+        )  # fmt: skip
         payload = pack(frames.encode(frames.Submit(request=wanted, reply_to=self.reply_to)), {})
         began_s = time.monotonic()
         self.bus.put(submit_key(view), payload, lane=Lane.DECODE)

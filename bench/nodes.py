@@ -19,6 +19,7 @@ from shoal.fleet.views import DeploymentState, DeploymentView
 from shoal.node.importing import import_files
 from shoal.node.pull import PullRequest, pull
 from shoal.node.running import Running, running_file
+from shoal.runtime.speculate.speculator import OFF, Speculation
 from shoal.store.home import open_store
 
 _START_LIMIT_S = 60.0
@@ -81,9 +82,9 @@ def fleet_of(homes: Sequence[Path], *, threads: int = 1) -> Iterator[tuple[Shoal
         yield shoal, running, pids
 
 
-def deploy(shoal: Shoal, name: str, wanted: PlanOptions) -> DeploymentView:
-    """Deploy the model as *name* and wait until it serves."""
-    shoal.deploy(MODEL, name=name, **wanted)
+def deploy(shoal: Shoal, name: str, wanted: PlanOptions, *, speculation: Speculation = OFF) -> DeploymentView:
+    """Deploy the model as *name* and wait until it serves; plain decoding unless *speculation* says more."""
+    shoal.deploy(MODEL, name=name, speculation=speculation, **wanted)
 
     def ready() -> DeploymentView | None:
         found = next((d for d in shoal.deployments() if d.name == name), None)

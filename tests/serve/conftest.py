@@ -83,6 +83,9 @@ class ByteCodec:
     def encode(self, text: str) -> tuple[int, ...]:
         return tuple(text.encode())
 
+    def encode_answer(self, text: str) -> tuple[int, ...]:
+        return self.encode(text)
+
     def encode_chat(
         self, messages: Sequence[Mapping[str, object]], tools: Sequence[Mapping[str, object]]
     ) -> tuple[int, ...]:
@@ -175,6 +178,7 @@ class FakeFleet:
     first: list[float] = field(default_factory=list)
     later: list[float] = field(default_factory=list)
     outcomes: list[tuple[str, str, int, int]] = field(default_factory=list)
+    guesses: list[tuple[str, int, int]] = field(default_factory=list)
 
     def served(self) -> Sequence[ServedModel]:
         return list(self.models.values())
@@ -246,6 +250,9 @@ class FakeFleet:
 
     def answered(self, deployment: str, outcome: str, prompt_tokens: int, output_tokens: int) -> None:
         self.outcomes.append((deployment, outcome, prompt_tokens, output_tokens))
+
+    def guessed(self, deployment: str, accepted: int, rejected: int) -> None:
+        self.guesses.append((deployment, accepted, rejected))
 
     def render(self) -> bytes:
         return b"# HELP shoal_tokens_total x\nshoal_tokens_total 1\n"

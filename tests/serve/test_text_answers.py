@@ -115,7 +115,12 @@ def test_completions_have_sixteen_tokens_unless_asked(client: TestClient[Litesta
 
     assert answer["choices"][0]["text"] == "x" * 16
     assert answer["choices"][0]["finish_reason"] == "length"
-    assert answer["usage"] == {"prompt_tokens": 2, "completion_tokens": 16, "total_tokens": 18}
+    assert answer["usage"] == {
+        "prompt_tokens": 2,
+        "completion_tokens": 16,
+        "total_tokens": 18,
+        "completion_tokens_details": {"accepted_prediction_tokens": 0, "rejected_prediction_tokens": 0},
+    }
 
 
 @pytest.mark.parametrize("prompt", ["hi", ["hi"], [104, 105], [[104, 105]]])

@@ -54,6 +54,7 @@ def families() -> Iterator[Metric]:
     metrics.first_token("x", 1.0)
     metrics.output_token("x", 1.0)
     metrics.answered("x", "stop", 1, 1)
+    metrics.guessed("x", 1, 1)
     yield from registry.collect()
 
 

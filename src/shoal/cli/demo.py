@@ -27,13 +27,14 @@ from shoal.cli.deploy import curl_line, deploy_and_wait, have_model, show_plan
 from shoal.cli.nodes import render_nodes
 from shoal.cli.profile_table import render_speeds
 from shoal.client import Shoal
-from shoal.client.calls import PlanOptions
+from shoal.client.calls import PlanOptions, ServeOptions
 from shoal.errors import NodeUnreachableError, SettingsError, ShoalError
 from shoal.fleet.state import Standing
 from shoal.ids import NodeId
 from shoal.node.running import Running, running_file, running_node
 from shoal.node.settings import read_settings
 from shoal.plan.problem import Estimate, Plan, RequestShape
+from shoal.runtime.speculate.speculator import OFF
 from shoal.trust.identity import load_or_create, node_id
 
 MODEL = "smollm2-135m"
@@ -102,7 +103,7 @@ def demo(
         console.print(Rule("3. the plan, before anything is loaded", align="left"))
         plan = show_plan(shoal, MODEL, wanted, console)
         console.print(Rule("4. an answer through the pipeline", align="left"))
-        deploy_and_wait(shoal, MODEL, MODEL, wanted, console)
+        deploy_and_wait(shoal, MODEL, MODEL, ServeOptions(speculation=OFF, **wanted), console)
         for _ in _ask(url, "Hello", []):
             pass  # the first request pays for cold caches; it is not the one that is measured
         _show_answer(console, url, question, plan)

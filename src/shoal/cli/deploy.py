@@ -8,7 +8,7 @@ from rich.console import Console
 from shoal.cli.plan_table import render_plan
 from shoal.cli.progress import shown
 from shoal.client import Shoal
-from shoal.client.calls import PlanOptions
+from shoal.client.calls import PlanOptions, ServeOptions
 from shoal.errors import DeadlineExceededError, InfeasibleError, UnavailableError
 from shoal.fleet.views import DeploymentState, DeploymentView
 from shoal.model.spec import ModelKind
@@ -43,7 +43,7 @@ def show_plan(shoal: Shoal, model: str, wanted: PlanOptions, console: Console) -
             return plan
 
 
-def deploy_and_wait(shoal: Shoal, model: str, name: str, wanted: PlanOptions, console: Console) -> DeploymentView:
+def deploy_and_wait(shoal: Shoal, model: str, name: str, wanted: ServeOptions, console: Console) -> DeploymentView:
     """Deploy and wait until it serves; raises UnavailableError or DeadlineExceededError."""
     made = shoal.deploy(model, name=name, **wanted)
     began_s = time.monotonic()

@@ -16,10 +16,12 @@ from shoal.cli.plan_flags import ASK, DEMANDS, AskFlags, DemandFlags, options
 from shoal.cli.spread import spread
 from shoal.cli.start import Stop, check_start, run
 from shoal.client import Shoal
+from shoal.client.calls import ServeOptions
 from shoal.errors import SettingsError
 from shoal.node.fleet_api import check_name
 from shoal.node.running import Running
 from shoal.node.settings import read_settings
+from shoal.runtime.speculate.speculator import ADAPTIVE, MOST_GUESSES, Speculation
 
 
 @spread
@@ -27,6 +29,12 @@ def serve(
     model: Annotated[str, typer.Argument(help="A model of this machine (`shoal models`), or a reference to pull.")],
     *,
     name: Annotated[str, typer.Option(help="What clients call it; by default the model's name.")] = "",
+    speculate: Annotated[
+        str,
+        typer.Option(
+            help="Tokens guessed ahead and checked in one lap: auto (as many as pay), off, or always up to this many."
+        ),
+    ] = "auto",
     ask: AskFlags = ASK,
     here: HereFlags = HERE,
     demands: DemandFlags = DEMANDS,
@@ -35,6 +43,7 @@ def serve(
     """Measure, plan and deploy a model; shows the plan and its prediction before anything is loaded."""
     if name:
         check_name(name)  # a bad one would be refused too, after the plan
+    speculation = parse_speculation(speculate)
     console = Console()
     remote = bool(url or os.environ.get("SHOAL_URL"))
     starts = _starts_a_node(here, remote=remote)
@@ -43,7 +52,7 @@ def serve(
     def deploy(shoal: Shoal, where: str) -> None:
         asked = options(ask, demands, shoal.nodes())
         show_plan(shoal, wanted, asked, console)
-        view = deploy_and_wait(shoal, wanted, name, asked, console)
+        view = deploy_and_wait(shoal, wanted, name, ServeOptions(speculation=speculation, **asked), console)
         console.print(f"API at {where}/v1; try:")
         console.print(curl_line(where, view.name, view.kind), soft_wrap=True, highlight=False)
 
@@ -53,6 +62,19 @@ def serve(
         where = find_url(url)
         with Shoal(where, api_key=api_key()) as shoal:
             deploy(shoal, where)
+
+
+def parse_speculation(text: str) -> Speculation:
+    """`auto`, `off` or a number; raises SettingsError."""
+    if text == "auto":
+        return ADAPTIVE
+    if text == "off":
+        return Speculation(most=0)
+    if text.isdigit() and 0 < int(text) <= MOST_GUESSES:
+        return Speculation(most=int(text), adaptive=False)
+    raise SettingsError(
+        f"--speculate {text} cannot be read", hint=f"say auto, off, or how many tokens: 1 to {MOST_GUESSES}"
+    )
 
 
 def _starts_a_node(here: HereFlags, *, remote: bool) -> bool:

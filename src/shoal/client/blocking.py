@@ -7,7 +7,7 @@ from typing import Self, TypeVar, Unpack
 import httpx
 
 from shoal.client import calls
-from shoal.client.calls import DEFAULT_URL, Call, PlanOptions
+from shoal.client.calls import DEFAULT_URL, Call, PlanOptions, ServeOptions
 from shoal.fleet.views import DeploymentView, EventView, HealthView, JoinView, NodeView
 from shoal.plan.problem import Answer, Problem
 from shoal.profile.fleet import FleetProfile
@@ -58,7 +58,7 @@ class Shoal:
         """What `plan` would answer, as a value to solve offline; measures what is not known yet."""
         return self._do(calls.problem(model, options))
 
-    def deploy(self, model: str, *, name: str = "", **options: Unpack[PlanOptions]) -> DeploymentView:
+    def deploy(self, model: str, *, name: str = "", **options: Unpack[ServeOptions]) -> DeploymentView:
         """Begin to serve *model*; raises InfeasibleError when no plan fits."""
         return self._do(calls.deploy(model, name, options))
 

@@ -34,6 +34,7 @@ from shoal.plan.problem import (
     Residency,
 )
 from shoal.profile.fleet import FleetProfile
+from shoal.runtime.speculate.speculator import ADAPTIVE, Speculation
 
 T = TypeVar("T")
 DEFAULT_URL = "http://127.0.0.1:8400"
@@ -52,6 +53,12 @@ class PlanOptions(TypedDict, total=False):
     choose: Choose
     cloud: Cloud | None
     relays: Relays
+
+
+class ServeOptions(PlanOptions, total=False):
+    """What one may say about a deployment besides the model and its name; see `DeployRequest`."""
+
+    speculation: Speculation
 
 
 class Call(msgspec.Struct, Generic[T], frozen=True, kw_only=True):
@@ -85,8 +92,10 @@ def problem(model: str, options: PlanOptions) -> Call[Problem]:
     return Call(method="POST", path="/shoal/v1/problem", body=wanted, answer=Problem, slow=True)
 
 
-def deploy(model: str, name: str, options: PlanOptions) -> Call[DeploymentView]:
-    wanted = DeployRequest(plan=PlanRequest(model=model, **options), name=name)
+def deploy(model: str, name: str, options: ServeOptions) -> Call[DeploymentView]:
+    planned = cast("PlanOptions", {key: value for key, value in options.items() if key != "speculation"})
+    speculation = options.get("speculation", ADAPTIVE)
+    wanted = DeployRequest(plan=PlanRequest(model=model, **planned), name=name, speculation=speculation)
     return Call(method="POST", path="/shoal/v1/deployments", body=wanted, answer=DeploymentView, slow=True)
 
 

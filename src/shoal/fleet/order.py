@@ -9,6 +9,7 @@ import msgspec
 from shoal.fleet.report import ShardId
 from shoal.ids import Digest, NodeId
 from shoal.runtime.settings import Recovery
+from shoal.runtime.speculate.speculator import Speculation
 
 
 class Hold(msgspec.Struct, frozen=True, kw_only=True, tag="hold"):
@@ -39,6 +40,7 @@ class Hold(msgspec.Struct, frozen=True, kw_only=True, tag="hold"):
     a higher one takes the place of that of a lower one on the same node, however that fares."""
     recovery: Recovery = Recovery.EXACT
     """How a worker that is new in a plan that serves is brought to where the one before it was."""
+    speculation: Speculation = Speculation()
 
     @property
     def is_relay(self) -> bool:

@@ -225,6 +225,7 @@ def hold_order(
         beside=tuple(epoch for epoch in deployment.epochs if epoch != deployment.plan_epoch),
         attempt=deployment.attempt_of(index),
         recovery=spec.recovery,
+        speculation=spec.speculation,
     )
 
 

@@ -7,6 +7,7 @@ import msgspec
 from shoal.ids import DeploymentId, Digest, NodeId
 from shoal.plan.problem import Choose, Cloud, Limits, Objective, Pin, Relays, RequestShape, Residency
 from shoal.runtime.settings import Recovery
+from shoal.runtime.speculate.speculator import Speculation
 
 
 class Standbys(StrEnum):
@@ -39,4 +40,5 @@ class DeploymentSpec(msgspec.Struct, frozen=True, kw_only=True):
     relays: Relays = Relays.IF_NEEDED
     recovery: Recovery = Recovery.EXACT
     standbys: Standbys = Standbys.TENSORS
+    speculation: Speculation = Speculation()
     generation: int = 1

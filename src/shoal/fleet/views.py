@@ -11,6 +11,7 @@ import msgspec
 from shoal.fleet.state import Standing
 from shoal.ids import DeploymentId, NodeId
 from shoal.plan.problem import Choose, Cloud, Limits, Objective, Pin, Plan, Relays, RequestShape, Residency
+from shoal.runtime.speculate.speculator import ADAPTIVE, Speculation
 
 
 class LinkView(msgspec.Struct, frozen=True, kw_only=True):
@@ -159,6 +160,8 @@ class DeployRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 
     plan: PlanRequest
     name: str = ""
+    speculation: Speculation = ADAPTIVE
+    """Whether later tokens are guessed and checked in one lap, and how many at most."""
 
 
 class ProfileRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

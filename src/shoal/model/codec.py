@@ -28,6 +28,10 @@ class ModelCodec:
         """Ids of plain text, with the special tokens that the model expects around it; special tokens in it stay text."""
         return tuple(self.tokenizer.encode(text, add_special=True))
 
+    def encode_answer(self, text: str) -> tuple[int, ...]:
+        """Ids of a text as the model would write it: nothing before it, nothing special in it."""
+        return tuple(self.tokenizer.encode(text, add_special=False))
+
     def encode_chat(
         self, messages: Sequence[Mapping[str, object]], tools: Sequence[Mapping[str, object]]
     ) -> tuple[int, ...]:

@@ -324,6 +324,7 @@ async def launch_hold(parts: _Parts, crews: Crews, hold: Hold, birth: int) -> Wo
         attempt=hold.attempt,
         birth=birth,
         recovery=hold.recovery,
+        speculation=hold.speculation,
         slowdown=options.slowdown,
         links=options.links,
     )

@@ -136,6 +136,7 @@ class FleetApi:
         name = DeploymentId(wanted.name or wanted.plan.model)
         check_name(name)
         spec = await self._spec(wanted.plan, name)
+        spec = msgspec.structs.replace(spec, speculation=wanted.speculation)
         coordinator = self._coordinator()
         told = await self.caller.call(coordinator, "preview", Preview(spec=spec), Previewed, timeout_s=_MEASURING_S)
         match told.answer:

@@ -38,9 +38,11 @@ class Watched:
     first_s: float = 0.0
     last_s: float = 0.0
     tokens: int = 0
+    guessed: bool = False
 
-    def take(self, tokens: int, now_s: float) -> None:
-        """So many tokens came out of the pipeline."""
+    def take(self, tokens: int, now_s: float, *, guessed: bool = False) -> None:
+        """So many tokens came out of the pipeline; with *guessed* ones a lap is not what a plan speaks of."""
+        self.guessed = self.guessed or guessed
         if tokens and not self.tokens:
             self.first_s = now_s
         if tokens:
@@ -76,7 +78,7 @@ class Foretold:
         low, high = (part * self.plan.shape.tokens_in for part in LENGTHS)
         if low <= watched.tokens_in <= high:
             self._first.append(_error(first_token_s(self.plan, watched.tokens_in), watched.first_s - watched.began_s))
-        if watched.tokens >= FEWEST_TOKENS:
+        if watched.tokens >= FEWEST_TOKENS and not watched.guessed:
             each_s = (watched.last_s - watched.first_s) / (watched.tokens - 1)
             self._each.append(_error(self.plan.estimate.time_per_output_token_s, each_s))
 

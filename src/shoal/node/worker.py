@@ -51,6 +51,7 @@ def stage_settings(spec: WorkerSpec, artifact: Artifact, takes: tuple[TensorForm
         run=secrets.randbits(32),
         birth=spec.birth,
         recovery=spec.recovery,
+        speculation=spec.speculation,
         scheduler=SchedulerSettings(in_flight=spec.in_flight),
     )
 

@@ -5,6 +5,7 @@ import msgspec
 from shoal.fleet.report import ShardId
 from shoal.ids import Digest, NodeId
 from shoal.runtime.settings import Recovery
+from shoal.runtime.speculate.speculator import Speculation
 
 
 class LinkShape(msgspec.Struct, frozen=True, kw_only=True):
@@ -35,6 +36,7 @@ class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
     attempt: int = 0
     birth: int = 0
     recovery: Recovery = Recovery.EXACT
+    speculation: Speculation = Speculation()
     slowdown: float = 1.0
     links: tuple[LinkShape, ...] = ()
 

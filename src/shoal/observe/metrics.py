@@ -44,6 +44,9 @@ class Metrics:
         )
         self._requests = self._counter("requests", "Requests that ended", ["deployment", "outcome"])
         self._tokens = self._counter("tokens", "Tokens read and written", ["deployment", "kind"])
+        self._guesses = self._counter(
+            "guessed_tokens", "Tokens that were guessed and checked in one lap", ["deployment", "outcome"]
+        )
 
     def first_token(self, deployment: str, time_s: float) -> None:
         self._first_token.labels(deployment).observe(time_s)
@@ -56,6 +59,11 @@ class Metrics:
         self._requests.labels(deployment, outcome).inc()
         self._tokens.labels(deployment, "prompt").inc(prompt_tokens)
         self._tokens.labels(deployment, "output").inc(output_tokens)
+
+    def guessed(self, deployment: str, accepted: int, rejected: int) -> None:
+        """Guesses of an answer that ended: right ones and wrong ones."""
+        self._guesses.labels(deployment, "accepted").inc(accepted)
+        self._guesses.labels(deployment, "rejected").inc(rejected)
 
     def render(self) -> bytes:
         """The text exposition format; serve it as `CONTENT_TYPE`."""

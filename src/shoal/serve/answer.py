@@ -18,7 +18,7 @@ from shoal.runtime.request import FinishReason, GenerateRequest, OutputDelta
 from shoal.serve.assemble import Assembler, Piece
 from shoal.serve.closing import closed_after
 from shoal.serve.job import Job
-from shoal.serve.openai_answers import Usage
+from shoal.serve.openai_answers import CompletionDetails, Usage
 from shoal.serve.ports import Limits, Node
 
 Emit = Callable[[int, Piece], Awaitable[None]]
@@ -71,8 +71,17 @@ async def answer(door: Door, job: Job, emit: Emit) -> Usage:
         raise error from None
     finally:
         tokens = sum(reader.tokens for reader in readers)
+        accepted, rejected = (sum(values) for values in zip(*(r.guesses for r in readers), strict=True))
+        door.node.metrics.guessed(job.model.name, accepted, rejected)
         door.node.metrics.answered(job.model.name, outcome, job.prompt_tokens, tokens)
-    return Usage(prompt_tokens=job.prompt_tokens, completion_tokens=tokens, total_tokens=job.prompt_tokens + tokens)
+    return Usage(
+        prompt_tokens=job.prompt_tokens,
+        completion_tokens=tokens,
+        total_tokens=job.prompt_tokens + tokens,
+        completion_tokens_details=CompletionDetails(
+            accepted_prediction_tokens=accepted, rejected_prediction_tokens=rejected
+        ),
+    )
 
 
 def first_error(group: BaseExceptionGroup[BaseException]) -> BaseException:
@@ -92,6 +101,8 @@ class _Reader:
     last_s: float
     tokens: int = 0
     finish: FinishReason = FinishReason.CANCELLED
+    guesses: tuple[int, int] = (0, 0)
+    """Guessed tokens that were right, and that were wrong."""
 
     async def read(self, request: GenerateRequest) -> None:
         assembler = Assembler(
@@ -114,6 +125,8 @@ class _Reader:
         if not delta.tokens:
             return
         name, metrics, now_s = self.job.model.name, self.door.node.metrics, self.door.node.clock.now_s()
+        right, wrong = self.guesses
+        self.guesses = (right + delta.accepted, wrong + delta.drafted - delta.accepted)
         rest = len(delta.tokens)
         elapsed_s, self.last_s = now_s - self.last_s, now_s
         if self.tokens == 0:

@@ -10,7 +10,7 @@ from shoal.ids import RequestId
 from shoal.model.spec import ModelKind
 from shoal.runtime.request import GenerateRequest, Priority, SamplingParams
 from shoal.runtime.sampling import check_sampling
-from shoal.serve.openai_requests import ChatRequest, CompletionRequest, Message, StreamOptions
+from shoal.serve.openai_requests import ChatRequest, CompletionRequest, ContentPart, Message, StreamOptions
 from shoal.serve.ports import Limits, ServedModel, TextCodec
 
 COMPLETION_MAX_TOKENS = 16
@@ -57,6 +57,11 @@ def text_model(model: ServedModel) -> TextCodec:
     return model.codec
 
 
+def text_of(parts: str | Sequence[ContentPart]) -> str:
+    """The text of a message."""
+    return parts if isinstance(parts, str) else "\n".join(part.text for part in parts)
+
+
 def chat_messages(messages: Sequence[Message]) -> list[dict[str, object]]:
     """Messages as chat templates expect them: text content, no absent fields; raises InvalidRequestError."""
     plain: list[dict[str, object]] = []
@@ -67,8 +72,7 @@ def chat_messages(messages: Sequence[Message]) -> list[dict[str, object]]:
                 hint="only messages with tool_calls may lack it",
                 param=f"messages[{position}].content",
             )
-        parts = message.content or ""
-        content = parts if isinstance(parts, str) else "\n".join(part.text for part in parts)
+        content = text_of(message.content or "")
         role = "system" if message.role == "developer" else message.role
         extras: dict[str, object] = {
             "name": message.name,
@@ -79,7 +83,9 @@ def chat_messages(messages: Sequence[Message]) -> list[dict[str, object]]:
     return plain
 
 
-def chat_job(body: ChatRequest, model: ServedModel, prompt: tuple[int, ...], stamp: Stamp) -> Job:
+def chat_job(
+    body: ChatRequest, model: ServedModel, prompt: tuple[int, ...], stamp: Stamp, predicted: tuple[int, ...] = ()
+) -> Job:
     """The job of a chat request whose rendered conversation is *prompt*; raises InvalidRequestError."""
     if body.top_logprobs is not None and not body.logprobs:
         raise InvalidRequestError(
@@ -89,7 +95,8 @@ def chat_job(body: ChatRequest, model: ServedModel, prompt: tuple[int, ...], sta
         raise InvalidRequestError("max_tokens and max_completion_tokens differ", hint="send one", param="max_tokens")
     max_tokens = body.max_completion_tokens or body.max_tokens
     sampling = sampling_of(body, stamp.seed, (body.top_logprobs or 0) if body.logprobs else None)
-    return _job(body, model, (prompt,), sampling, (max_tokens, "messages"), stamp)
+    job = _job(body, model, (prompt,), sampling, (max_tokens, "messages"), stamp)
+    return replace(job, requests=tuple(msgspec.structs.replace(r, predicted=predicted) for r in job.requests))
 
 
 def completion_job(
@@ -177,6 +184,7 @@ def _job(
             ignore_eos=bool(body.ignore_eos),
             priority=body.priority or (Priority.BATCH if body.service_tier == "flex" else Priority.INTERACTIVE),
             deadline_s=body.timeout_s,
+            reproducible=body.seed is not None,
         )
         for at, prompt in enumerate(prompts)
         for copy in range(n)

@@ -8,12 +8,20 @@ from msgspec import UNSET, UnsetType
 Finish = Literal["stop", "length"]
 
 
+class CompletionDetails(msgspec.Struct, frozen=True, kw_only=True):
+    """Tokens that were guessed before they were computed: `accepted` ones are part of the answer, `rejected` ones are not."""
+
+    accepted_prediction_tokens: int = 0
+    rejected_prediction_tokens: int = 0
+
+
 class Usage(msgspec.Struct, frozen=True, kw_only=True):
     """Tokens in, tokens out."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    completion_tokens_details: CompletionDetails = CompletionDetails()
 
 
 class TopToken(msgspec.Struct, frozen=True, kw_only=True):

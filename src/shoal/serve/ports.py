@@ -41,6 +41,10 @@ class TextCodec(Protocol):
         """Ids of plain text, with the special tokens that the model expects around it."""
         ...
 
+    def encode_answer(self, text: str) -> tuple[int, ...]:
+        """Ids of a text as a model would write it: without special tokens around it."""
+        ...
+
     def encode_chat(
         self, messages: Sequence[Mapping[str, object]], tools: Sequence[Mapping[str, object]]
     ) -> tuple[int, ...]:
@@ -168,6 +172,10 @@ class Metrics(Protocol):
 
     def answered(self, deployment: str, outcome: str, prompt_tokens: int, output_tokens: int) -> None:
         """An answer ended; *outcome* is a finish reason or an error's code."""
+        ...
+
+    def guessed(self, deployment: str, accepted: int, rejected: int) -> None:
+        """Of the tokens that were guessed for an answer, so many were right, and so many wrong."""
         ...
 
     def render(self) -> bytes:

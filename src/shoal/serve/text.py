@@ -13,7 +13,7 @@ from shoal.errors import InvalidRequestError
 from shoal.fleet.faults import FaultBody
 from shoal.serve.answer import Door, answer
 from shoal.serve.assemble import Piece
-from shoal.serve.job import Job, Stamp, chat_job, chat_messages, check_choices, completion_job, text_model
+from shoal.serve.job import Job, Stamp, chat_job, chat_messages, check_choices, completion_job, text_model, text_of
 from shoal.serve.live import DONE, EVENTS, JSON, Connection, LiveAnswer
 from shoal.serve.openai_answers import ChatCompletion, Completion
 from shoal.serve.openai_requests import CHAT_RULES, COMPLETION_RULES, ChatRequest, CompletionRequest
@@ -43,7 +43,9 @@ def text_routes(door: Door) -> list[HTTPRouteHandler]:
         messages = chat_messages(data.messages)
         tools = [] if data.tool_choice == "none" else data.tools or []
         prompt = await to_thread.run_sync(codec.encode_chat, messages, tools)
-        job = chat_job(data, model, prompt, new_stamp(door, "chatcmpl"))
+        foretold = text_of(data.prediction.content) if data.prediction else ""
+        predicted = await to_thread.run_sync(codec.encode_answer, foretold) if foretold else ()
+        job = chat_job(data, model, prompt, new_stamp(door, "chatcmpl"), predicted[: model.spec.context_tokens])
         return live(door, job, ChatRenderer(job))
 
     @post(

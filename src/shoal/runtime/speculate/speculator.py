@@ -31,6 +31,12 @@ class Speculation(msgspec.Struct, frozen=True, kw_only=True):
     adaptive: bool = True
 
 
+MOST_GUESSES = 64
+OFF = Speculation()
+ADAPTIVE = Speculation(most=8)
+"""What is served where nobody says anything."""
+
+
 class Guessed(msgspec.Struct, frozen=True, kw_only=True):
     """Ids that were guessed since the start, and those of them that were right."""
 

@@ -14,9 +14,11 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-MOST_LOST = 0.03
+MOST_LOST = 0.02
 """Share of the time of all laps; with one lap that errs it stays below the twentieth that is promised."""
 REFRESH = 24
+LEAST_GAIN = 1.05
+"""Bets on less are not worth what forecasts err."""
 _NEWEST = 0.15
 _ROW_SHARE = 0.25
 """The price of a row as a share of a lap, before any is known."""
@@ -49,7 +51,7 @@ def best_length(chance: float, prices: Prices, most: int, *, others: int = 0) ->
         return (others + expected_tokens(chance, guesses)) / (prices.lap_s + guesses * prices.row_s)
 
     best = max(range(most + 1), key=rate)
-    return best if rate(best) > rate(0) else 0
+    return best if rate(best) > LEAST_GAIN * rate(0) else 0
 
 
 @dataclass(slots=True)

@@ -30,6 +30,7 @@ from shoal.fleet.views import (
 )
 from shoal.ids import DeploymentId, NodeId
 from shoal.model.spec import ModelKind, ModelSpec
+from shoal.model.tool_format import HERMES
 from shoal.plan.problem import BlockSpec, DeviceSpec, Infeasible, Plan, Problem
 from shoal.profile.fleet import FleetProfile
 from shoal.runtime.executor.scripted import ScriptedExecutor
@@ -92,7 +93,9 @@ class ByteCodec:
         lines = [f"{m['role']}:{m['content']}" for m in messages] + (["tools"] if tools else [])
         return self.encode("\n".join(lines) + "\nassistant:")
 
-    def detokenizer(self, *, continues: bool = False) -> ByteDetokenizer:
+    tool_format = HERMES
+
+    def detokenizer(self, *, continues: bool = False, marks: bool = False) -> ByteDetokenizer:
         return ByteDetokenizer(continues=continues)
 
     def token_bytes(self, token: int) -> bytes:

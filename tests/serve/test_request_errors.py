@@ -26,6 +26,20 @@ CHAT, TEXT, EMBED = "/v1/chat/completions", "/v1/completions", "/v1/embeddings"
 HI = [{"role": "user", "content": "hi"}]
 
 
+BROKEN = {"type": "object", "properties": {"a": {"type": "strange"}}}
+FALSE = {"type": "object", "properties": {"a": {"enum": []}}, "required": ["a"]}
+TOOL = {"type": "function", "function": {"name": "f"}}
+BROKEN_TOOL = {"type": "function", "function": {"name": "f", "parameters": BROKEN}}
+NAMED = {"type": "function", "function": {"name": "g"}}
+CALLED = [
+    {"role": "assistant", "tool_calls": [{"id": "c", "type": "function", "function": {"name": "f", "arguments": "{"}}]}
+]
+
+
+def schema_of(schema: dict[str, object]) -> dict[str, object]:
+    return {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+
+
 def chat(**extra: object) -> tuple[str, dict[str, object]]:
     return CHAT, {"model": "bytes", "messages": HI} | extra
 
@@ -134,10 +148,31 @@ BAD = [
         chat(tools=[{"type": "function"}], tool_choice="required"),
         400,
         "invalid_request",
-        "tool_choice",
+        "tools[0].function",
     ),
-    ("a named tool", chat(tool_choice={"type": "function"}), 400, "invalid_request", "tool_choice"),
-    ("a JSON schema", chat(response_format={"type": "json_schema"}), 400, "invalid_request", "response_format"),
+    ("a named tool", chat(tool_choice={"type": "function"}), 400, "invalid_request", "tool_choice.function"),
+    ("a tool that is not there", chat(tool_choice=NAMED, tools=[TOOL]), 400, "invalid_request", "tool_choice"),
+    ("a call of nothing", chat(tool_choice="required"), 400, "invalid_request", "tool_choice"),
+    ("two tools of a name", chat(tools=[TOOL, TOOL]), 400, "invalid_request", "tools"),
+    ("a tool's broken schema", chat(tools=[BROKEN_TOOL]), 400, "invalid_request", "tools"),
+    ("arguments that are no JSON", chat(messages=CALLED), 400, "invalid_request", "messages[0].tool_calls"),
+    ("an unknown format", chat(response_format={"type": "yaml"}), 400, "invalid_request", "response_format.type"),
+    ("a broken schema", chat(response_format=schema_of(BROKEN)), 400, "invalid_request", "response_format"),
+    ("a schema that none can meet", chat(response_format=schema_of(FALSE)), 400, "invalid_request", "response_format"),
+    (
+        "JSON that may not end",
+        chat(response_format={"type": "json_object"}, ignore_eos=True),
+        400,
+        "invalid_request",
+        "ignore_eos",
+    ),
+    (
+        "a JSON schema",
+        chat(response_format={"type": "json_schema"}),
+        400,
+        "invalid_request",
+        "response_format.json_schema",
+    ),
     ("audio", chat(audio={"voice": "x"}), 400, "invalid_request", "audio"),
     ("modalities beyond text", chat(modalities=["text", "audio"]), 400, "invalid_request", "modalities"),
     ("functions", chat(functions=[{"name": "f"}]), 400, "invalid_request", "functions"),

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, NoReturn
 
-from jinja2 import Template, TemplateError, nodes
+from jinja2 import Template, TemplateError, meta, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -36,13 +36,15 @@ _PYTHON_ERRORS = (TypeError, ValueError, LookupError, AttributeError, Arithmetic
 class ChatTemplate:
     """A compiled template; `tool_use` is the variant that a model brings for conversations with tools, or None.
 
-    `origin` says where it comes from: the name of a file, "chatml" or "transcript".
+    `origin` says where it comes from: the name of a file, "chatml" or "transcript".  `tool_source` is the text of the variant
+    that shows tools, empty where none does.
     """
 
     plain: Template
     tool_use: Template | None
     named: Mapping[str, str]
     origin: str
+    tool_source: str = ""
 
     @classmethod
     def from_files(cls, files: Mapping[str, bytes], tokenizer: Tokenizer) -> "ChatTemplate":
@@ -51,7 +53,14 @@ class ChatTemplate:
         compiled = {name: _compile(source) for name, source in sources.items()}
         plain = compiled.get("default") or next(iter(compiled.values()))
         named = {"bos_token": "", "eos_token": "", **tokenizer.named}
-        return cls(plain=plain, tool_use=compiled.get("tool_use"), named=named, origin=origin)
+        shown = sources.get("tool_use") or sources.get("default") or next(iter(sources.values()))
+        return cls(
+            plain=plain,
+            tool_use=compiled.get("tool_use"),
+            named=named,
+            origin=origin,
+            tool_source=shown if _reads(shown, "tools") else "",
+        )
 
     def render(
         self,
@@ -119,6 +128,12 @@ def _compile(source: str) -> Template:
         raise CorruptFileError(
             f"the chat template is not valid: {error.message}", hint="fetch the model again"
         ) from error
+
+
+def _reads(source: str, name: str) -> bool:
+    """Whether a template looks at the variable *name*."""
+    tree = ImmutableSandboxedEnvironment(extensions=[GenerationTag, loopcontrols]).parse(source)
+    return name in meta.find_undeclared_variables(tree)
 
 
 def _tojson(

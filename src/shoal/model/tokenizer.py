@@ -16,6 +16,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from tokenizers import Tokenizer as Engine
@@ -46,13 +47,16 @@ class Detokenizer:
 
     pieces: tuple[bytes, ...]
     strip_space: bool
+    shown: Mapping[int, bytes] = field(default_factory=dict)
+    """Special tokens that have a text here."""
     _decoder: codecs.IncrementalDecoder = field(
         default_factory=lambda: codecs.getincrementaldecoder("utf-8")(errors="replace")
     )
 
     def push(self, token: int) -> str:
         """Text that is certain now; bytes of an incomplete character wait.  An id outside the vocabulary has no text."""
-        return self._shown(self._decoder.decode(self.pieces[token] if 0 <= token < len(self.pieces) else b""))
+        piece = self.pieces[token] if 0 <= token < len(self.pieces) else b""
+        return self._shown(self._decoder.decode(piece or self.shown.get(token, b"")))
 
     def flush(self) -> str:
         """What is left at the end; incomplete bytes become U+FFFD."""
@@ -140,9 +144,12 @@ class Tokenizer:
         detokenizer = self.detokenizer()
         return "".join([*(detokenizer.push(t) for t in tokens), detokenizer.flush()])
 
-    def detokenizer(self, *, continues: bool = False) -> Detokenizer:
-        """A fresh one, for one answer; `continues` keeps a leading space, for text that is appended to its prompt."""
-        return Detokenizer(self.pieces, self.strip_space and not continues)
+    def detokenizer(self, *, continues: bool = False, shown: Mapping[int, bytes] = MappingProxyType({})) -> Detokenizer:
+        """A fresh one, for one answer; `continues` keeps a leading space, for text that is appended to its prompt.
+
+        Special tokens in *shown* have a text.
+        """
+        return Detokenizer(self.pieces, self.strip_space and not continues, shown)
 
     def token_bytes(self, token: int) -> bytes:
         """What *token* stands for; empty for special tokens and unknown ids."""

@@ -23,6 +23,10 @@ MAX_GRAMMAR_CHARS = 256 * 1024
 """It travels through every stage; OpenAI's own limit is 120,000 characters of names and values in a schema."""
 
 
+JSON_WHITESPACE = r"[\x20\x0A\x0D\x09]{1,40}"
+"""Room for any indentation; without an end a model that has lost its way may write blanks until `max_tokens`."""
+
+
 class GrammarKind(StrEnum):
     """How a grammar is written."""
 

@@ -20,6 +20,7 @@ from shoal.serve.closing import closed_after
 from shoal.serve.job import Job
 from shoal.serve.openai_answers import CompletionDetails, Usage
 from shoal.serve.ports import Limits, Node
+from shoal.serve.tool_reader import ToolReader, call_id
 
 Emit = Callable[[int, Piece], Awaitable[None]]
 """Takes a choice's index and its news."""
@@ -105,21 +106,27 @@ class _Reader:
     """Guessed tokens that were right, and that were wrong."""
 
     async def read(self, request: GenerateRequest) -> None:
+        codec, marks = self.job.codec, self.job.tools.wanted
         assembler = Assembler(
-            detokenizer=self.job.codec.detokenizer(continues=self.job.continues), stops=self.job.stops
+            detokenizer=codec.detokenizer(continues=self.job.continues, marks=marks), stops=self.job.stops
         )
+        calls = ToolReader(form=codec.tool_format, new_id=self._new_call) if marks else None
         async with closed_after(self.job.model.executor.generate(request)) as deltas:
             async for delta in deltas:
                 self._measure(delta)
                 _check(delta)
                 piece = assembler.push(delta)
+                piece = calls.read(piece) if calls is not None else piece
                 self.tokens = assembler.tokens
-                if piece != Piece():
+                if piece != Piece(called=piece.called):
                     await self.emit(self.index, piece)
                 if piece.finish is not None:
                     self.finish = piece.finish
                     return
             raise ShardLostError("the answer broke off without a reason", hint="send the request again")
+
+    def _new_call(self) -> str:
+        return call_id(self.door.node.draw(), self.job.codec.tool_format.id_chars)
 
     def _measure(self, delta: OutputDelta) -> None:
         if not delta.tokens:

@@ -18,6 +18,15 @@ from shoal.runtime.request import FinishReason, OutputDelta, SampledToken
 from shoal.serve.ports import Detokenizer
 
 
+class CallNews(msgspec.Struct, frozen=True, kw_only=True):
+    """News of one call of a tool: its `id` and `name` in the first, a further part of its arguments in each."""
+
+    index: int
+    id: str = ""
+    name: str = ""
+    arguments: str = ""
+
+
 class ShownToken(msgspec.Struct, frozen=True, kw_only=True):
     """A token and where its text begins in the answer, in characters."""
 
@@ -31,6 +40,9 @@ class Piece(msgspec.Struct, frozen=True, kw_only=True):
     text: str = ""
     tokens: tuple[ShownToken, ...] = ()
     finish: FinishReason | None = None
+    calls: tuple[CallNews, ...] = ()
+    called: bool = False
+    """Some tool was called, by this piece or before it."""
 
 
 class Cut(msgspec.Struct, frozen=True, kw_only=True):
@@ -46,11 +58,11 @@ def cut_at_stop(text: str, stops: Sequence[str]) -> Cut:
     ends = [(at + len(stop), at) for stop in stops if (at := text.find(stop)) >= 0]
     if ends:
         return Cut(shown=text[: min(ends)[1]], held="", stopped=True)
-    held = max((_overlap(text, stop) for stop in stops), default=0)
+    held = max((overlap(text, stop) for stop in stops), default=0)
     return Cut(shown=text[: len(text) - held], held=text[len(text) - held :], stopped=False)
 
 
-def _overlap(text: str, stop: str) -> int:
+def overlap(text: str, stop: str) -> int:
     """Length of the longest end of *text* that begins *stop*."""
     longest = min(len(text), len(stop) - 1)
     return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)

@@ -8,10 +8,13 @@ import msgspec
 from shoal.errors import ContextLengthError, InvalidRequestError
 from shoal.ids import RequestId
 from shoal.model.spec import ModelKind
+from shoal.runtime.grammar import Grammar, check_grammar
 from shoal.runtime.request import GenerateRequest, Priority, SamplingParams
 from shoal.runtime.sampling import check_sampling
 from shoal.serve.openai_requests import ChatRequest, CompletionRequest, ContentPart, Message, StreamOptions
+from shoal.serve.openai_tools import AssistantCall
 from shoal.serve.ports import Limits, ServedModel, TextCodec
+from shoal.serve.tools import NO_TOOLS, ToolUse
 
 COMPLETION_MAX_TOKENS = 16
 """OpenAI's default for /v1/completions."""
@@ -35,6 +38,7 @@ class Job:
     stream: bool = False
     include_usage: bool = False
     continues: bool = False
+    tools: ToolUse = NO_TOOLS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,7 +67,10 @@ def text_of(parts: str | Sequence[ContentPart]) -> str:
 
 
 def chat_messages(messages: Sequence[Message]) -> list[dict[str, object]]:
-    """Messages as chat templates expect them: text content, no absent fields; raises InvalidRequestError."""
+    """Messages as chat templates expect them: text content, calls with arguments as values, no absent fields.
+
+    Raises InvalidRequestError.
+    """
     plain: list[dict[str, object]] = []
     for position, message in enumerate(messages):
         if message.content is None and not message.tool_calls:
@@ -76,15 +83,34 @@ def chat_messages(messages: Sequence[Message]) -> list[dict[str, object]]:
         role = "system" if message.role == "developer" else message.role
         extras: dict[str, object] = {
             "name": message.name,
-            "tool_calls": message.tool_calls,
+            "tool_calls": [_past_call(call, position) for call in message.tool_calls or ()] or None,
             "tool_call_id": message.tool_call_id,
         }
         plain.append({"role": role, "content": content} | {k: v for k, v in extras.items() if v is not None})
     return plain
 
 
+def _past_call(call: AssistantCall, position: int) -> dict[str, object]:
+    """A call of an earlier turn.  Templates write its arguments as JSON themselves, so they want the value."""
+    try:
+        arguments = msgspec.json.decode(call.function.arguments or "{}")
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise InvalidRequestError(
+            f"the arguments of call {call.id} are not JSON: {error}",
+            hint="send them as they came, or {}",
+            param=f"messages[{position}].tool_calls",
+        ) from None
+    return {"id": call.id, "type": "function", "function": {"name": call.function.name, "arguments": arguments}}
+
+
 def chat_job(
-    body: ChatRequest, model: ServedModel, prompt: tuple[int, ...], stamp: Stamp, predicted: tuple[int, ...] = ()
+    body: ChatRequest,
+    model: ServedModel,
+    prompt: tuple[int, ...],
+    stamp: Stamp,
+    tools: ToolUse = NO_TOOLS,
+    grammar: Grammar | None = None,
+    predicted: tuple[int, ...] = (),
 ) -> Job:
     """The job of a chat request whose rendered conversation is *prompt*; raises InvalidRequestError."""
     if body.top_logprobs is not None and not body.logprobs:
@@ -96,16 +122,30 @@ def chat_job(
     max_tokens = body.max_completion_tokens or body.max_tokens
     sampling = sampling_of(body, stamp.seed, (body.top_logprobs or 0) if body.logprobs else None)
     job = _job(body, model, (prompt,), sampling, (max_tokens, "messages"), stamp)
-    return replace(job, requests=tuple(msgspec.structs.replace(r, predicted=predicted) for r in job.requests))
+    told = tuple(msgspec.structs.replace(r, predicted=predicted) for r in job.requests)
+    return replace(job, tools=tools, requests=constrained(told, grammar))
 
 
 def completion_job(
-    body: CompletionRequest, model: ServedModel, prompts: tuple[tuple[int, ...], ...], stamp: Stamp
+    body: CompletionRequest,
+    model: ServedModel,
+    prompts: tuple[tuple[int, ...], ...],
+    stamp: Stamp,
+    grammar: Grammar | None = None,
 ) -> Job:
     """The job of a completion request with its encoded *prompts*; raises InvalidRequestError."""
     sampling = sampling_of(body, stamp.seed, body.logprobs)
     job = _job(body, model, prompts, sampling, (body.max_tokens or COMPLETION_MAX_TOKENS, "prompt"), stamp)
-    return replace(job, continues=True)
+    return replace(job, continues=True, requests=constrained(job.requests, grammar))
+
+
+def constrained(requests: tuple[GenerateRequest, ...], grammar: Grammar | None) -> tuple[GenerateRequest, ...]:
+    """*requests* whose answers follow *grammar*; raises InvalidRequestError for what contradicts it."""
+    if grammar is None:
+        return requests
+    for request in requests:
+        check_grammar(grammar, ignore_eos=request.ignore_eos)
+    return tuple(msgspec.structs.replace(request, grammar=grammar) for request in requests)
 
 
 def check_choices(prompts: int, n: int, limits: Limits) -> None:

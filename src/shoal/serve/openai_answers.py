@@ -5,7 +5,7 @@ from typing import Literal
 import msgspec
 from msgspec import UNSET, UnsetType
 
-Finish = Literal["stop", "length"]
+Finish = Literal["stop", "length", "tool_calls"]
 
 
 class CompletionDetails(msgspec.Struct, frozen=True, kw_only=True):
@@ -48,12 +48,37 @@ class ChatLogprobs(msgspec.Struct, frozen=True, kw_only=True):
     refusal: None = None
 
 
-class AnswerMessage(msgspec.Struct, frozen=True, kw_only=True):
-    """The assistant's turn."""
+class AnswerFunction(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What is called; `arguments` is JSON as text, in a stream a part of it."""
 
-    content: str
+    name: str | UnsetType = UNSET
+    arguments: str
+
+
+class AnswerCall(msgspec.Struct, frozen=True, kw_only=True):
+    """A tool that the caller is to run."""
+
+    id: str
+    function: AnswerFunction
+    type: Literal["function"] = "function"
+
+
+class CallDelta(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """News of a call; `id`, `type` and the name come first and once."""
+
+    index: int
+    id: str | UnsetType = UNSET
+    type: Literal["function"] | UnsetType = UNSET
+    function: AnswerFunction
+
+
+class AnswerMessage(msgspec.Struct, frozen=True, kw_only=True):
+    """The assistant's turn; `content` is null where it only calls tools."""
+
+    content: str | None
     role: Literal["assistant"] = "assistant"
     refusal: None = None
+    tool_calls: list[AnswerCall] | UnsetType = UNSET
 
 
 class ChatChoice(msgspec.Struct, frozen=True, kw_only=True):
@@ -81,7 +106,8 @@ class ChatDelta(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What is new of an answer."""
 
     role: Literal["assistant"] | UnsetType = UNSET
-    content: str | UnsetType = UNSET
+    content: str | UnsetType | None = UNSET
+    tool_calls: list[CallDelta] | UnsetType = UNSET
 
 
 class ChatChunkChoice(msgspec.Struct, frozen=True, kw_only=True):

@@ -11,6 +11,7 @@ from msgspec import Meta
 
 from shoal.runtime.request import Priority
 from shoal.serve.body import FieldRules
+from shoal.serve.openai_tools import AssistantCall, ResponseFormat, ToolChoice, Tools
 
 MAX_CHOICES = 8
 MAX_TOP_LOGPROBS = 20
@@ -59,7 +60,7 @@ class Message(msgspec.Struct, frozen=True, kw_only=True):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[ContentPart] | None = None
     name: str | None = None
-    tool_calls: list[dict[str, object]] | None = None
+    tool_calls: list[AssistantCall] | None = None
     tool_call_id: str | None = None
 
 
@@ -85,9 +86,10 @@ class ChatRequest(msgspec.Struct, frozen=True, kw_only=True):
     stop: Stop | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Meta(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
-    tools: list[dict[str, object]] | None = None
-    """Shown to the model through its chat template; calls come back as text."""
-    tool_choice: Literal["none", "auto"] | None = None
+    response_format: ResponseFormat | None = None
+    tools: Tools | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
     prediction: Prediction | None = None
     """Makes the answer faster where it is right, and changes nothing of it."""
     ignore_eos: bool | None = None
@@ -119,6 +121,8 @@ class CompletionRequest(msgspec.Struct, frozen=True, kw_only=True):
     seed: Seed | None = None
     stop: Stop | None = None
     logprobs: Annotated[int, Meta(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    response_format: ResponseFormat | None = None
+    """Here an extension."""
     ignore_eos: bool | None = None
     service_tier: Tier | None = None
     """`flex` is batch work; all others are alike here."""
@@ -138,15 +142,13 @@ class EmbeddingsRequest(msgspec.Struct, frozen=True, kw_only=True):
 
 _HARMLESS = frozenset({"user", "metadata", "store", "safety_identifier", "prompt_cache_key",
                        "prompt_cache_retention", "prompt_cache_options", "stream_options.include_obfuscation"})  # fmt: skip
-_TEXT_FORMAT = ({"type": "text"},)
 
 CHAT_RULES = FieldRules(
     harmless=_HARMLESS
-    | {"parallel_tool_calls", "reasoning_effort", "verbosity"}
+    | {"reasoning_effort", "verbosity"}
     | {f"messages.{f}" for f in ("refusal", "annotations", "audio", "function_call", "reasoning", "reasoning_content")}
     | {"messages.content.cache_control", "messages.content.prompt_cache_breakpoint"},
     refused={
-        "response_format": (_TEXT_FORMAT, "answers are free text; constrained decoding is not there yet"),
         "audio": ((), "models here give text"),
         "modalities": ((["text"],), "models here give text"),
         "functions": (([],), "send tools instead"),

@@ -17,6 +17,7 @@ from shoal.fleet.views import (
 )
 from shoal.ids import DeploymentId, NodeId
 from shoal.model.spec import ModelSpec
+from shoal.model.tool_format import ToolFormat
 from shoal.plan.problem import Answer, Problem
 from shoal.profile.fleet import FleetProfile
 from shoal.runtime.ports import Executor
@@ -54,8 +55,16 @@ class TextCodec(Protocol):
         """
         ...
 
-    def detokenizer(self, *, continues: bool = False) -> Detokenizer:
-        """A fresh one, for one answer; `continues` says that the text is appended to the prompt's, leading space included."""
+    @property
+    def tool_format(self) -> ToolFormat:
+        """How the model writes calls of tools."""
+        ...
+
+    def detokenizer(self, *, continues: bool = False, marks: bool = False) -> Detokenizer:
+        """A fresh one, for one answer; `continues` says that the text is appended to the prompt's, leading space included.
+
+        `marks` gives the special tokens around calls of tools their text.
+        """
         ...
 
     def token_bytes(self, token: int) -> bytes:

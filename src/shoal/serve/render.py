@@ -10,10 +10,13 @@ from msgspec import UNSET, UnsetType
 from shoal import __version__
 from shoal.errors import ShoalError
 from shoal.runtime.request import FinishReason
-from shoal.serve.assemble import Piece, ShownToken
+from shoal.serve.assemble import CallNews, Piece, ShownToken
 from shoal.serve.job import Job
 from shoal.serve.openai_answers import (
+    AnswerCall,
+    AnswerFunction,
     AnswerMessage,
+    CallDelta,
     ChatChoice,
     ChatChunk,
     ChatChunkChoice,
@@ -29,6 +32,7 @@ from shoal.serve.openai_answers import (
     Usage,
 )
 from shoal.serve.ports import TextCodec
+from shoal.serve.tool_reader import whole_calls
 
 FINGERPRINT = f"shoal-{__version__}"
 
@@ -63,8 +67,8 @@ class ChatRenderer:
         return self._chunk([ChatChunkChoice(index=index, delta=ChatDelta(role="assistant", content=""))])
 
     def news(self, index: int, piece: Piece) -> ChatChunk:
-        delta = ChatDelta(content=piece.text) if piece.text else ChatDelta()
-        finish = finish_word(piece.finish)
+        delta = ChatDelta(content=piece.text or UNSET, tool_calls=[_call_delta(c) for c in piece.calls] or UNSET)
+        finish = finish_word(piece.finish, called=piece.called)
         return self._chunk(
             [ChatChunkChoice(index=index, delta=delta, finish_reason=finish, logprobs=self._logprobs(piece))]
         )
@@ -76,8 +80,8 @@ class ChatRenderer:
         choices = [
             ChatChoice(
                 index=index,
-                message=AnswerMessage(content=piece.text),
-                finish_reason=finish_word(piece.finish) or "stop",
+                message=_message(piece),
+                finish_reason=finish_word(piece.finish, called=piece.called) or "stop",
                 logprobs=self._logprobs(piece),
             )
             for index, piece in enumerate(pieces)
@@ -142,13 +146,13 @@ class CompletionRenderer:
         )
 
 
-def finish_word(finish: FinishReason | None) -> Finish | None:
+def finish_word(finish: FinishReason | None, *, called: bool = False) -> Finish | None:
     """OpenAI's word for an end that is an answer; failures never come here."""
     match finish:
         case None:
             return None
         case FinishReason.STOP:
-            return "stop"
+            return "tool_calls" if called else "stop"
         case FinishReason.LENGTH:
             return "length"
         case FinishReason.CANCELLED | FinishReason.ERROR:
@@ -161,7 +165,24 @@ def joined(pieces: Sequence[Piece]) -> Piece:
         text="".join(p.text for p in pieces),
         tokens=tuple(t for p in pieces for t in p.tokens),
         finish=pieces[-1].finish if pieces else None,
+        calls=tuple(whole_calls(tuple(c for p in pieces for c in p.calls))),
+        called=any(p.called for p in pieces),
     )
+
+
+def _message(piece: Piece) -> AnswerMessage:
+    calls = [
+        AnswerCall(id=call.id, function=AnswerFunction(name=call.name, arguments=call.arguments))
+        for call in piece.calls
+    ]
+    return AnswerMessage(content=piece.text or (None if calls else ""), tool_calls=calls or UNSET)
+
+
+def _call_delta(news: CallNews) -> CallDelta:
+    if not news.id:
+        return CallDelta(index=news.index, function=AnswerFunction(arguments=news.arguments))
+    function = AnswerFunction(name=news.name, arguments=news.arguments)
+    return CallDelta(index=news.index, id=news.id, type="function", function=function)
 
 
 def _no_usage(job: Job) -> UnsetType | None:

@@ -13,6 +13,8 @@ from shoal.errors import InvalidRequestError
 from shoal.fleet.faults import FaultBody
 from shoal.serve.answer import Door, answer
 from shoal.serve.assemble import Piece
+from shoal.serve.constraints import chat_tools, checked
+from shoal.serve.formats import answer_grammar
 from shoal.serve.job import Job, Stamp, chat_job, chat_messages, check_choices, completion_job, text_model, text_of
 from shoal.serve.live import DONE, EVENTS, JSON, Connection, LiveAnswer
 from shoal.serve.openai_answers import ChatCompletion, Completion
@@ -40,12 +42,13 @@ def text_routes(door: Door) -> list[HTTPRouteHandler]:
         model = door.node.deployments.get(data.model)
         codec = text_model(model)
         check_choices(1, data.n or 1, door.limits)
-        messages = chat_messages(data.messages)
-        tools = [] if data.tool_choice == "none" else data.tools or []
-        prompt = await to_thread.run_sync(codec.encode_chat, messages, tools)
+        messages, tools = chat_messages(data.messages), chat_tools(data)
+        grammar = await checked(answer_grammar(data.response_format), tools, codec.tool_format)
+        prompt = await to_thread.run_sync(codec.encode_chat, messages, tools.shown())
         foretold = text_of(data.prediction.content) if data.prediction else ""
         predicted = await to_thread.run_sync(codec.encode_answer, foretold) if foretold else ()
-        job = chat_job(data, model, prompt, new_stamp(door, "chatcmpl"), predicted[: model.spec.context_tokens])
+        predicted = predicted[: model.spec.context_tokens]
+        job = chat_job(data, model, prompt, new_stamp(door, "chatcmpl"), tools, grammar, predicted)
         return live(door, job, ChatRenderer(job))
 
     @post(
@@ -61,8 +64,9 @@ def text_routes(door: Door) -> list[HTTPRouteHandler]:
         codec = text_model(model)
         prompts = split_prompts(data.prompt, "prompt")
         check_choices(len(prompts), data.n or 1, door.limits)
+        grammar = await checked(answer_grammar(data.response_format))
         encoded = await to_thread.run_sync(encode_prompts, codec, prompts)
-        job = completion_job(data, model, encoded, new_stamp(door, "cmpl"))
+        job = completion_job(data, model, encoded, new_stamp(door, "cmpl"), grammar)
         return live(door, job, CompletionRenderer(job))
 
     return [chat_completions, completions]

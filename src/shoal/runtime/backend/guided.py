@@ -20,25 +20,30 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from shoal.errors import InvalidRequestError, ShoalError, UnsupportedVersionError
 from shoal.model.tokenizer import Tokenizer
-from shoal.runtime.grammar import Allowed, Grammar, GrammarKind, Matcher, check_size
+from shoal.runtime.grammar import JSON_WHITESPACE, Allowed, Grammar, GrammarKind, Matcher, check_size
 
 if TYPE_CHECKING:
     from llguidance import TokenizerWrapper
 
 KEPT = 16
 """So many compiled grammars are kept per model: from tens of KB each to a few MB for large schemas."""
-WHITESPACE = r"[\x20\x0A\x0D\x09]{1,40}"
-"""Room for any indentation; without an end a model that has lost its way may write blanks until `max_tokens`."""
 _HIDDEN = "\x02"
 """Stands before a text that is tokenised by itself, so that no tokenizer puts a space before it."""
 
 
-def validate(grammar: Grammar) -> None:
-    """Raise InvalidRequestError, with the reason, for a grammar that no answer can follow.  Needs no model; may take a second."""
-    check_size(grammar)
-    failed, said = LLMatcher.validate_grammar_with_warnings(_written(grammar), limits=_limits())
-    if failed:
-        raise _wrong(grammar, said[0])
+def validate(grammar: Grammar, param: str = "response_format") -> None:
+    """Raise InvalidRequestError, naming *param* and the reason, for a grammar that no answer can follow.
+
+    Needs no model; may take a second.
+    """
+    try:
+        check_size(grammar)
+        failed, said = LLMatcher.validate_grammar_with_warnings(_written(grammar), limits=_limits())
+        if failed:
+            raise _wrong(grammar, said[0])
+    except InvalidRequestError as error:
+        error.param = param
+        raise
 
 
 @dataclass(slots=True)
@@ -179,7 +184,7 @@ def _written(grammar: Grammar) -> str:
     match grammar.kind:
         case GrammarKind.JSON_SCHEMA:
             return LLMatcher.grammar_from_json_schema(
-                _schema(grammar.text), defaults={"whitespace_pattern": WHITESPACE}
+                _schema(grammar.text), defaults={"whitespace_pattern": JSON_WHITESPACE}
             )
         case GrammarKind.REGEX:
             return LLMatcher.grammar_from_regex(grammar.text)

@@ -14,6 +14,7 @@ from shoal.model.gguf_tokenizer import tokenizer_files
 from shoal.model.literal import Literals
 from shoal.model.template import ChatTemplate
 from shoal.model.tokenizer import Tokenizer, tokenizer_files_from_gguf
+from shoal.model.tool_format import HERMES
 
 GOLDEN = Path(__file__).resolve().parent.parent / "golden" / "text"
 
@@ -212,7 +213,9 @@ def test_a_continuation_keeps_its_space() -> None:
 def test_the_codec_passes_on_whether_a_text_continues() -> None:
     tokenizer = sentence_piece("prefix")
     template = ChatTemplate.from_files({}, tokenizer)
-    codec = ModelCodec(tokenizer=tokenizer, template=template, literals=Literals(tokenizer), unix_s=lambda: 0.0)
+    codec = ModelCodec(
+        tokenizer=tokenizer, template=template, literals=Literals(tokenizer), unix_s=lambda: 0.0, tool_format=HERMES
+    )
     (token,) = tokenizer.encode("the", add_special=False)
 
     assert codec.detokenizer().push(token) == "the"

@@ -1,7 +1,7 @@
 """Request bodies, strictly: bytes to a struct, or an error that names the field.
 
 OpenAI's clients send fields that we need not act on (`user`, `metadata`, ...), and ask for things that we cannot do
-(`response_format`, `audio`, ...).  Dropping the second kind in silence would give wrong answers that look right, refusing the first
+(`audio`, `functions`, ...).  Dropping the second kind in silence would give wrong answers that look right, refusing the first
 would break working programs; so every field is either known, listed as harmless, or refused by name.
 """
 

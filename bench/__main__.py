@@ -12,6 +12,7 @@ from bench.table import PAGE, table, write_page
 
 MODULES = {
     "engine": "bench.engine.claim",
+    "batch": "bench.batch.claim",
     "quality": "bench.quality_claim",
     "stages": "bench.stages.claim",
     "gateway": "bench.gateway.claim",

@@ -18,7 +18,8 @@ from shoal.model.lower import lower
 from shoal.model.rope import Rope, inverse_frequencies
 from shoal.model.transformer import TransformerConfig, build, matrix_shapes, vector_sizes
 from shoal.runtime.backend.null import NullBackend, null_shard
-from shoal.runtime.backend.onnx import OnnxBackend, OnnxSession
+from shoal.runtime.backend.onnx import OnnxBackend
+from shoal.runtime.backend.onnx_session import OnnxSession
 from shoal.runtime.backend.passing import PassingSession
 from shoal.runtime.backend.throttled import Throttled
 from shoal.runtime.pipeline import LocalPipeline, LocalStage
@@ -28,7 +29,7 @@ from shoal.runtime.scheduler import SchedulerSettings
 from shoal.runtime.settings import StageSettings
 
 CONTEXT = 64
-SLOTS = 2
+SLOTS = 6
 VOCABULARY = 64
 IDS = np.array([[(11 * i * i + 3) % VOCABULARY for i in range(24)]])
 CONFIG = TransformerConfig(
@@ -202,6 +203,67 @@ def test_several_sequences_in_one_step_get_what_each_would_get_alone(rig: Rig) -
     assert np.array_equal(together, np.concatenate([first, run(alone, rows(4, 3, slot=1))]))
 
 
+PROMPTS = (5, 3, 9, 1, 7, 2)
+"""Lengths of what is in each slot before rows of answers come."""
+
+
+def filled(rig: Rig, slots: Sequence[int]) -> Session:
+    """A session whose *slots* hold the beginnings that `PROMPTS` says."""
+    session = rig.whole()
+    for slot in slots:
+        run(session, rows(0, PROMPTS[slot], slot=slot))
+    return session
+
+
+@pytest.mark.parametrize(
+    "order", [(0, 1), (5, 0, 3, 1, 2, 4), (0, 2, 3, 5), (1, 4), (4, 2)], ids=lambda order: "-".join(map(str, order))
+)
+def test_rows_of_several_answers_in_one_step_are_what_each_would_get_alone(rig: Rig, order: tuple[int, ...]) -> None:
+    alone, together = filled(rig, range(SLOTS)), filled(rig, range(SLOTS))
+    for ahead in range(4):
+        steps = [rows(PROMPTS[slot] + ahead, 1, slot=slot) for slot in order]
+        expected = np.concatenate([run(alone, step) for step in steps])
+
+        assert np.array_equal(run(together, *steps), expected)
+
+
+def test_rows_of_answers_disturb_no_slot_between_them(rig: Rig) -> None:
+    quiet, busy = filled(rig, range(SLOTS)), filled(rig, range(SLOTS))
+    for ahead in range(3):
+        run(busy, *(rows(PROMPTS[slot] + ahead, 1, slot=slot) for slot in (0, 2, 4)))
+
+    for slot in (1, 3, 5):
+        assert np.array_equal(
+            run(busy, rows(PROMPTS[slot], 2, slot=slot)), run(quiet, rows(PROMPTS[slot], 2, slot=slot))
+        )
+
+
+def test_a_slot_without_a_position_left_is_not_written_between_others(rig: Rig) -> None:
+    session, alone = filled(rig, (0, 2)), filled(rig, (0, 2))
+    long = np.resize(IDS, (1, CONTEXT))
+    whole = run(session, rows(0, CONTEXT, slot=1), ids=long)
+    run(session, *(rows(PROMPTS[slot], 1, slot=slot) for slot in (0, 2)))
+    run(alone, rows(0, CONTEXT, slot=1), ids=long)
+
+    again, expected = (run(s, rows(CONTEXT - 1, 1, slot=1), ids=long) for s in (session, alone))
+    assert whole.shape == again.shape
+    assert np.array_equal(again, expected)
+
+
+def test_rows_of_answers_and_chunks_of_prompts_share_a_step(rig: Rig) -> None:
+    session, alone = filled(rig, (0, 1, 2)), filled(rig, (0, 1, 2))
+    steps = [
+        rows(PROMPTS[0], 1, slot=0),
+        rows(PROMPTS[1], 4, slot=1, logits=3),
+        rows(PROMPTS[2], 1, slot=2),
+        rows(0, 6, slot=3, logits=0),
+    ]
+    together = run(session, *steps)
+
+    parts = [alone.step([s], {"input_ids": IDS[:, s.start : s.start + s.count]}).get("logits") for s in steps]
+    assert np.array_equal(together, np.concatenate([p for p in parts if p is not None]))
+
+
 def test_a_released_slot_starts_afresh(rig: Rig) -> None:
     session = rig.whole()
     expected = run(session, rows(0, 5))
@@ -215,7 +277,7 @@ def test_a_released_slot_of_the_engine_gives_its_pages_back(tmp_path: Path) -> N
     session = onnx_rig(tmp_path, OnnxBackend(), target="cpu-exact", blocked=False).whole()
     assert isinstance(session, OnnxSession)
     run(session, rows(0, 5))
-    pages = session._slots[0].pages
+    pages = session._pages
     assert pages is not None
     assert all(array.any() for array in pages.arrays.values())
 

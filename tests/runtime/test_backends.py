@@ -1,5 +1,6 @@
 """What single engines add to the contract: cost, throttle, plain models, memory, errors."""
 
+import mmap
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -213,7 +214,7 @@ def test_a_genai_graph_is_taken_as_it_is_and_shares_its_cache() -> None:
     for at in range(12, 20):
         stepped = session.step([rows(1, start=at)], {"input_ids": ids[:, at : at + 1]})["logits"]
 
-    pages = session._slots[0].pages
+    pages = session._pages
     assert whole.shape == (1, 8)
     assert stepped == pytest.approx(whole, abs=1e-5)
     assert pages is not None
@@ -256,16 +257,31 @@ def test_a_slot_costs_what_it_holds_and_gives_it_back() -> None:
     cache = [
         CacheTensor(past=f"k{i}", present=f"p{i}", dtype=np.dtype(np.float32), heads=2, head_dim=64) for i in range(4)
     ]
-    pages = SlotPages(cache, context_tokens=4096)
+    pages = SlotPages(cache, 3, context_tokens=4096)
     reserved, fresh = pages.reserved_bytes, resident_bytes(pages)
 
     for array in pages.arrays.values():
-        array[:, :, :512] = 1.0
+        array[1:, :, :512] = 1.0
     filled = resident_bytes(pages)
-    assert pages.give_back()
+    assert pages.give_back(1)
 
-    assert reserved == 4 * 2 * 64 * 4 * 4096
+    assert reserved == 3 * 4 * 2 * 64 * 4 * 4096
     assert fresh == 0
-    assert filled == reserved // 8
+    assert filled == 2 * reserved // 3 // 8
+    assert resident_bytes(pages) == filled // 2
+    assert all((array[1] == 0).all() and (array[2, :, :512] == 1).all() for array in pages.arrays.values())
+    assert pages.give_back(2)
     assert resident_bytes(pages) == 0
-    assert all((array == 0).all() for array in pages.arrays.values())
+
+
+def test_a_slot_of_an_odd_length_begins_at_a_page() -> None:
+    cache = [CacheTensor(past="k", present="p", dtype=np.dtype(np.float32), heads=3, head_dim=80)]
+    pages = SlotPages(cache, 2, context_tokens=100)
+    array = pages.arrays["k"]
+    array[...] = 1.0
+
+    assert array.shape[2] >= 100
+    assert (array[1].ctypes.data - array[0].ctypes.data) % mmap.PAGESIZE == 0
+    assert pages.give_back(0)
+    assert (array[0] == 0).all()
+    assert (array[1] == 1).all()

@@ -1,6 +1,6 @@
 """What a graph wants from an engine session, read off the names of its inputs and outputs (see `shoal.model.spec`)."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,6 +21,8 @@ from shoal.runtime.ports import SequenceStep
 from shoal.runtime.request import Array
 from shoal.runtime.settings import TensorForm
 
+BATCHED = frozenset({SEQLENS_K, TOTAL_SEQUENCE_LENGTH, LOGIT_ROWS})
+"""Of those, what says of each sequence of a batch where it stands."""
 OURS = "shoal"
 """Producer of lowered graphs, and domain of the canonical functions."""
 DERIVED = frozenset({ATTENTION_MASK, POSITION_IDS, SEQLENS_K, TOTAL_SEQUENCE_LENGTH, LOGIT_ROWS})
@@ -74,6 +76,22 @@ class Roles:
         return not growing and ATTENTION_MASK not in self.derived and all(o.tail is not None for o in self.outputs)
 
 
+def with_batch(model: onnx.ModelProto, roles: Roles) -> bool:
+    """Let *model* take several sequences at once, each with its own cache; False where it cannot.
+
+    Our lowered graphs say 1 where the batch is and compute nothing across it.
+    """
+    if not (roles.exact_cuts and roles.shared and set(roles.derived) <= BATCHED and model.producer_name == OURS):
+        return False
+    for value in (*model.graph.input, *model.graph.output):
+        dims = value.type.tensor_type.shape.dim
+        if value.name == SEQLENS_K or (len(dims) > 1 and dims[0].dim_value == 1):
+            dims[0].Clear()
+            dims[0].dim_param = "sequences"
+    del model.graph.value_info[:]
+    return True
+
+
 def roles_of(model: onnx.ModelProto) -> Roles:
     """Read the roles; raises UnsupportedModelError when a cache input has no output or no fixed size."""
     graph = model.graph
@@ -121,18 +139,18 @@ def _form(value: onnx.ValueInfoProto) -> TensorForm:
     return TensorForm(name=value.name, dtype=str(_dtype(value)), shape=sizes)
 
 
-def derived_inputs(roles: Roles, step: SequenceStep) -> dict[str, Array]:
-    """Masks, positions and lengths of one sequence's step."""
-    return {name: np.asarray(derived_value(name, step), dtype) for name, dtype in roles.derived.items()}
+def batch_inputs(roles: Roles, steps: Sequence[SequenceStep]) -> dict[str, Array]:
+    """Masks, positions and lengths of steps that share a call."""
+    return {name: np.asarray(batch_value(name, steps), dtype) for name, dtype in roles.derived.items()}
 
 
-def derived_value(name: str, step: SequenceStep) -> Array | int | list[int]:
-    """One of them, as anything that becomes an array; *name* is of DERIVED."""
-    stop = step.start + step.count
+def batch_value(name: str, steps: Sequence[SequenceStep]) -> Array | int | list[int]:
+    """One of them, as anything that becomes an array; *name* is of DERIVED.  Only lengths differ between sequences of a call."""
     if name == SEQLENS_K:
-        return [stop - 1]
+        return [step.start + step.count - 1 for step in steps]
     if name == TOTAL_SEQUENCE_LENGTH:
-        return stop
+        return max(step.start + step.count for step in steps)
+    (step, *_), stop = steps, steps[0].start + steps[0].count
     if name == LOGIT_ROWS:
         # A head over no rows at all is something that not every kernel expects: the last row stands in, and is dropped.
         return np.arange(step.count - max(1, step.logits), step.count)

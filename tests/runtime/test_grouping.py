@@ -1,0 +1,50 @@
+"""Which sequences of a step share an engine call."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shoal.ids import RequestId
+from shoal.runtime.backend.grouping import BRIDGED, Call, calls_of
+from shoal.runtime.ports import SequenceStep
+
+
+def step(slot: int, count: int = 1, logits: int = 1) -> SequenceStep:
+    return SequenceStep(request=RequestId(f"r{slot}"), slot=slot, start=7, count=count, logits=logits)
+
+
+steps = st.lists(
+    st.builds(step, st.integers(0, 11), st.sampled_from([1, 1, 1, 4])), min_size=1, max_size=8, unique_by=lambda s: s.slot
+)
+
+
+@given(sequences=steps, full=st.sets(st.integers(0, 11)))
+def test_every_sequence_is_in_one_call_and_no_call_writes_where_it_must_not(
+    sequences: list[SequenceStep], full: set[int]
+) -> None:
+    calls = calls_of(sequences, full)
+
+    assert sorted(at for call in calls for at in call.members) == list(range(len(sequences)))
+    for call in calls:
+        bridged = [slot for slot, at in call.lanes() if at is None]
+        assert not full & set(bridged)
+        assert not {s.slot for s in sequences if s.count == 1} & set(bridged)
+        assert [slot for slot, at in call.lanes() if at is not None] == [sequences[at].slot for at in call.members]
+        assert call.width == 1 or all(sequences[at].count == 1 for at in call.members)
+
+
+@given(sequences=steps)
+def test_neighbours_that_answer_are_never_apart(sequences: list[SequenceStep]) -> None:
+    calls = [call for call in calls_of(sequences, ()) if sequences[call.members[0]].count == 1]
+    ends = sorted((call.first, call.first + call.width - 1) for call in calls)
+
+    assert all(second[0] - first[1] > BRIDGED + 1 for first, second in zip(ends, ends[1:], strict=False))
+
+
+def test_a_prompts_chunk_and_guessed_rows_have_calls_of_their_own() -> None:
+    sequences = [step(0), step(1, count=128, logits=0), step(2), step(3, count=5, logits=5)]
+
+    assert calls_of(sequences, ()) == [
+        Call(1, 1, (1,), (1,)),
+        Call(3, 1, (3,), (3,)),
+        Call(0, 3, (0, 2), (0, 2)),
+    ]

@@ -13,6 +13,7 @@ from bench.table import PAGE, table, write_page
 MODULES = {
     "engine": "bench.engine.claim",
     "batch": "bench.batch.claim",
+    "prefix": "bench.prefix.claim",
     "quality": "bench.quality_claim",
     "stages": "bench.stages.claim",
     "gateway": "bench.gateway.claim",

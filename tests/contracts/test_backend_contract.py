@@ -264,6 +264,23 @@ def test_rows_of_answers_and_chunks_of_prompts_share_a_step(rig: Rig) -> None:
     assert np.array_equal(together, np.concatenate([p for p in parts if p is not None]))
 
 
+def test_a_copy_goes_on_as_what_it_was_copied_from(rig: Rig) -> None:
+    session, alone = filled(rig, (0, 2)), filled(rig, (0,))
+    run(session, rows(PROMPTS[0], 3))  # what follows is not copied
+    session.copy(0, 2, PROMPTS[0])
+
+    assert np.array_equal(run(session, rows(PROMPTS[0], 2, slot=2)), run(alone, rows(PROMPTS[0], 2)))
+    with pytest.raises(InvalidRequestError):
+        run(session, rows(PROMPTS[0] + 3, 1, slot=2))
+
+
+def test_no_more_can_be_copied_than_is_there(rig: Rig) -> None:
+    session = filled(rig, (0,))
+
+    with pytest.raises(InvalidRequestError, match="slot 0"):
+        session.copy(0, 1, PROMPTS[0] + 1)
+
+
 def test_a_released_slot_starts_afresh(rig: Rig) -> None:
     session = rig.whole()
     expected = run(session, rows(0, 5))

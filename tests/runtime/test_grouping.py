@@ -1,5 +1,7 @@
 """Which sequences of a step share an engine call."""
 
+import itertools
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -13,7 +15,10 @@ def step(slot: int, count: int = 1, logits: int = 1) -> SequenceStep:
 
 
 steps = st.lists(
-    st.builds(step, st.integers(0, 11), st.sampled_from([1, 1, 1, 4])), min_size=1, max_size=8, unique_by=lambda s: s.slot
+    st.builds(step, st.integers(0, 11), st.sampled_from([1, 1, 1, 4])),
+    min_size=1,
+    max_size=8,
+    unique_by=lambda s: s.slot,
 )
 
 
@@ -37,7 +42,7 @@ def test_neighbours_that_answer_are_never_apart(sequences: list[SequenceStep]) -
     calls = [call for call in calls_of(sequences, ()) if sequences[call.members[0]].count == 1]
     ends = sorted((call.first, call.first + call.width - 1) for call in calls)
 
-    assert all(second[0] - first[1] > BRIDGED + 1 for first, second in zip(ends, ends[1:], strict=False))
+    assert all(second[0] - first[1] > BRIDGED + 1 for first, second in itertools.pairwise(ends))
 
 
 def test_a_prompts_chunk_and_guessed_rows_have_calls_of_their_own() -> None:

@@ -16,7 +16,7 @@ from shoal.runtime.effects import (
     Tick,
     TokensArrived,
 )
-from shoal.runtime.frames import BatchFrame, OpenedSequence, RequestTokens, TokensFrame
+from shoal.runtime.frames import BatchFrame, ClosedSequence, OpenedSequence, RequestTokens, TokensFrame
 from shoal.runtime.pipeline import LocalPipeline
 from shoal.runtime.ports import SequenceStep
 from shoal.runtime.request import FinishReason, GenerateRequest, OutputDelta, SampledToken
@@ -342,7 +342,7 @@ def test_neighbours_in_the_frame_of_a_lost_sequence_go_on(
         pipeline.turn()
     while pipeline.machines[1].running:
         pipeline.turn()
-    pipeline.machines[1].slots.close(1, RequestId("bb"))
+    pipeline.machines[1].slots.close(ClosedSequence(request=RequestId("bb"), slot=1))
     pipeline.run()
 
     assert any(len(f.sequences) == 3 for f in pipeline.sent)

@@ -182,6 +182,7 @@ class FakeFleet:
     later: list[float] = field(default_factory=list)
     outcomes: list[tuple[str, str, int, int]] = field(default_factory=list)
     guesses: list[tuple[str, int, int]] = field(default_factory=list)
+    cached: list[tuple[str, int]] = field(default_factory=list)
 
     def served(self) -> Sequence[ServedModel]:
         return list(self.models.values())
@@ -256,6 +257,9 @@ class FakeFleet:
 
     def guessed(self, deployment: str, accepted: int, rejected: int) -> None:
         self.guesses.append((deployment, accepted, rejected))
+
+    def reused(self, deployment: str, tokens: int) -> None:
+        self.cached.append((deployment, tokens))
 
     def render(self) -> bytes:
         return b"# HELP shoal_tokens_total x\nshoal_tokens_total 1\n"

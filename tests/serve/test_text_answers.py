@@ -119,6 +119,7 @@ def test_completions_have_sixteen_tokens_unless_asked(client: TestClient[Litesta
         "prompt_tokens": 2,
         "completion_tokens": 16,
         "total_tokens": 18,
+        "prompt_tokens_details": {"cached_tokens": 0},
         "completion_tokens_details": {"accepted_prediction_tokens": 0, "rejected_prediction_tokens": 0},
     }
 

@@ -55,6 +55,7 @@ def families() -> Iterator[Metric]:
     metrics.output_token("x", 1.0)
     metrics.answered("x", "stop", 1, 1)
     metrics.guessed("x", 1, 1)
+    metrics.reused("x", 1)
     yield from registry.collect()
 
 

@@ -39,10 +39,14 @@ class Watched:
     last_s: float = 0.0
     tokens: int = 0
     guessed: bool = False
+    cached: bool = False
 
-    def take(self, tokens: int, now_s: float, *, guessed: bool = False) -> None:
-        """So many tokens came out of the pipeline; with *guessed* ones a lap is not what a plan speaks of."""
-        self.guessed = self.guessed or guessed
+    def take(self, tokens: int, now_s: float, *, guessed: bool = False, cached: bool = False) -> None:
+        """So many tokens came out of the pipeline.
+
+        With *guessed* ones a lap is not what a plan speaks of, and a prompt of which a part was *cached* is another prompt.
+        """
+        self.guessed, self.cached = self.guessed or guessed, self.cached or cached
         if tokens and not self.tokens:
             self.first_s = now_s
         if tokens:
@@ -76,7 +80,7 @@ class Foretold:
         if not watched.alone or not watched.tokens:
             return
         low, high = (part * self.plan.shape.tokens_in for part in LENGTHS)
-        if low <= watched.tokens_in <= high:
+        if low <= watched.tokens_in <= high and not watched.cached:
             self._first.append(_error(first_token_s(self.plan, watched.tokens_in), watched.first_s - watched.began_s))
         if watched.tokens >= FEWEST_TOKENS and not watched.guessed:
             each_s = (watched.last_s - watched.first_s) / (watched.tokens - 1)

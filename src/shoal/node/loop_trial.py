@@ -63,6 +63,9 @@ class IdleSession:
         """Seconds of each step."""
         return [ended_s - began_s for began_s, ended_s in zip(self.began_s, self.ended_s, strict=True)]
 
+    def copy(self, source: int, target: int, count: int) -> None:
+        """See `Session.copy`."""
+
     def release(self, slot: int) -> None:
         """See `Session.release`."""
 

@@ -131,7 +131,9 @@ class Pipeline:
             if isinstance(answer, InferAnswer) or answer.tokens:
                 self.last_token_s = self.last_sign_s
             if request in self._watched and not isinstance(answer, InferAnswer):
-                self._watched[request].take(len(answer.tokens), self.last_sign_s, guessed=answer.drafted > 0)
+                self._watched[request].take(
+                    len(answer.tokens), self.last_sign_s, guessed=answer.drafted > 0, cached=answer.cached > 0
+                )
             deliver(answer)
 
         self.running.add(request)

@@ -33,6 +33,7 @@ from shoal.runtime import frames
 from shoal.runtime.effects import (
     Abandon,
     BatchArrived,
+    CopySlot,
     CreditArrived,
     Effect,
     Emit,
@@ -282,6 +283,8 @@ class StageLoop:
                 self._replies.say(reply_to, delta)
             case EmitResult(reply_to=reply_to, done=done, tensors=tensors):
                 self._replies.put(reply_to, pack(frames.encode(done), tensors))
+            case CopySlot(source=source, target=target, count=count):
+                self.session.copy(source, target, count)
             case ReleaseSlot(slot=slot):
                 self.session.release(slot)
             case Suspect(trouble=trouble):

@@ -48,6 +48,12 @@ class Metrics:
             "guessed_tokens", "Tokens that were guessed and checked in one lap", ["deployment", "outcome"]
         )
 
+        self._cached = self._counter(
+            "cached_prompt_tokens",
+            "Tokens of prompts that were found in the cache; of tokens with kind prompt, the hit ratio",
+            ["deployment"],
+        )
+
     def first_token(self, deployment: str, time_s: float) -> None:
         self._first_token.labels(deployment).observe(time_s)
 
@@ -64,6 +70,10 @@ class Metrics:
         """Guesses of an answer that ended: right ones and wrong ones."""
         self._guesses.labels(deployment, "accepted").inc(accepted)
         self._guesses.labels(deployment, "rejected").inc(rejected)
+
+    def reused(self, deployment: str, tokens: int) -> None:
+        """Tokens of a request's prompts that were found in the cache."""
+        self._cached.labels(deployment).inc(tokens)
 
     def render(self) -> bytes:
         """The text exposition format; serve it as `CONTENT_TYPE`."""

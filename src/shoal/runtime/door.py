@@ -33,7 +33,7 @@ def plausible(frame: BatchFrame, tensors: Tensors, settings: StageSettings) -> b
 
 
 def _names_slots(frame: BatchFrame, settings: StageSettings) -> bool:
-    named = [s.slot for s in frame.opened] + [s.slot for s in frame.closed]
+    named = [slot for s in frame.opened for slot in (s.slot, s.source)] + [s.slot for s in frame.closed]
     return (
         all(0 <= slot < settings.slots for slot in named)
         and len({s.slot for s in frame.opened}) == len(frame.opened)
@@ -66,6 +66,8 @@ def _can_open(opened: OpenedSequence, settings: StageSettings) -> bool:
     try:
         check_sampling(opened.sampling, settings.vocabulary)
     except InvalidRequestError:
+        return False
+    if not 0 <= opened.reuse < max(1, len(opened.prompt)):
         return False
     too_long = opened.grammar is not None and len(opened.grammar.text) > MAX_GRAMMAR_CHARS
     if too_long or not 0 < len(opened.prompt) <= settings.context_tokens:

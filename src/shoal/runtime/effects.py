@@ -152,6 +152,14 @@ class EmitResult(msgspec.Struct, frozen=True, kw_only=True):
     tensors: Tensors
 
 
+class CopySlot(msgspec.Struct, frozen=True, kw_only=True):
+    """Copy the first `count` positions of one slot's cache to another's, before anything else is done."""
+
+    source: int
+    target: int
+    count: int
+
+
 class ReleaseSlot(msgspec.Struct, frozen=True, kw_only=True):
     """Call the engine's `release`.  Never issued while a step runs."""
 
@@ -164,4 +172,4 @@ class Suspect(msgspec.Struct, frozen=True, kw_only=True):
     trouble: str
 
 
-Effect = RunStep | SendFrame | SendTokens | SendCredit | SendSent | Emit | EmitResult | ReleaseSlot | Suspect
+Effect = RunStep | SendFrame | SendTokens | SendCredit | SendSent | Emit | EmitResult | CopySlot | ReleaseSlot | Suspect

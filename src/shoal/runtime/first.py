@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Container
 from dataclasses import dataclass, field
 
+import msgspec
 import numpy as np
 
 from shoal.errors import (
@@ -36,9 +37,10 @@ from shoal.runtime.frames import (
 )
 from shoal.runtime.grammar import Bound
 from shoal.runtime.ports import SequenceStep
+from shoal.runtime.prefix import LEAST, KeptSlots, Reuse, best
 from shoal.runtime.refusal import check_request, error_delta, failed, infer_failed, refusal
 from shoal.runtime.request import FinishReason, OutputDelta, Priority, SampledToken
-from shoal.runtime.scheduler import is_prefill, next_batch
+from shoal.runtime.scheduler import is_prefill, next_batch, next_chunk
 from shoal.runtime.sequence import LiveSequence
 from shoal.runtime.settings import StageSettings
 from shoal.runtime.slots import SlotTable
@@ -66,6 +68,7 @@ class FirstStage:
     waiting: WaitingLine = field(init=False)
     flights: Flights = field(init=False)
     speculator: Speculator = field(init=False)
+    kept: KeptSlots = field(default_factory=KeptSlots)
 
     def __post_init__(self) -> None:
         rules = self.settings.scheduler
@@ -119,6 +122,7 @@ class FirstStage:
         """End what has had its time, waiting or running."""
         now_s = self.flights.now_s
         effects: list[Effect] = [refusal(*late) for late in self.waiting.overdue(now_s, len(self.live))]
+        self.closing += [ClosedSequence(request=gone.request, slot=gone.slot) for gone in self.kept.expired(now_s)]
         for sequence in [s for s in self.live.values() if s.deadline_s <= now_s]:
             error = DeadlineExceededError(
                 f"the answer was not complete after the {sequence.request.deadline_s:g} s that were given: "
@@ -168,7 +172,7 @@ class FirstStage:
         for failure in frame.failed:
             if flight.infer and failure.request == flight.infer.request:
                 effects.append(infer_failed(flight.infer, failure.code, failure.text))
-            effects += self._fail(failure)
+            effects += self._fail_step(failure, frame.step)
         right = 0
         for entry in frame.tokens:
             draft = flight.drafts.get(entry.request, ())
@@ -190,7 +194,14 @@ class FirstStage:
         if self.infers and pressure.frames < self.settings.scheduler.in_flight:
             return self._infer_frame()
         batch = next_batch(self.live.values(), pressure, self.settings.scheduler)
-        return self._rows_frame(batch) if batch else None
+        if not batch:
+            return None
+        first = self.live[batch[0].request]
+        if first.opened:
+            return self._rows_frame(batch, None)
+        reuse = self._reuse(first)
+        first.begin(reuse)
+        return self._rows_frame((next_chunk(first, self.settings.scheduler.chunk_rows),), reuse)
 
     def closing_frame(self) -> BatchFrame | None:
         """Tell the other stages who has ended since the last time; None when nobody has."""
@@ -208,7 +219,16 @@ class FirstStage:
         self.flights.begin(step, Flight((), self.flights.now_s, infer=infer))
         return BatchFrame(plan_epoch=self.settings.plan_epoch, run=self.settings.run, step=step, infer=infer), tensors
 
-    def _rows_frame(self, batch: tuple[SequenceStep, ...]) -> tuple[BatchFrame, Tensors]:
+    def _reuse(self, sequence: LiveSequence) -> Reuse | None:
+        """What a sequence that nobody has heard of begins behind; one that begins again has had its try."""
+        if sequence.began_step >= 0:
+            return None
+        request = sequence.request
+        running = [s.held() for s in self.live.values() if s.opened]
+        others = [*running, *self.kept.held.values()]
+        return best(request.prompt, sequence.own, others, reproducible=request.reproducible)
+
+    def _rows_frame(self, batch: tuple[SequenceStep, ...], reuse: Reuse | None) -> tuple[BatchFrame, Tensors]:
         step = self._take_step()
         self.last_was_prefill = is_prefill(batch, self.live)
         batch, drafts = self.speculator.extend(batch, self.live)
@@ -223,7 +243,7 @@ class FirstStage:
             draft = drafts.get(rows.request, ())
             ids += (*sequence.ids(rows.start, rows.count - len(draft)), *draft)
             if not sequence.opened:
-                opened.append(_opened(sequence))
+                opened.append(_opened(sequence, reuse))
             sequence.opened, sequence.scheduled, sequence.last_step = True, rows.start + rows.count, step
         frame = BatchFrame(
             plan_epoch=self.settings.plan_epoch, run=self.settings.run, step=step, sequences=batch,
@@ -236,12 +256,13 @@ class FirstStage:
         return step
 
     def _admit(self) -> None:
-        while (slot := self.slots.free()) is not None:
+        while free := self.slots.free():
             waiter = self.waiting.first(batch=self._room_for_batch())
             if waiter is None:
                 return
             self.waiting.take(waiter)
-            self._open(waiter, slot)
+            request = waiter.submit.request
+            self._open(waiter, self.kept.choose(free, request.prompt, reproducible=request.reproducible))
 
     def _room_for_batch(self) -> bool:
         """Batch work leaves a quarter of the slots to those that somebody waits for."""
@@ -251,7 +272,7 @@ class FirstStage:
     def _open(self, waiter: Waiter, slot: int) -> None:
         request = waiter.submit.request
         stops = () if request.ignore_eos else (*request.stop_token_ids, *self.settings.eos_token_ids)
-        self.slots.open(slot, request.request)
+        self.slots.reserve(slot, request.request)
         # Newcomers wait for whoever was served before they came.
         self.live[request.request] = LiveSequence(
             request,
@@ -261,6 +282,7 @@ class FirstStage:
             last_step=self.next_step - 1,
             began_s=self.flights.now_s,
             deadline_s=waiter.deadline_s,
+            own=self.kept.take(slot),
         )
 
     def _apply(self, entry: RequestTokens, draft: tuple[int, ...]) -> list[Effect]:
@@ -292,7 +314,7 @@ class FirstStage:
             return self._fail(Failure(request=entry.request, code=UnsupportedVersionError.code, text=_UNBOUND))
         delta = OutputDelta(
             request=entry.request, tokens=tuple(kept), finish=finish, constrained=constrained,
-            drafted=len(draft), accepted=right,
+            drafted=len(draft), accepted=right, cached=0 if len(sequence.output) > len(kept) else sequence.reused,
         )  # fmt: skip
         if finish is not None:
             return [self._finish(sequence, delta)]
@@ -303,11 +325,31 @@ class FirstStage:
         del self.live[request]
         if delta.finish is not FinishReason.ERROR:
             self.waiting.turnover.ended(self.flights.now_s - sequence.began_s)
-        self.slots.close(sequence.slot, request)
         self.speculator.close(request)
-        self.closing.append(ClosedSequence(request=request, slot=sequence.slot))
+        self.closing.append(self._close(sequence, failed=delta.finish is FinishReason.ERROR))
         self._admit()
         return Emit(reply_to=sequence.reply_to, delta=delta)
+
+    def _close(self, sequence: LiveSequence, *, failed: bool) -> ClosedSequence:
+        """Its slot is free; what is in it may serve others, unless something went wrong with it."""
+        sequence.settle()
+        held = sequence.held(self.flights.now_s)
+        keep = 0 if failed or len(held.ids) < LEAST or not sequence.opened else len(held.ids)
+        closed = ClosedSequence(request=held.request, slot=held.slot, keep=keep)
+        self.slots.close(closed)
+        if keep:
+            self.kept.keep(held)
+        return closed
+
+    def _fail_step(self, failure: Failure, step: int) -> list[Effect]:
+        """A request failed in *step*: one that began behind what some stage does not hold begins again."""
+        sequence = self.live.get(failure.request)
+        if sequence is None or step < sequence.began_step:
+            return []
+        if failure.code == ShardLostError.code and sequence.reused and not sequence.output:
+            sequence.again(self.next_step)
+            return []
+        return self._fail(failure)
 
     def _fail(self, failure: Failure) -> list[Effect]:
         sequence = self.live.get(failure.request)
@@ -325,12 +367,15 @@ class FirstStage:
         return effects
 
 
-def _opened(sequence: LiveSequence) -> OpenedSequence:
+def _opened(sequence: LiveSequence, reuse: Reuse | None) -> OpenedSequence:
     request = sequence.request
-    return OpenedSequence(
+    opened = OpenedSequence(
         request=request.request,
         slot=sequence.slot,
         prompt=request.prompt,
         sampling=request.sampling,
         grammar=request.grammar,
     )
+    if reuse is None:
+        return opened
+    return msgspec.structs.replace(opened, reuse=reuse.count, source=reuse.source, of=reuse.request)

@@ -30,6 +30,12 @@ class OpenedSequence(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     prompt: tuple[int, ...]
     sampling: SamplingParams = SamplingParams()
     grammar: Grammar | None = None
+    reuse: int = 0
+    """It begins behind so many positions that are in the cache already."""
+    source: int = 0
+    """Where they are: in `slot` itself, or in another one that they are copied from."""
+    of: RequestId = RequestId("")
+    """Whose they are: a stage that holds something else there does not use it."""
 
 
 class ClosedSequence(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
@@ -37,6 +43,8 @@ class ClosedSequence(msgspec.Struct, frozen=True, kw_only=True, array_like=True)
 
     request: RequestId
     slot: int
+    keep: int = 0
+    """So many positions stay in the cache for whoever can begin behind them; 0: it is given back."""
 
 
 class Failure(msgspec.Struct, frozen=True, kw_only=True, array_like=True):

@@ -15,6 +15,7 @@ from shoal.ids import RequestId
 from shoal.runtime.effects import (
     BatchArrived,
     CancelArrived,
+    CopySlot,
     CreditArrived,
     Effect,
     Emit,
@@ -181,6 +182,8 @@ class LocalPipeline:
                 self.arrivals_s.setdefault(delta.request, []).append(self.clock.now_s())
             case EmitResult(done=done):
                 self.results[done.request] = effect
+            case CopySlot(source=source, target=target, count=count):
+                self.stages[stage].session.copy(source, target, count)
             case ReleaseSlot(slot=slot):
                 self.stages[stage].session.release(slot)
             case Suspect():

@@ -53,6 +53,13 @@ class Session(Protocol):
         """
         ...
 
+    def copy(self, source: int, target: int, count: int) -> None:
+        """Let *target* hold what *source* holds of its first *count* positions, and nothing else.
+
+        Raises InvalidRequestError where *source* holds less.
+        """
+        ...
+
     def release(self, slot: int) -> None:
         """Forget the slot's cache and give its pages back."""
         ...

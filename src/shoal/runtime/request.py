@@ -105,6 +105,8 @@ class OutputDelta(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     drafted: int = 0
     """Ids that were guessed in the lap that gave `tokens`, and those of them that were right."""
     accepted: int = 0
+    cached: int = 0
+    """With the first tokens: so many positions of the prompt were not computed, but found in the cache."""
     retry_after_s: float | None = None
 
 

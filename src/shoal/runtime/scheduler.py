@@ -55,7 +55,7 @@ def next_batch(
     crowded = bool(decoding) and pressure.prefill_frames > 0
     prefill_turn = not ready or not pressure.last_was_prefill
     if prefilling and prefill_turn and not crowded:
-        return (_chunk(prefilling[0], settings.chunk_rows),)
+        return (next_chunk(prefilling[0], settings.chunk_rows),)
     width = -(-len(decoding) // settings.in_flight)
     return tuple(_rows(s, s.known - s.scheduled) for s in ready[:width])
 
@@ -65,8 +65,11 @@ def is_prefill(batch: Sequence[SequenceStep], live: Mapping[RequestId, LiveSeque
     return any(live[step.request].in_prefill for step in batch)
 
 
-def _chunk(sequence: LiveSequence, chunk_rows: int) -> SequenceStep:
-    return _rows(sequence, min(chunk_rows, sequence.known - sequence.scheduled))
+def next_chunk(sequence: LiveSequence, chunk_rows: int) -> SequenceStep:
+    """The next rows of a prompt.  None is left alone: its bits would differ from those of a row in a chunk (`prefix`)."""
+    left = sequence.known - sequence.scheduled
+    count = min(chunk_rows, left)
+    return _rows(sequence, count - 1 if left - count == 1 and count > 2 else count)
 
 
 def _rows(sequence: LiveSequence, count: int) -> SequenceStep:

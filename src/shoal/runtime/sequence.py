@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from shoal.runtime.prefix import Held, Reuse
 from shoal.runtime.request import FinishReason, GenerateRequest
 
 
@@ -25,6 +26,14 @@ class LiveSequence:
     """When it was given its slot."""
     deadline_s: float = float("inf")
     """When its time has passed."""
+    own: Held | None = None
+    """What its slot held when it got it."""
+    reused: int = 0
+    """It began behind so many positions that were in the cache."""
+    exact: int = 0
+    """So many of its first positions were computed in chunks, or will be; more than `reused` only where all of those were."""
+    began_step: int = -1
+    """Failures of older steps are none of its: it began again."""
 
     @property
     def known(self) -> int:
@@ -45,6 +54,22 @@ class LiveSequence:
         prompt, stop = self.request.prompt, start + count
         output = self.output[max(0, start - len(prompt)) : max(0, stop - len(prompt))]
         return (*prompt[start:stop], *output)
+
+    def held(self, since_s: float = 0.0) -> Held:
+        """What its slot holds, once the pipeline is through with what was sent."""
+        count = min(self.scheduled, self.known)
+        return Held(self.slot, self.request.request, self.ids(0, count), min(self.exact, count), since_s)
+
+    def begin(self, reuse: Reuse | None) -> None:
+        """The pipeline is about to hear of it: it begins behind what is there."""
+        self.reused = self.scheduled = reuse.count if reuse else 0
+        whole = reuse is None or reuse.exact == reuse.count
+        self.exact = len(self.request.prompt) if whole else reuse.exact if reuse else 0
+
+    def again(self, step: int) -> None:
+        """What it began behind is not everywhere: it begins at its first position, with *step* or a later one."""
+        self.opened, self.own, self.began_step = False, None, step
+        self.begin(None)
 
     def settle(self) -> None:
         """Guesses were answered: rows of wrong ones are to be run again, with the right ids."""

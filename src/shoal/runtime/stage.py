@@ -31,6 +31,7 @@ from shoal.runtime.effects import (
     Abandon,
     BatchArrived,
     CancelArrived,
+    CopySlot,
     CreditArrived,
     Effect,
     EmitResult,
@@ -135,7 +136,7 @@ def _follow(state: StageState, run: int) -> list[Effect]:
     state.run, state.last_step = run, -1
     state.inbox.clear()
     state.edge.renew()
-    slots, state.slots.held = list(state.slots.held), {}
+    slots = state.slots.clear()
     if state.last is not None:
         state.last.samplers.clear()
     # What runs now keeps its cache; its slot is opened again before anybody else uses it.
@@ -272,7 +273,9 @@ def _next_work(state: StageState) -> Work | None:
 def _begin(state: StageState, frame: BatchFrame, tensors: Tensors) -> list[Effect]:
     effects = _release(state, frame)
     for opened in frame.opened:
-        state.slots.open(opened.slot, opened.request)
+        here = state.slots.open(opened)
+        if here and opened.source != opened.slot:
+            effects.append(CopySlot(source=opened.source, target=opened.slot, count=opened.reuse))
         if state.last is not None:
             state.last.open(opened)
     frame, tensors = without_gaps(state.slots, frame, tensors)
@@ -287,10 +290,11 @@ def _begin(state: StageState, frame: BatchFrame, tensors: Tensors) -> list[Effec
 def _release(state: StageState, frame: BatchFrame) -> list[Effect]:
     released: list[Effect] = []
     for closed in frame.closed:
-        held = state.slots.close(closed.slot, closed.request)
         # The first stage has given the slot up already; on the others, whoever does not hold it cannot.
-        if held or state.first is not None:
+        if not state.slots.close(closed) and state.first is None:
+            continue
+        if not closed.keep:
             released.append(ReleaseSlot(slot=closed.slot))
-            if state.last is not None:
-                state.last.close(closed.request)
+        if state.last is not None:
+            state.last.close(closed.request)
     return released

@@ -18,7 +18,7 @@ from shoal.runtime.request import FinishReason, GenerateRequest, OutputDelta
 from shoal.serve.assemble import Assembler, Piece
 from shoal.serve.closing import closed_after
 from shoal.serve.job import Job
-from shoal.serve.openai_answers import CompletionDetails, Usage
+from shoal.serve.openai_answers import CompletionDetails, PromptDetails, Usage
 from shoal.serve.ports import Limits, Node
 from shoal.serve.tool_reader import ToolReader, call_id
 
@@ -74,11 +74,14 @@ async def answer(door: Door, job: Job, emit: Emit) -> Usage:
         tokens = sum(reader.tokens for reader in readers)
         accepted, rejected = (sum(values) for values in zip(*(r.guesses for r in readers), strict=True))
         door.node.metrics.guessed(job.model.name, accepted, rejected)
+        cached = sum(reader.cached for reader in readers)
+        door.node.metrics.reused(job.model.name, cached)
         door.node.metrics.answered(job.model.name, outcome, job.prompt_tokens, tokens)
     return Usage(
         prompt_tokens=job.prompt_tokens,
         completion_tokens=tokens,
         total_tokens=job.prompt_tokens + tokens,
+        prompt_tokens_details=PromptDetails(cached_tokens=cached),
         completion_tokens_details=CompletionDetails(
             accepted_prediction_tokens=accepted, rejected_prediction_tokens=rejected
         ),
@@ -104,6 +107,8 @@ class _Reader:
     finish: FinishReason = FinishReason.CANCELLED
     guesses: tuple[int, int] = (0, 0)
     """Guessed tokens that were right, and that were wrong."""
+    cached: int = 0
+    """Tokens of the prompt that were found in the cache."""
 
     async def read(self, request: GenerateRequest) -> None:
         codec, marks = self.job.codec, self.job.tools.wanted
@@ -132,6 +137,7 @@ class _Reader:
         if not delta.tokens:
             return
         name, metrics, now_s = self.job.model.name, self.door.node.metrics, self.door.node.clock.now_s()
+        self.cached += delta.cached
         right, wrong = self.guesses
         self.guesses = (right + delta.accepted, wrong + delta.drafted - delta.accepted)
         rest = len(delta.tokens)

@@ -15,12 +15,19 @@ class CompletionDetails(msgspec.Struct, frozen=True, kw_only=True):
     rejected_prediction_tokens: int = 0
 
 
+class PromptDetails(msgspec.Struct, frozen=True, kw_only=True):
+    """Tokens of the prompt that need not be computed: an earlier request began alike."""
+
+    cached_tokens: int = 0
+
+
 class Usage(msgspec.Struct, frozen=True, kw_only=True):
     """Tokens in, tokens out."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptDetails = PromptDetails()
     completion_tokens_details: CompletionDetails = CompletionDetails()
 
 

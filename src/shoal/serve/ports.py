@@ -187,6 +187,10 @@ class Metrics(Protocol):
         """Of the tokens that were guessed for an answer, so many were right, and so many wrong."""
         ...
 
+    def reused(self, deployment: str, tokens: int) -> None:
+        """So many tokens of the prompts of a request were found in the cache."""
+        ...
+
     def render(self) -> bytes:
         """Everything that is measured, in Prometheus' text format."""
         ...

@@ -87,6 +87,13 @@ class NullSession:
         wanted = [row for step, part in zip(sequences, done, strict=True) for row in part[part.size - step.logits :]]
         return {LOGITS: np.stack([_logits(row, self.vocabulary) for row in wanted])} if wanted else {}
 
+    def copy(self, source: int, target: int, count: int) -> None:
+        """See `Session.copy`."""
+        held = self.caches.get(source, {})
+        if self.layers and any(held.get(n, np.empty(0)).size < count for n in self.layers):
+            raise InvalidRequestError(f"slot {source} holds less than {count} positions")
+        self.caches[target] = {layer: words[:count].copy() for layer, words in held.items()}
+
     def release(self, slot: int) -> None:
         """See `Session.release`."""
         self.caches.pop(slot, None)

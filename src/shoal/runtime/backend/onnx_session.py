@@ -118,6 +118,17 @@ class OnnxSession:
                     self._hold(sequences[at])
         return {output.name: joined for output in self._roles.outputs if (joined := _join(output, parts)) is not None}
 
+    def copy(self, source: int, target: int, count: int) -> None:
+        """See `Session.copy`."""
+        if not self._roles.caches:
+            return
+        held = self._slots[source]
+        if held.length < count:
+            raise InvalidRequestError(f"slot {source} holds {held.length} positions, not {count}")
+        for array in self._pages.arrays.values() if self._pages is not None else ():
+            array[target, :, :count] = array[source, :, :count]
+        self._slots[target] = _Slot(count, {name: array[:, :, :count].copy() for name, array in held.grown.items()})
+
     def release(self, slot: int) -> None:
         """See `Session.release`."""
         held = self._slots.get(slot)

@@ -24,6 +24,9 @@ class PassingSession:
             raise InvalidRequestError("the session is closed")
         return dict(tensors)
 
+    def copy(self, source: int, target: int, count: int) -> None:
+        """See `Session.copy`."""
+
     def release(self, slot: int) -> None:
         """See `Session.release`: there is nothing to forget."""
 

@@ -56,6 +56,10 @@ class ThrottledSession:
         self.owed_s = min(max(0.0, t.clock.now_s() - due_s), goal_s)
         return outputs
 
+    def copy(self, source: int, target: int, count: int) -> None:
+        """See `Session.copy`."""
+        self.session.copy(source, target, count)
+
     def release(self, slot: int) -> None:
         """See `Session.release`."""
         self.session.release(slot)

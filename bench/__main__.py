@@ -25,6 +25,7 @@ MODULES = {
     "speculation": "bench.speculation.claim",
     "overload": "bench.overload.claim",
     "soak": "bench.soak.claim",
+    "failover": "bench.failover.claim",
 }
 
 

@@ -5,7 +5,7 @@ three for one that is only silent.  Here it shows which of the two it was.  Meas
 (load 2 to 4): a killed node was given up after 0.4 to 0.5 s of its end, a frozen one after 2.0 s.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from queue import SimpleQueue
 from threading import Thread
@@ -24,6 +24,8 @@ from shoal.transport.zenoh import open_control
 Fleet = Any  # of conftest
 Machine = Any
 ASKED = {"model": "two", "messages": [{"role": "user", "content": "hi"}], "temperature": 0}
+LONG = ASKED | {"max_tokens": 1500, "seed": 7, "temperature": 1.0}
+"""With a seed, so that the answer is the same bit for bit, wherever its rows are computed."""
 
 
 @pytest.fixture
@@ -31,27 +33,40 @@ def site(three_nodes: Fleet) -> Fleet:
     return three_nodes
 
 
+def whole_answer(fleet: Fleet) -> str:
+    """The long answer, undisturbed."""
+    return fleet.openai().chat.completions.create(**LONG).choices[0].message.content
+
+
 def text_of(fleet: Fleet) -> str:
     return fleet.openai().chat.completions.create(**ASKED, max_tokens=40).choices[0].message.content
 
 
 @contextmanager
-def long_answer(fleet: Fleet) -> Iterator["SimpleQueue[object]"]:
-    """A stream that is under way; how it ends comes out of the queue."""
+def long_answer(fleet: Fleet) -> Iterator[Callable[[], str]]:
+    """A stream that is under way when the block begins; afterwards its whole text can be asked for."""
     ended: SimpleQueue[object] = SimpleQueue()
-    stream = fleet.openai().chat.completions.create(**ASKED, max_tokens=4000, stream=True)
-    next(iter(stream))
+    stream = fleet.openai().chat.completions.create(**LONG, stream=True)
+    first = next(iter(stream))
 
     def read() -> None:
         try:
-            ended.put([chunk.choices[0].finish_reason for chunk in stream][-1])
+            chunks = [first, *stream]
+            text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+            ended.put((text, chunks[-1].choices[0].finish_reason))
         except openai.APIError as error:
             ended.put(error)
 
+    def text() -> str:
+        found = ended.get(timeout=90)
+        assert isinstance(found, tuple), found
+        assert found[1] == "length"
+        return found[0]
+
     reader = Thread(target=read)
     reader.start()
-    yield ended
-    reader.join(60)
+    yield text
+    reader.join(90)
 
 
 def second_of(fleet: Fleet) -> Machine:
@@ -83,52 +98,44 @@ def heartbeats(of: Machine, at: Machine) -> Iterator["SimpleQueue[NodeReport]"]:
 
 
 @pytest.mark.parametrize("stage", [0, 1])
-def test_when_a_worker_is_killed_the_stream_ends_with_an_error_and_the_service_recovers(
-    site: Fleet, stage: int
-) -> None:
-    before, epoch = text_of(site), site.deployment("two").plan_epoch
+def test_when_a_worker_is_killed_the_stream_goes_on_with_the_same_text(site: Fleet, stage: int) -> None:
+    before, whole, epoch = text_of(site), whole_answer(site), site.deployment("two").plan_epoch
     machine = site.machines[0] if stage == 0 else second_of(site)
 
-    with long_answer(site) as ended:
+    with long_answer(site) as answer:
         for worker in machine.workers():
             worker.kill()
-        end = ended.get(timeout=20)
+        assert answer() == whole
 
-    assert isinstance(end, openai.APIError)
-    assert end.code == "shard_lost"
     site.wait_ready("two", after_epoch=epoch)
     assert text_of(site) == before
 
 
 @pytest.mark.slow
-def test_when_only_the_last_worker_freezes_the_stream_ends_and_the_service_recovers(site: Fleet) -> None:
-    before, epoch = text_of(site), site.deployment("two").plan_epoch
+def test_when_only_the_last_worker_freezes_the_stream_goes_on_with_the_same_text(site: Fleet) -> None:
+    whole, epoch = whole_answer(site), site.deployment("two").plan_epoch
     workers = second_of(site).workers()
 
-    with long_answer(site) as ended:
+    with long_answer(site) as answer:
         for worker in workers:
             worker.suspend()
-        end = ended.get(timeout=20)
+        assert answer() == whole
 
-    assert isinstance(end, openai.APIError)
-    assert end.code == "shard_lost"
     site.wait_ready("two", after_epoch=epoch)
-    assert text_of(site) == before
     assert not psutil.wait_procs(workers, timeout=6)[1], "a frozen worker does not keep its memory"
 
 
 @pytest.mark.slow
-def test_a_killed_node_is_seen_to_end_and_its_stage_moves(site: Fleet) -> None:
-    before, epoch = text_of(site), site.deployment("two").plan_epoch
+def test_a_killed_node_is_seen_to_end_its_stage_moves_and_the_stream_goes_on(site: Fleet) -> None:
+    before, whole, epoch = text_of(site), whole_answer(site), site.deployment("two").plan_epoch
     lost = second_of(site)
     orphans = lost.workers()
 
-    with long_answer(site) as ended:
+    with long_answer(site) as answer:
         past = last_event(site)
         lost.kill()
-        end = ended.get(timeout=20)
+        assert answer() == whole
 
-    assert isinstance(end, openai.APIError)
     assert "its process or link ended" in site.wait(lambda: told_after(site, "node.suspect", lost.id, past), "suspect")
     assert "its process or link ended" in site.wait(lambda: told_after(site, "node.lost", lost.id, past), "lost")
     view = site.wait_ready("two", after_epoch=epoch)

@@ -62,7 +62,9 @@ class Models:
     """Set, and replaced, when a request that waits should look again."""
 
     def __post_init__(self) -> None:
-        self._opening = Opening(self.store, self.artifacts, self.desk, self.clock, self.unix_s, self._way)
+        self._opening = Opening(
+            self.store, self.artifacts, self.desk, self.clock, self.unix_s, self._way, self._stands, self._resumed
+        )
 
     def hear(self, view: CoordinatorView) -> None:
         """A broadcast; what is older than the newest is ignored."""
@@ -163,6 +165,14 @@ class Models:
         status = self.view.find(name) if self.view is not None else None
         stands = status.phase.value if status is not None else "stopped"
         raise UnavailableError(f"{name} is {stands}", hint="try again in a moment", retry_after_s=2.0)
+
+    def _stands(self, name: DeploymentId, generation: int) -> bool:
+        """Whether an answer may wait for the next pipeline: what it came from is still wanted as it was, and can be had."""
+        status = self.view.find(name) if self.view is not None else None
+        return status is not None and status.phase is not Phase.REFUSED and _epoch(status)[0] == generation
+
+    def _resumed(self, request: RequestId, tokens: int) -> None:
+        self.log.info("answer.resumed", request=request, tokens=tokens)
 
     def _takes(self, opened: Opened) -> bool:
         """Whether the pipeline takes new requests; one that is to be left does when nobody is there to end the move."""

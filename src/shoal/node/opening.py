@@ -12,7 +12,7 @@ from shoal.clock import Clock
 from shoal.errors import UnavailableError
 from shoal.fleet.report import ShardId
 from shoal.fleet.view import DeploymentStatus
-from shoal.ids import DeploymentId, Digest
+from shoal.ids import DeploymentId, Digest, RequestId
 from shoal.model.codec import ModelCodec
 from shoal.model.spec import ModelKind, ModelSpec
 from shoal.node.artifacts import Artifact, Artifacts
@@ -39,7 +39,9 @@ class Opened:
 
 @dataclass(slots=True)
 class Opening:
-    """Opens deployments, one at a time.  `way` gives the pipeline to ask when a request is sent; tokenizers are kept."""
+    """Opens deployments, one at a time.  `way` gives the pipeline to ask when a request is sent,
+    `stands` says whether a deployment is wanted, `resumed` hears of answers that go on elsewhere; tokenizers are kept.
+    """
 
     store: Store
     artifacts: Artifacts
@@ -47,6 +49,8 @@ class Opening:
     clock: Clock
     unix_s: Callable[[], float]
     way: Callable[[DeploymentId], Awaitable[StagedExecutor]]
+    stands: Callable[[DeploymentId, int], bool]
+    resumed: Callable[[RequestId, int], None]
     codecs: dict[Digest, ModelCodec | None] = field(default_factory=dict)
 
     def open(self, status: DeploymentStatus) -> Opened:
@@ -67,7 +71,12 @@ class Opening:
         served = ServedModel(
             name=spec.deployment,
             spec=model,
-            executor=RoutedExecutor(partial(self.way, spec.deployment)),
+            executor=RoutedExecutor(
+                partial(self.way, spec.deployment),
+                self.clock,
+                partial(self.stands, spec.deployment, spec.generation),
+                self.resumed,
+            ),
             codec=self._codec(artifact),
             encoder=_encoder(artifact),
             created_unix_s=int(self.unix_s()),

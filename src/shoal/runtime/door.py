@@ -67,12 +67,12 @@ def _can_open(opened: OpenedSequence, settings: StageSettings) -> bool:
         check_sampling(opened.sampling, settings.vocabulary)
     except InvalidRequestError:
         return False
-    if not 0 <= opened.reuse < max(1, len(opened.prompt)):
+    if not 0 <= opened.reuse < max(1, len(opened.prompt) + len(opened.resume)):
         return False
     too_long = opened.grammar is not None and len(opened.grammar.text) > MAX_GRAMMAR_CHARS
     if too_long or not 0 < len(opened.prompt) <= settings.context_tokens:
         return False
-    return _in_vocabulary(opened.prompt, settings)
+    return _in_vocabulary(opened.prompt, settings) and _in_vocabulary(opened.resume, settings)
 
 
 def _in_vocabulary(ids: Sequence[int], settings: StageSettings) -> bool:

@@ -226,7 +226,8 @@ class FirstStage:
         request = sequence.request
         running = [s.held() for s in self.live.values() if s.opened]
         others = [*running, *self.kept.held.values()]
-        return best(request.prompt, sequence.own, others, reproducible=request.reproducible)
+        ids = sequence.ids(0, sequence.known) if not request.reproducible else request.prompt
+        return best(ids, sequence.own, others, reproducible=request.reproducible)
 
     def _rows_frame(self, batch: tuple[SequenceStep, ...], reuse: Reuse | None) -> tuple[BatchFrame, Tensors]:
         step = self._take_step()
@@ -283,6 +284,7 @@ class FirstStage:
             began_s=self.flights.now_s,
             deadline_s=waiter.deadline_s,
             own=self.kept.take(slot),
+            output=list(request.resume),
         )
 
     def _apply(self, entry: RequestTokens, draft: tuple[int, ...]) -> list[Effect]:
@@ -314,7 +316,7 @@ class FirstStage:
             return self._fail(Failure(request=entry.request, code=UnsupportedVersionError.code, text=_UNBOUND))
         delta = OutputDelta(
             request=entry.request, tokens=tuple(kept), finish=finish, constrained=constrained,
-            drafted=len(draft), accepted=right, cached=0 if len(sequence.output) > len(kept) else sequence.reused,
+            drafted=len(draft), accepted=right, cached=sequence.reused if len(sequence.output) == len(kept) else 0,
         )  # fmt: skip
         if finish is not None:
             return [self._finish(sequence, delta)]
@@ -346,7 +348,11 @@ class FirstStage:
         sequence = self.live.get(failure.request)
         if sequence is None or step < sequence.began_step:
             return []
-        if failure.code == ShardLostError.code and sequence.reused and not sequence.output:
+        if (
+            failure.code == ShardLostError.code
+            and sequence.reused
+            and len(sequence.output) == len(sequence.request.resume)
+        ):
             sequence.again(self.next_step)
             return []
         return self._fail(failure)
@@ -375,6 +381,7 @@ def _opened(sequence: LiveSequence, reuse: Reuse | None) -> OpenedSequence:
         prompt=request.prompt,
         sampling=request.sampling,
         grammar=request.grammar,
+        resume=request.resume,
     )
     if reuse is None:
         return opened

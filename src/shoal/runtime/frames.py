@@ -30,6 +30,8 @@ class OpenedSequence(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     prompt: tuple[int, ...]
     sampling: SamplingParams = SamplingParams()
     grammar: Grammar | None = None
+    resume: tuple[int, ...] = ()
+    """The answer so far, which was drawn elsewhere."""
     reuse: int = 0
     """It begins behind so many positions that are in the cache already."""
     source: int = 0

@@ -50,7 +50,7 @@ class LastStage:
 
     def open(self, opened: OpenedSequence) -> None:
         matcher = self.grammars.matcher(opened.grammar) if opened.grammar is not None else None
-        self.samplers[opened.request] = Sampler(opened.prompt, opened.sampling, matcher)
+        self.samplers[opened.request] = Sampler(opened.prompt, opened.sampling, matcher, list(opened.resume))
 
     def close(self, request: RequestId) -> None:
         self.samplers.pop(request, None)

@@ -25,12 +25,19 @@ def check_request(request: GenerateRequest, settings: StageSettings) -> None:
         raise InvalidRequestError(
             f"deadline_s is {request.deadline_s:g}", hint="say for how long the answer is of use", param="deadline_s"
         )
+    if len(request.resume) >= request.max_tokens:
+        raise InvalidRequestError(
+            f"an answer of at most {request.max_tokens} tokens cannot go on after {len(request.resume)}",
+            param="max_tokens",
+        )
+    if length + len(request.resume) >= limit > length:
+        raise ContextLengthError(f"the answer so far has filled the context of {limit} tokens", param="max_tokens")
     if length >= limit:
         raise ContextLengthError(
             f"the prompt has {length} tokens and the context {limit}", hint="shorten the prompt by at least "
             f"{length - limit + 1} tokens, or serve the model with a longer context", param="prompt"
         )  # fmt: skip
-    low, high = min(request.prompt), max(request.prompt)
+    low, high = min(*request.prompt, *request.resume, request.prompt[0]), max(*request.prompt, *request.resume, 0)
     if low < 0 or (settings.vocabulary and high >= settings.vocabulary):
         raise InvalidRequestError(f"the prompt holds token ids outside [0, {settings.vocabulary})", param="prompt")
     check_sampling(request.sampling, settings.vocabulary)

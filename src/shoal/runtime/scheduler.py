@@ -50,7 +50,7 @@ def next_batch(
         return ()
     everyone = sorted(live, key=lambda s: s.last_step)
     prefilling = [s for s in everyone if s.in_prefill]
-    decoding = [s for s in everyone if s.output]
+    decoding = [s for s in everyone if s.decodes]
     ready = [s for s in decoding if s.ready]
     crowded = bool(decoding) and pressure.prefill_frames > 0
     prefill_turn = not ready or not pressure.last_was_prefill
@@ -66,8 +66,15 @@ def is_prefill(batch: Sequence[SequenceStep], live: Mapping[RequestId, LiveSeque
 
 
 def next_chunk(sequence: LiveSequence, chunk_rows: int) -> SequenceStep:
-    """The next rows of a prompt.  None is left alone: its bits would differ from those of a row in a chunk (`prefix`)."""
-    left = sequence.known - sequence.scheduled
+    """The next rows of a prompt.  None is left alone: its bits would differ from those of a row in a chunk (`prefix`).
+
+    Of an answer that goes on, a reproducible one has the rows of its tokens one by one, as they were computed before.
+    """
+    prompt = len(sequence.request.prompt)
+    one_by_one = sequence.request.reproducible and bool(sequence.request.resume)
+    if one_by_one and sequence.scheduled >= prompt:
+        return _rows(sequence, 1)
+    left = (prompt if one_by_one else sequence.known) - sequence.scheduled
     count = min(chunk_rows, left)
     return _rows(sequence, count - 1 if left - count == 1 and count > 2 else count)
 

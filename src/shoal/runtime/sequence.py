@@ -41,8 +41,18 @@ class LiveSequence:
         return len(self.request.prompt) + len(self.output)
 
     @property
+    def given(self) -> int:
+        """Positions whose ids came with the request."""
+        return len(self.request.prompt) + len(self.request.resume)
+
+    @property
     def in_prefill(self) -> bool:
-        return self.scheduled < len(self.request.prompt)
+        return self.scheduled < self.given
+
+    @property
+    def decodes(self) -> bool:
+        """Whether it waits for a lap for each of its tokens."""
+        return bool(self.output) and not self.in_prefill
 
     @property
     def ready(self) -> bool:

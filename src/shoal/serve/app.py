@@ -18,6 +18,7 @@ from shoal.serve.health import OPEN, health_routes
 from shoal.serve.models import model_routes
 from shoal.serve.page import SchemaPage
 from shoal.serve.ports import Limits, Node
+from shoal.serve.responses import response_routes
 from shoal.serve.text import text_routes
 
 App: TypeAlias = Litestar
@@ -36,6 +37,7 @@ def build_app(node: Node, access: Access, limits: Limits) -> App:
     return Litestar(
         route_handlers=[
             *text_routes(door),
+            *response_routes(door),
             *embedding_routes(door),
             *model_routes(node),
             *health_routes(node),

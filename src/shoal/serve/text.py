@@ -39,16 +39,7 @@ def text_routes(door: Door) -> list[HTTPRouteHandler]:
         tags=["OpenAI"],
     )
     async def chat_completions(data: JSONBody[ChatRequest]) -> LiveAnswer:
-        model = door.node.deployments.get(data.model)
-        codec = text_model(model)
-        check_choices(1, data.n or 1, door.limits)
-        messages, tools = chat_messages(data.messages), chat_tools(data)
-        grammar = await checked(answer_grammar(data.response_format), tools, codec.tool_format)
-        prompt = await to_thread.run_sync(codec.encode_chat, messages, tools.shown())
-        foretold = text_of(data.prediction.content) if data.prediction else ""
-        predicted = await to_thread.run_sync(codec.encode_answer, foretold) if foretold else ()
-        predicted = predicted[: model.spec.context_tokens]
-        job = chat_job(data, model, prompt, new_stamp(door, "chatcmpl"), tools, grammar, predicted)
+        job = await prepared(door, data, new_stamp(door, "chatcmpl"))
         return live(door, job, ChatRenderer(job))
 
     @post(
@@ -70,6 +61,19 @@ def text_routes(door: Door) -> list[HTTPRouteHandler]:
         return live(door, job, CompletionRenderer(job))
 
     return [chat_completions, completions]
+
+
+async def prepared(door: Door, data: ChatRequest, stamp: Stamp) -> Job:
+    """The job of a chat request: its conversation rendered, its tools and its format checked; raises what is wrong with it."""
+    model = door.node.deployments.get(data.model)
+    codec = text_model(model)
+    check_choices(1, data.n or 1, door.limits)
+    messages, tools = chat_messages(data.messages), chat_tools(data)
+    grammar = await checked(answer_grammar(data.response_format), tools, codec.tool_format)
+    prompt = await to_thread.run_sync(codec.encode_chat, messages, tools.shown())
+    foretold = text_of(data.prediction.content) if data.prediction else ""
+    predicted = await to_thread.run_sync(codec.encode_answer, foretold) if foretold else ()
+    return chat_job(data, model, prompt, stamp, tools, grammar, predicted[: model.spec.context_tokens])
 
 
 def split_prompts(given: str | list[str | int | list[int]], param: str) -> list[Prompt]:

@@ -1,8 +1,9 @@
 """Deaths at random moments under a stream: is its text the undisturbed one, how long is the gap, and what stays behind?
 
 Three nodes, two stages.  A stream begins; after a random time, in its prompt or in its answer, the worker of a random stage is
-killed or frozen, or the node of the last stage goes and comes back.  A request with a seed must go on with the same bits
-(`exact`); one without, at temperature 0, is computed in chunks and may differ where two tokens are nearly equal (`fast`).
+killed or frozen, or the node of the last stage goes, and comes back when the stream is over.  A request with a seed must go on
+with the same bits (`exact`); one without, at temperature 0, is computed in chunks and may differ where two tokens are nearly
+equal (`fast`).
 """
 
 import http.client
@@ -37,7 +38,6 @@ _TOKENS = 96
 _PROMPT_TOKENS = 200
 _LIMIT_S = 120.0
 _SETTLE_S = 90.0
-_FREEZE_S = 6.0
 _PER_CELL = 20
 _CELLS = 5
 _MODES = ("exact", "fast")
@@ -127,6 +127,9 @@ def _die(
     time.sleep(chance.uniform(0.0, 0.9 * whole_s))
     kind = _strike(view, fleet, chance)
     thread.join()
+    for machine in fleet:
+        if machine.process is not None and machine.process.poll() is not None:
+            machine.start()
     times_s = [began_s, *stream.times_s]
     gap_s = max((b - a for a, b in itertools.pairwise(times_s)), default=0.0)
     return kind, stream.ended, stream.text == reference.text, gap_s
@@ -140,7 +143,6 @@ def _strike(view: DeploymentView, fleet: Sequence[Machine], chance: random.Rando
     kind = chance.choice(("killed", "killed", "frozen", "node"))
     if kind == "node" and machine is not fleet[0]:
         machine.kill()
-        threading.Timer(_FREEZE_S, machine.start).start()
         return f"node of stage {stage}"
     for worker in workers:
         with suppress(psutil.Error):

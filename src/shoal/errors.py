@@ -8,6 +8,7 @@
     |   |-- CorruptFileError          truncated or inconsistent model file
     |   |-- ContextLengthError        prompt and answer do not fit in the context
     |   |-- RequestTooLargeError      body or value above a limit
+    |   |-- KeyReusedError            an idempotency key that belongs to another request
     |   |-- SettingsError             bad flag, environment variable or settings file
     |   |-- UnauthorizedError         missing or wrong API key
     |   `-- InfeasibleError           no placement satisfies the constraints
@@ -74,6 +75,10 @@ class CorruptFileError(InvalidRequestError):
 
 class ContextLengthError(InvalidRequestError):
     code = "context_length_exceeded"
+
+
+class KeyReusedError(InvalidRequestError):
+    code = "idempotency_key_reused"
 
 
 class RequestTooLargeError(InvalidRequestError):

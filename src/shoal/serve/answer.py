@@ -7,7 +7,7 @@ sends, the generator is left to the garbage collector, and the slot of the reque
 
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import anyio
 import msgspec
@@ -20,6 +20,7 @@ from shoal.serve.closing import closed_after
 from shoal.serve.job import Job
 from shoal.serve.openai_answers import CompletionDetails, PromptDetails, Usage
 from shoal.serve.ports import Limits, Node
+from shoal.serve.retries import Retries
 from shoal.serve.tool_reader import ToolReader, call_id
 
 Emit = Callable[[int, Piece], Awaitable[None]]
@@ -35,6 +36,11 @@ class Door:
     node: Node
     limits: Limits
     in_flight: int = 0
+    retries: Retries = field(init=False)
+    """Answers to requests that may be sent again."""
+
+    def __post_init__(self) -> None:
+        self.retries = Retries(self.node.clock)
 
     @asynccontextmanager
     async def admitted(self) -> AsyncIterator[None]:

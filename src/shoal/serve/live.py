@@ -1,12 +1,14 @@
 """HTTP answers that are produced while the caller is watched: JSON at the end, or server-sent events as they come."""
 
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 
 import anyio
-from litestar.types import Receive, Scope, Send
+from litestar.types import Message, Receive, Scope, Send
 
 from shoal.serve.answer import first_error
 from shoal.serve.errors import encode_fault, fault_of, record
+from shoal.serve.retries import Recorded, Retries
 
 Headers = tuple[tuple[bytes, bytes], ...]
 JSON: Headers = ((b"content-type", b"application/json"),)
@@ -38,14 +40,32 @@ class Connection:
         await self.write(b"data: " + data + b"\n\n", more=True)
 
 
-class LiveAnswer:
-    """An ASGI application for one response: runs *work* until it ends or the caller goes, whichever is first."""
+@dataclass(frozen=True, slots=True)
+class Once:
+    """What was asked, for whoever asks it again: *fingerprint* stands for the request's body."""
 
-    def __init__(self, work: Callable[[Connection], Awaitable[None]], headers: Headers) -> None:
+    retries: Retries
+    fingerprint: bytes
+
+
+class LiveAnswer:
+    """An ASGI application for one response: runs *work* until it ends or the caller goes, whichever is first.
+
+    With an `Idempotency-Key`, and *once*, it runs until it ends.
+    """
+
+    def __init__(
+        self, work: Callable[[Connection], Awaitable[None]], headers: Headers, once: Once | None = None
+    ) -> None:
         self._work = work
         self._headers = headers
+        self._once = once
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        key = _header(scope, b"idempotency-key")
+        if self._once is not None and key is not None:
+            await self._follow(self._once, key, scope, receive, send)
+            return
         connection = Connection(send, self._headers)
         try:
             async with anyio.create_task_group() as group:
@@ -57,6 +77,41 @@ class LiveAnswer:
             if not connection.started or not isinstance(error, Exception):
                 raise error from None
             await _break_off(connection, error, str(scope.get("path", "")))
+
+    async def _follow(self, once: Once, key: str, scope: Scope, receive: Receive, send: Send) -> None:
+        """Hear the answer of that key, from its first byte; it goes on when the caller goes."""
+        path = str(scope.get("path", ""))
+
+        async def run(recorded: Recorded) -> None:
+            async def note(message: Message) -> None:
+                if message["type"] == "http.response.body":
+                    recorded.add(message["body"])
+
+            connection = Connection(note, self._headers)
+            try:
+                await self._work(connection)
+            except Exception as error:
+                if not connection.started:
+                    raise
+                recorded.broken = True
+                await _break_off(connection, error, path)
+
+        name = (path, _header(scope, b"authorization") or "", key)
+        recorded = once.retries.find(name, once.fingerprint, run)
+        connection = Connection(send, self._headers)
+        try:
+            async with anyio.create_task_group() as group:
+                group.start_soon(_until_gone, receive, group.cancel_scope)
+                async for part in recorded.heard():
+                    await connection.write(part, more=True)
+                await connection.write(b"", more=False)
+                group.cancel_scope.cancel()
+        except BaseExceptionGroup as errors:
+            raise first_error(errors) from None
+
+
+def _header(scope: Scope, name: bytes) -> str | None:
+    return next((value.decode("latin-1") for key, value in scope.get("headers", ()) if key == name), None)
 
 
 async def _until_gone(receive: Receive, scope: anyio.CancelScope) -> None:

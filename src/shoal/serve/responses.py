@@ -22,7 +22,7 @@ from shoal.serve.openai_responses import (
 from shoal.serve.response_items import as_chat, input_messages, output_messages
 from shoal.serve.response_writer import ResponseWriter
 from shoal.serve.strict import strict
-from shoal.serve.text import documented, new_stamp, prepared
+from shoal.serve.text import documented, new_stamp, once_of, prepared
 from shoal.serve.turns import Turns
 
 _PLAIN = TextConfig(format=TextFormatting(type="text"))
@@ -52,8 +52,8 @@ def response_routes(door: Door) -> list[HTTPRouteHandler]:
 
         name = ((b"x-request-id", job.id.encode()),)
         if data.stream:
-            return LiveAnswer(_streamed(door, job, writer, keep), EVENTS + name)
-        return LiveAnswer(_whole(door, job, writer, keep), JSON + name)
+            return LiveAnswer(_streamed(door, job, writer, keep), EVENTS + name, once_of(door, data))
+        return LiveAnswer(_whole(door, job, writer, keep), JSON + name, once_of(door, data))
 
     return [responses]
 

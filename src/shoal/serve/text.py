@@ -1,5 +1,6 @@
 """`/v1/chat/completions` and `/v1/completions`: parse, encode, answer, render."""
 
+import hashlib
 from collections.abc import Awaitable, Callable, Sequence
 
 import msgspec
@@ -16,7 +17,7 @@ from shoal.serve.assemble import Piece
 from shoal.serve.constraints import chat_tools, checked
 from shoal.serve.formats import answer_grammar
 from shoal.serve.job import Job, Stamp, chat_job, chat_messages, check_choices, completion_job, text_model, text_of
-from shoal.serve.live import DONE, EVENTS, JSON, Connection, LiveAnswer
+from shoal.serve.live import DONE, EVENTS, JSON, Connection, LiveAnswer, Once
 from shoal.serve.openai_answers import ChatCompletion, Completion
 from shoal.serve.openai_requests import CHAT_RULES, COMPLETION_RULES, ChatRequest, CompletionRequest
 from shoal.serve.ports import TextCodec
@@ -40,7 +41,7 @@ def text_routes(door: Door) -> list[HTTPRouteHandler]:
     )
     async def chat_completions(data: JSONBody[ChatRequest]) -> LiveAnswer:
         job = await prepared(door, data, new_stamp(door, "chatcmpl"))
-        return live(door, job, ChatRenderer(job))
+        return live(door, job, ChatRenderer(job), once_of(door, data))
 
     @post(
         "/v1/completions",
@@ -58,7 +59,7 @@ def text_routes(door: Door) -> list[HTTPRouteHandler]:
         grammar = await checked(answer_grammar(data.response_format))
         encoded = await to_thread.run_sync(encode_prompts, codec, prompts)
         job = completion_job(data, model, encoded, new_stamp(door, "cmpl"), grammar)
-        return live(door, job, CompletionRenderer(job))
+        return live(door, job, CompletionRenderer(job), once_of(door, data))
 
     return [chat_completions, completions]
 
@@ -103,12 +104,17 @@ def new_stamp(door: Door, prefix: str) -> Stamp:
     return Stamp(id=f"{prefix}-{door.node.draw():016x}", created=int(door.node.unix_s()), seed=door.node.draw())
 
 
-def live(door: Door, job: Job, renderer: Renderer) -> LiveAnswer:
-    """The response that runs *job*."""
+def once_of(door: Door, data: msgspec.Struct) -> Once:
+    """What makes two requests the same."""
+    return Once(door.retries, hashlib.sha256(msgspec.json.encode(data)).digest())
+
+
+def live(door: Door, job: Job, renderer: Renderer, once: Once) -> LiveAnswer:
+    """The response that runs *job*; *once* where it is asked for again."""
     name = ((b"x-request-id", job.id.encode()),)
     if job.stream:
-        return LiveAnswer(_streamed(door, job, renderer), EVENTS + name)
-    return LiveAnswer(_whole(door, job, renderer), JSON + name)
+        return LiveAnswer(_streamed(door, job, renderer), EVENTS + name, once)
+    return LiveAnswer(_whole(door, job, renderer), JSON + name, once)
 
 
 def documented(kind: type[msgspec.Struct]) -> dict[int, ResponseSpec]:

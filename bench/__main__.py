@@ -23,6 +23,7 @@ MODULES = {
     "edgeshard": "bench.edgeshard.claim",
     "prediction": "bench.prediction.claim",
     "speculation": "bench.speculation.claim",
+    "stall": "bench.stall.claim",
     "overload": "bench.overload.claim",
     "soak": "bench.soak.claim",
     "failover": "bench.failover.claim",

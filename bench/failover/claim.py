@@ -38,6 +38,7 @@ _TOKENS = 96
 _PROMPT_TOKENS = 200
 _LIMIT_S = 120.0
 _SETTLE_S = 90.0
+_NODES = 3
 _PER_CELL = 20
 _CELLS = 5
 _MODES = ("exact", "fast")
@@ -102,7 +103,7 @@ def _measure(options: Options, mode: str, number: int, deaths: int) -> Values:
         assert running is not None
         with Shoal(running.url, timeout_s=300.0) as shoal:
             wait_until(lambda: alive(shoal) == len(fleet), "all nodes alive", _SETTLE_S)
-            deploy(shoal, _DEPLOYED, PlanOptions(shape=RequestShape(context_tokens=512, slots=2), stages=2))
+            _deploy(shoal)
             reference = _Stream(running.url, body)
             reference.run()
             whole_s = reference.times_s[-1] - reference.times_s[0]
@@ -119,6 +120,7 @@ def _die(
     shoal: Shoal, fleet: Sequence[Machine], reference: _Stream, whole_s: float, chance: random.Random
 ) -> tuple[str, str, bool, float]:
     """One death under one stream: what died, how the stream ended, whether its text is the same, and its longest gap."""
+    _deploy(shoal)  # declared anew: a coordinator is the more patient the more often one has broken
     view = _ready(shoal)
     stream = _Stream(reference.url, reference.body)
     thread = threading.Thread(target=stream.run)
@@ -133,6 +135,13 @@ def _die(
     times_s = [began_s, *stream.times_s]
     gap_s = max((b - a for a, b in itertools.pairwise(times_s)), default=0.0)
     return kind, stream.ended, stream.text == reference.text, gap_s
+
+
+def _deploy(shoal: Shoal) -> None:
+    wait_until(lambda: alive(shoal) == _NODES, "all nodes alive", _SETTLE_S)
+    with suppress(ShoalError):
+        shoal.stop(_DEPLOYED)
+    deploy(shoal, _DEPLOYED, PlanOptions(shape=RequestShape(context_tokens=512, slots=2), stages=2))
 
 
 def _strike(view: DeploymentView, fleet: Sequence[Machine], chance: random.Random) -> str:
@@ -157,7 +166,7 @@ def _ready(shoal: Shoal) -> DeploymentView:
     def serves() -> DeploymentView | None:
         with suppress(ShoalError):
             found = next((d for d in shoal.deployments() if d.name == _DEPLOYED), None)
-            good = found is not None and found.state is DeploymentState.READY and alive(shoal) == 3
+            good = found is not None and found.state is DeploymentState.READY and alive(shoal) == _NODES
             calm[:] = [*calm, found] if good and found is not None else []
         return calm[-1] if len(calm) > 4 else None
 

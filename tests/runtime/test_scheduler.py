@@ -1,9 +1,12 @@
+from collections.abc import Callable
+
 from hypothesis import given
 from hypothesis import strategies as st
 
 from shoal.ids import DeploymentId, RequestId
+from shoal.runtime.pipeline import LocalPipeline
 from shoal.runtime.request import GenerateRequest
-from shoal.runtime.scheduler import Pressure, SchedulerSettings, is_prefill, next_batch
+from shoal.runtime.scheduler import LEAST_ROWS, Pace, Pressure, SchedulerSettings, is_prefill, next_batch
 from shoal.runtime.sequence import LiveSequence
 
 
@@ -104,3 +107,37 @@ def test_decoding_sequences_are_spread_over_the_frames_that_may_be_in_flight() -
 
     assert len(next_batch(live, Pressure(), SchedulerSettings(in_flight=1))) == 6
     assert len(next_batch(live, Pressure(), SchedulerSettings(in_flight=4))) == 2
+
+
+@given(row_s=st.floats(1e-6, 10), stall_s=st.floats(0.01, 1), most=st.integers(3, 256))
+def test_a_chunk_holds_up_the_others_for_as_long_as_is_allowed_or_is_a_short_one(
+    row_s: float, stall_s: float, most: int
+) -> None:
+    pace = Pace()
+    assert pace.rows(SchedulerSettings(chunk_rows=most)) == most
+    pace.passed(10, 10 * row_s)
+    rows = pace.rows(SchedulerSettings(chunk_rows=most, stall_s=stall_s))
+
+    assert min(LEAST_ROWS, most) <= rows <= most
+    assert rows * row_s <= stall_s * 1.001 or rows == min(LEAST_ROWS, most)
+
+
+def test_chunks_are_short_while_others_decode_and_long_again_afterwards(
+    make_pipeline: Callable[..., LocalPipeline], make_request: Callable[..., GenerateRequest]
+) -> None:
+    """A row takes 10 ms: ten of them fit into the tenth of a second that others may be held up, and 16 are the least."""
+    pipeline = make_pipeline(slots=2, context=900, step_s=lambda _, steps: 0.01 * sum(s.count for s in steps))
+    sizes: list[tuple[bool, int]] = []
+    first = pipeline.machines[0].first
+    assert first is not None
+    pipeline.submit(make_request("a", prompt=100, max_tokens=30))
+    for _ in range(6):
+        pipeline.turn()
+    pipeline.submit(make_request("bb", prompt=800, max_tokens=2))
+    while pipeline.turn():
+        running = pipeline.machines[0].running
+        steps = running[0].sequences if running else ()
+        sizes += [(RequestId("a") in first.live, s.count) for s in steps if s.request == "bb" and s.start < 800]
+
+    assert {count for others, count in sizes if others} == {LEAST_ROWS}
+    assert max(count for others, count in sizes if not others) == 128

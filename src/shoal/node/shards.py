@@ -43,9 +43,9 @@ Launch = Callable[[Hold, int], Awaitable[WorkerHandle]]
 
 
 LOOK_EVERY_S = 0.5
-_SILENT_LOOKS = 10
-"""So often in a row may nothing have come from a worker that has loaded: 5 s, ten of its reports.  Looks are counted rather than
-seconds, for a node that was itself frozen must not hold that against its workers."""
+_SILENT_LOOKS = 5
+"""So often in a row may nothing have come from a worker that has loaded: 2.5 to 3 s, five of its reports, as long as for a node.
+Looks are counted rather than seconds, for a node that was itself frozen must not hold that against its workers."""
 _LOADING_LOOKS = 240
 """The same while it loads: some engines keep the interpreter to themselves meanwhile, and small machines are slow to start."""
 

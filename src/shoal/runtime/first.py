@@ -40,7 +40,7 @@ from shoal.runtime.ports import SequenceStep
 from shoal.runtime.prefix import LEAST, KeptSlots, Reuse, best
 from shoal.runtime.refusal import check_request, error_delta, failed, infer_failed, refusal
 from shoal.runtime.request import FinishReason, OutputDelta, Priority, SampledToken
-from shoal.runtime.scheduler import is_prefill, next_batch, next_chunk
+from shoal.runtime.scheduler import Pace, chunk_rows, is_prefill, next_batch, next_chunk
 from shoal.runtime.sequence import LiveSequence
 from shoal.runtime.settings import StageSettings
 from shoal.runtime.slots import SlotTable
@@ -69,6 +69,7 @@ class FirstStage:
     flights: Flights = field(init=False)
     speculator: Speculator = field(init=False)
     kept: KeptSlots = field(default_factory=KeptSlots)
+    pace: Pace = field(default_factory=Pace)
 
     def __post_init__(self) -> None:
         rules = self.settings.scheduler
@@ -178,6 +179,8 @@ class FirstStage:
             draft = flight.drafts.get(entry.request, ())
             right += agreed(entry.tokens, draft)
             effects += self._apply(entry, draft)
+        if flight.prefill and flight.rows:
+            self.pace.passed(flight.rows, (self.flights.now_s - flight.begun_s) / self.settings.stages)
         if frame.tokens and not flight.prefill:
             guessed = sum(len(draft) for draft in flight.drafts.values())
             self.speculator.ledger.lapped(self.flights.now_s - flight.begun_s, len(flight.requests), guessed, right)
@@ -190,10 +193,11 @@ class FirstStage:
 
     def next_frame(self) -> tuple[BatchFrame, Tensors] | None:
         """The next thing to run, counted as in flight from now on; None when nothing can or may run."""
-        pressure = self.flights.pressure(last_was_prefill=self.last_was_prefill)
-        if self.infers and pressure.frames < self.settings.scheduler.in_flight:
+        rules = self.settings.scheduler
+        pressure = self.flights.pressure(last_was_prefill=self.last_was_prefill, chunk_rows=self.pace.rows(rules))
+        if self.infers and pressure.frames < rules.in_flight:
             return self._infer_frame()
-        batch = next_batch(self.live.values(), pressure, self.settings.scheduler)
+        batch = next_batch(self.live.values(), pressure, rules)
         if not batch:
             return None
         first = self.live[batch[0].request]
@@ -201,7 +205,8 @@ class FirstStage:
             return self._rows_frame(batch, None)
         reuse = self._reuse(first)
         first.begin(reuse)
-        return self._rows_frame((next_chunk(first, self.settings.scheduler.chunk_rows),), reuse)
+        rows = chunk_rows(self.live.values(), pressure, rules)
+        return self._rows_frame((next_chunk(first, rows),), reuse)
 
     def closing_frame(self) -> BatchFrame | None:
         """Tell the other stages who has ended since the last time; None when nobody has."""
@@ -235,7 +240,10 @@ class FirstStage:
         batch, drafts = self.speculator.extend(batch, self.live)
         wants = tuple([s.request for s in batch if s.logits])
         requests = tuple([s.request for s in batch])
-        flight = Flight(requests, self.flights.now_s, prefill=self.last_was_prefill, wants=wants, drafts=drafts)
+        count = sum(s.count for s in batch)
+        flight = Flight(
+            requests, self.flights.now_s, prefill=self.last_was_prefill, wants=wants, drafts=drafts, rows=count
+        )
         self.flights.begin(step, flight)
         ids: list[int] = []
         opened: list[OpenedSequence] = []

@@ -25,6 +25,7 @@ class Flight:
     """Those of `requests` that a token must come for."""
     drafts: Mapping[RequestId, tuple[int, ...]] = field(default_factory=dict)
     """Ids that were guessed for them."""
+    rows: int = 0
     begun_s: float = 0.0
     """When our own part began."""
 
@@ -63,11 +64,13 @@ class Flights:
         """Inferences among them."""
         return [flight.infer for flight in self.out.values() if flight.infer]
 
-    def pressure(self, *, last_was_prefill: bool) -> Pressure:
+    def pressure(self, *, last_was_prefill: bool, chunk_rows: int) -> Pressure:
         """What the scheduler asks about them."""
         flights = [f for f in self.out.values() if not f.probe]
         prefill = sum([f.prefill for f in flights])
-        return Pressure(frames=len(flights), prefill_frames=prefill, last_was_prefill=last_was_prefill)
+        return Pressure(
+            frames=len(flights), prefill_frames=prefill, last_was_prefill=last_was_prefill, chunk_rows=chunk_rows
+        )
 
     def watch(self) -> None:
         """Notice when nothing comes out of the pipeline any more."""

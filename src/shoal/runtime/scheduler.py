@@ -6,12 +6,15 @@ Policy of this release (another policy is another function, never a flag):
   prompt follow each other down the pipeline, which keeps all its stages busy during a prefill.
 - Prefill and decode take turns while both are ready, and while anybody decodes only one chunk is in the pipeline: a
   long prompt delays the others by one chunk per turn, not by its length.
+- While anybody decodes, chunks are so short that one takes about `stall_s`, as fast as chunks have gone through the pipeline so
+  far: a fixed number of rows would be nothing on one machine and a second on another.
 - Turns are by the step last served, oldest first (round robin).
 - The sequences that decode are spread evenly over the frames that may be in flight, so that with n frames all n stages work; with
   one frame they all go together.
 """
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 
 import msgspec
 
@@ -23,15 +26,40 @@ from shoal.runtime.sequence import LiveSequence
 class SchedulerSettings(msgspec.Struct, frozen=True, kw_only=True):
     """`in_flight` frames with rows may be in the pipeline at once; a prompt enters in chunks of `chunk_rows`.
 
+    While others decode, a chunk takes about `stall_s`, but has `LEAST_ROWS` at least.
     `queue_limit` requests may wait for a slot; interactive ones go before batch requests that have waited less than
     `batch_patience_s` longer, and wait about as long as an answer takes, or `queue_s` if that is longer.
     """
 
     in_flight: int = 4
     chunk_rows: int = 128
+    stall_s: float = 0.1
     queue_limit: int = 64
     batch_patience_s: float = 30.0
     queue_s: float = 1.0
+
+
+LEAST_ROWS = 16
+"""Shorter chunks cost more than they spare the others."""
+_NEWEST = 0.3
+
+
+@dataclass(slots=True)
+class Pace:
+    """How long a row of a prompt holds up a stage, by the newest chunks; 0 until one has come through."""
+
+    row_s: float = 0.0
+
+    def passed(self, rows: int, took_s: float) -> None:
+        """A chunk is through; it took so long on a stage, if all take alike."""
+        seen_s = took_s / rows
+        self.row_s = seen_s if not self.row_s else self.row_s + _NEWEST * (seen_s - self.row_s)
+
+    def rows(self, settings: SchedulerSettings) -> int:
+        """Of a chunk while others decode."""
+        if not self.row_s:
+            return settings.chunk_rows
+        return max(min(LEAST_ROWS, settings.chunk_rows), min(settings.chunk_rows, int(settings.stall_s / self.row_s)))
 
 
 class Pressure(msgspec.Struct, frozen=True, kw_only=True):
@@ -40,6 +68,8 @@ class Pressure(msgspec.Struct, frozen=True, kw_only=True):
     frames: int = 0
     prefill_frames: int = 0
     last_was_prefill: bool = False
+    chunk_rows: int = 0
+    """Of a chunk while others decode; 0: as the settings say."""
 
 
 def next_batch(
@@ -55,9 +85,15 @@ def next_batch(
     crowded = bool(decoding) and pressure.prefill_frames > 0
     prefill_turn = not ready or not pressure.last_was_prefill
     if prefilling and prefill_turn and not crowded:
-        return (next_chunk(prefilling[0], settings.chunk_rows),)
+        return (next_chunk(prefilling[0], chunk_rows(live, pressure, settings)),)
     width = -(-len(decoding) // settings.in_flight)
     return tuple(_rows(s, s.known - s.scheduled) for s in ready[:width])
+
+
+def chunk_rows(live: Collection[LiveSequence], pressure: Pressure, settings: SchedulerSettings) -> int:
+    """How long the next chunk of a prompt may be."""
+    waits = any(s.decodes for s in live)
+    return pressure.chunk_rows if waits and pressure.chunk_rows else settings.chunk_rows
 
 
 def is_prefill(batch: Sequence[SequenceStep], live: Mapping[RequestId, LiveSequence]) -> bool:

@@ -7,11 +7,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from shoal.ids import RequestId
+from shoal.runtime.effects import StepFailed
 from shoal.runtime.frames import ClosedSequence, OpenedSequence
 from shoal.runtime.pipeline import LocalPipeline
 from shoal.runtime.prefix import KEEP_S, LEAST, Held, KeptSlots, best, common, reusable
 from shoal.runtime.request import FinishReason, GenerateRequest, SamplingParams
 from shoal.runtime.slots import SlotTable
+from shoal.runtime.stage import advance
 
 Pipelines = Callable[..., LocalPipeline]
 Requests = Callable[..., GenerateRequest]
@@ -189,6 +191,25 @@ def test_no_answer_depends_on_what_was_answered_before(
         assert request in gone or tokens == answer
     for machine in pipeline.machines:
         assert not machine.slots.held
+
+
+def test_rows_whose_step_failed_are_not_begun_behind(make_pipeline: Pipelines, make_request: Requests) -> None:
+    """The client has gone when its rows fail on the last stage: what is kept there ends before them."""
+    cold = make_pipeline((3,)).generate(make_request("b", prompt=(*SYSTEM, 1)))
+    pipeline = make_pipeline((3,))
+    pipeline.submit(make_request("a", prompt=SYSTEM))
+    while not pipeline.machines[1].running:
+        pipeline.turn()
+    pipeline.cancel(RequestId("a"))
+    frame, _ = pipeline.machines[1].running
+    pipeline.stages[1].session.caches.clear()  # type: ignore[attr-defined]
+    _, effects = advance(pipeline.machines[1], StepFailed(code="internal_error", text="the engine failed"))
+    pipeline.machines[1].running = None
+    pipeline.run()
+
+    assert frame.sequences
+    assert effects
+    assert pipeline.generate(make_request("b", prompt=(*SYSTEM, 1))) == cold
 
 
 def test_a_table_gives_only_what_it_holds() -> None:

@@ -72,6 +72,12 @@ class SlotTable:
         """The cache now ends at *stop*; less than before rolls it back."""
         self.held[slot].length = stop
 
+    def cut(self, slot: int, request: RequestId, length: int) -> None:
+        """What was on its way into the cache of *request* behind *length* never came there."""
+        for held in (self.held.get(slot), self.kept.get(slot)):
+            if held is not None and held.request == request:
+                held.length = min(held.length, length)
+
     def _source(self, opened: OpenedSequence) -> bool:
         if not opened.reuse:
             return False

@@ -194,6 +194,8 @@ def _step_failed(state: StageState, code: str, text: str) -> list[Effect]:
         state.discarded += 1
         return []
     (frame, _), state.running = state.running, None
+    for rows in frame.sequences:
+        state.slots.cut(rows.slot, rows.request, rows.start)
     victims = [s.request for s in frame.sequences] + ([frame.infer.request] if frame.infer else [])
     failed = tuple(Failure(request=r, code=code, text=text) for r in victims)
     hollow = msgspec.structs.replace(frame, sequences=(), drafts={}, infer=None, failed=frame.failed + failed)

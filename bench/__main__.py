@@ -15,6 +15,7 @@ MODULES = {
     "batch": "bench.batch.claim",
     "prefix": "bench.prefix.claim",
     "quality": "bench.quality_claim",
+    "activations": "bench.activations.claim",
     "stages": "bench.stages.claim",
     "gateway": "bench.gateway.claim",
     "memory": "bench.memory.claim",

@@ -12,6 +12,7 @@ from shoal.plan.cost import decode_times
 from shoal.plan.placement import place
 from shoal.plan.problem import Infeasible, Limits, Plan, Relays, RequestShape, Residency, SharedTensor
 from shoal.profile.fleet import BlockTrial, Declared, DeviceProfile, FleetProfile, LinkProfile
+from shoal.transport.codec import Codec
 
 A, B, C = NodeId("a"), NodeId("b"), NodeId("c")
 SHAPE = RequestShape(tokens_in=20, tokens_out=10, context_tokens=100, slots=2, prefill_chunk_tokens=16)
@@ -92,6 +93,18 @@ def test_blocks_keep_their_sizes_and_get_names_of_the_model() -> None:
         160,
     )
     assert (layer.output_bytes_per_token, layer.output_bytes_fixed) == (64, 8)
+
+
+def test_activations_that_are_written_smaller_send_fewer_bytes() -> None:
+    sizes = {}
+    for codec in (Codec.RAW, Codec.FP16, Codec.INT8):
+        setting = Setting(demands=Demands(activations=codec))
+        layer = problem(BLOCKS, fleet(device(A, ALL, "x")), SHAPE, A, setting).blocks[1]
+        sizes[codec] = (layer.output_bytes_per_token, layer.output_bytes_fixed)
+
+    assert sizes[Codec.RAW] == (64, 8)
+    assert sizes[Codec.FP16] == (32, 4)
+    assert sizes[Codec.INT8] == (16 + 8, 2 + 8)  # a scale for each row of each of the two tensors
 
 
 def test_links_memory_promises_and_demands_are_carried_over() -> None:

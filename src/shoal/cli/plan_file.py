@@ -9,7 +9,7 @@ from pathlib import Path
 from msgspec.structs import replace
 
 from shoal.cli.files import read_cloud
-from shoal.cli.plan_flags import AskFlags, DemandFlags, parse_pin
+from shoal.cli.plan_flags import Activations, AskFlags, DemandFlags, parse_pin
 from shoal.errors import InvalidRequestError
 from shoal.plan.problem import Choose, Pin, Problem, Relays, Residency
 
@@ -27,6 +27,12 @@ def with_demands(stated: Problem, demands: DemandFlags, cloud: Path | None = Non
     if cloud is not None:
         changed = replace(changed, cloud=read_cloud(cloud))
     changed = changed if rule == Residency() else replace(changed, residency=rule)
+    if demands.activations is not Activations.EXACT:
+        raise InvalidRequestError(
+            "--activations has no part in a problem of a file: its blocks say how many bytes they send",
+            hint="state the problem with it: `shoal plan MODEL --activations ...`",
+            param="activations",
+        )
     match demands.relays:
         case Relays.IF_NEEDED:  # not said: what the file says
             return changed

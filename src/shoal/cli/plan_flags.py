@@ -1,6 +1,7 @@
 """The options by which a plan is asked for: said once for `plan` and `serve`, and taken whole (see `spread`)."""
 
 from collections.abc import Sequence
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -13,10 +14,22 @@ from shoal.errors import SettingsError
 from shoal.fleet.views import NodeView
 from shoal.ids import NodeId
 from shoal.plan.problem import Choose, Limits, Objective, Pin, Relays, RequestShape, Residency
+from shoal.transport.codec import Codec
 
 CONTEXT, SLOTS, MOST_SLOTS = 2048, 2, 16
 """Where nobody says how many; slots for latency, and at most for throughput."""
 BATCHES = (1, 2, 4, 8)
+
+
+class Activations(StrEnum):
+    """Codecs by what they mean for an answer."""
+
+    EXACT = "exact"
+    FP16 = "fp16"
+    INT8 = "int8"
+
+
+_CODECS = {Activations.EXACT: Codec.RAW, Activations.FP16: Codec.FP16, Activations.INT8: Codec.INT8}
 
 
 class AskFlags(msgspec.Struct, frozen=True, kw_only=True):
@@ -88,6 +101,13 @@ class DemandFlags(msgspec.Struct, frozen=True, kw_only=True):
         ),
     ] = Relays.IF_NEEDED
 
+    activations: Annotated[
+        Activations,
+        typer.Option(
+            help="What passes from stage to stage: bit for bit, in half precision, or as 8-bit integers per token."
+        ),
+    ] = Activations.EXACT
+
     def limits(self) -> Limits:
         """Bounds on predicted figures."""
         return Limits(
@@ -120,6 +140,7 @@ def options(ask: AskFlags, demands: DemandFlags, nodes: Sequence[NodeView]) -> P
         limits=demands.limits(),
         residency=demands.residency(),
         relays=demands.relays,
+        activations=_CODECS[demands.activations],
     )
 
 

@@ -35,6 +35,7 @@ from shoal.plan.problem import (
 )
 from shoal.profile.fleet import FleetProfile
 from shoal.runtime.speculate.speculator import ADAPTIVE, Speculation
+from shoal.transport.codec import Codec
 
 T = TypeVar("T")
 DEFAULT_URL = "http://127.0.0.1:8400"
@@ -53,6 +54,7 @@ class PlanOptions(TypedDict, total=False):
     choose: Choose
     cloud: Cloud | None
     relays: Relays
+    activations: Codec
 
 
 class ServeOptions(PlanOptions, total=False):

@@ -10,6 +10,7 @@ from shoal.fleet.report import ShardId
 from shoal.ids import Digest, NodeId
 from shoal.runtime.settings import Recovery
 from shoal.runtime.speculate.speculator import Speculation
+from shoal.transport.codec import Codec
 
 
 class Hold(msgspec.Struct, frozen=True, kw_only=True, tag="hold"):
@@ -41,6 +42,7 @@ class Hold(msgspec.Struct, frozen=True, kw_only=True, tag="hold"):
     recovery: Recovery = Recovery.EXACT
     """How a worker that is new in a plan that serves is brought to where the one before it was."""
     speculation: Speculation = Speculation()
+    activations: Codec = Codec.RAW
 
     @property
     def is_relay(self) -> bool:

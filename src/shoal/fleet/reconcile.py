@@ -226,6 +226,7 @@ def hold_order(
         attempt=deployment.attempt_of(index),
         recovery=spec.recovery,
         speculation=spec.speculation,
+        activations=spec.activations,
     )
 
 

@@ -8,6 +8,7 @@ from shoal.ids import DeploymentId, Digest, NodeId
 from shoal.plan.problem import Choose, Cloud, Limits, Objective, Pin, Relays, RequestShape, Residency
 from shoal.runtime.settings import Recovery
 from shoal.runtime.speculate.speculator import Speculation
+from shoal.transport.codec import Codec
 
 
 class Standbys(StrEnum):
@@ -38,6 +39,7 @@ class DeploymentSpec(msgspec.Struct, frozen=True, kw_only=True):
     choose: Choose = Choose()
     cloud: Cloud | None = None
     relays: Relays = Relays.IF_NEEDED
+    activations: Codec = Codec.RAW
     recovery: Recovery = Recovery.EXACT
     standbys: Standbys = Standbys.TENSORS
     speculation: Speculation = Speculation()

@@ -12,6 +12,7 @@ from shoal.fleet.state import Standing
 from shoal.ids import DeploymentId, NodeId
 from shoal.plan.problem import Choose, Cloud, Limits, Objective, Pin, Plan, Relays, RequestShape, Residency
 from shoal.runtime.speculate.speculator import ADAPTIVE, Speculation
+from shoal.transport.codec import Codec
 
 
 class LinkView(msgspec.Struct, frozen=True, kw_only=True):
@@ -153,6 +154,8 @@ class PlanRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """An endpoint to weigh beside the plan."""
     relays: Relays = Relays.IF_NEEDED
     """Whether frames may pass through a node that holds no block."""
+    activations: Codec = Codec.RAW
+    """How float32 tensors are written between stages: bit for bit, or smaller with a loss."""
 
 
 class DeployRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

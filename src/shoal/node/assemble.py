@@ -325,6 +325,7 @@ async def launch_hold(parts: _Parts, crews: Crews, hold: Hold, birth: int) -> Wo
         birth=birth,
         recovery=hold.recovery,
         speculation=hold.speculation,
+        activations=hold.activations,
         slowdown=options.slowdown,
         links=options.links,
     )

@@ -222,6 +222,7 @@ class FleetApi:
             choose=wanted.choose,
             cloud=wanted.cloud,
             relays=wanted.relays,
+            activations=wanted.activations,
         )
 
     def _kind(self, model: str) -> str:

@@ -145,6 +145,7 @@ class FleetPlanner:
             choose=spec.choose,
             cloud=spec.cloud,
             relays=spec.relays,
+            activations=spec.activations,
         )
         setting = Setting(objective=spec.objective, promised_bytes=dict(promised), demands=demands)
         return problem(known.blocks, fleet, spec.shape, spec.source, setting)

@@ -76,6 +76,7 @@ def relay_settings(spec: WorkerSpec) -> StageSettings:
         context_tokens=spec.context_tokens,
         birth=spec.birth,
         recovery=spec.recovery,
+        activations=spec.activations,
     )
 
 

@@ -271,7 +271,8 @@ class StageLoop:
             case RunStep():
                 self._run_step(state, effect)
             case SendFrame(frame=frame, tensors=tensors):
-                self._send(self._keys.frames_out, pack(frames.encode(frame), tensors))
+                codec = self.settings.activations
+                self._send(self._keys.frames_out, pack(frames.encode(frame), tensors, codec=codec))
             case SendTokens(frame=tokens):
                 self._send(self._keys.tokens, pack(frames.encode(tokens), {}))
             case SendCredit(frame=credit):

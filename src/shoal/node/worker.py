@@ -52,6 +52,7 @@ def stage_settings(spec: WorkerSpec, artifact: Artifact, takes: tuple[TensorForm
         birth=spec.birth,
         recovery=spec.recovery,
         speculation=spec.speculation,
+        activations=spec.activations,
         scheduler=SchedulerSettings(in_flight=spec.in_flight),
     )
 

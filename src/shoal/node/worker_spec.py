@@ -6,6 +6,7 @@ from shoal.fleet.report import ShardId
 from shoal.ids import Digest, NodeId
 from shoal.runtime.settings import Recovery
 from shoal.runtime.speculate.speculator import Speculation
+from shoal.transport.codec import Codec
 
 
 class LinkShape(msgspec.Struct, frozen=True, kw_only=True):
@@ -37,6 +38,7 @@ class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
     birth: int = 0
     recovery: Recovery = Recovery.EXACT
     speculation: Speculation = Speculation()
+    activations: Codec = Codec.RAW
     slowdown: float = 1.0
     links: tuple[LinkShape, ...] = ()
 

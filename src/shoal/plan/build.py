@@ -31,6 +31,9 @@ from shoal.plan.problem import (
 )
 from shoal.profile.fit import KindFit, fit
 from shoal.profile.fleet import BlockTrial, Declared, DeviceProfile, FleetProfile, LinkProfile
+from shoal.transport.codec import Codec, applied, encoded_bytes
+
+FLOAT32_BYTES = 4
 
 
 class MemoryModel(msgspec.Struct, frozen=True, kw_only=True):
@@ -60,6 +63,8 @@ class Demands(msgspec.Struct, frozen=True, kw_only=True):
     choose: Choose = Choose()
     cloud: Cloud | None = None
     relays: Relays = Relays.NEVER
+    activations: Codec = Codec.RAW
+    """How float32 tensors are written between stages."""
 
 
 class Setting(msgspec.Struct, frozen=True, kw_only=True):
@@ -84,7 +89,7 @@ def problem(
     demands = chosen.demands
     declared = {device.node: device.declared for device in fleet.devices}
     return Problem(
-        blocks=tuple(_block(block, shape, chosen.memory) for block in blocks),
+        blocks=tuple(_block(block, shape, chosen.memory, demands.activations) for block in blocks),
         devices=tuple(_device(blocks, fleet, device, shape, chosen) for device in fleet.devices),
         links=tuple(_link(link, declared) for link in fleet.links),
         shape=shape,
@@ -134,17 +139,24 @@ def block_name(block: Block) -> str:
     return f"block {block.index}"
 
 
-def _block(block: Block, shape: RequestShape, memory: MemoryModel) -> BlockSpec:
+def _block(block: Block, shape: RequestShape, memory: MemoryModel, activations: Codec) -> BlockSpec:
     largest = max((tensor.size_bytes for tensor in block.tensors), default=0)
     return BlockSpec(
         name=block_name(block),
         weights_bytes=block.weights_bytes,
         kv_bytes_per_token=block.kv_bytes_per_token,
-        output_bytes_per_token=sum(boundary.bytes_per_token for boundary in block.outputs),
-        output_bytes_fixed=sum(boundary.bytes_fixed for boundary in block.outputs),
+        output_bytes_per_token=sum(_written(b.bytes_per_token, b.dtype, activations) for b in block.outputs),
+        output_bytes_fixed=sum(_written(b.bytes_fixed, b.dtype, activations) for b in block.outputs),
         load_peak_bytes=int(memory.load_peak_factor * largest),
         workspace_bytes=memory.workspace_bytes_per_row * min(shape.prefill_chunk_tokens, shape.tokens_in),
     )
+
+
+def _written(size_bytes: int, dtype: str, activations: Codec) -> int:
+    """Bytes on the wire of a row, or of what a step sends besides, that has *size_bytes* in memory."""
+    used = applied(activations, dtype)
+    width = size_bytes // FLOAT32_BYTES
+    return encoded_bytes(used, FLOAT32_BYTES, (1, width)) if used.base is not Codec.RAW and width else size_bytes
 
 
 def _device(

@@ -6,6 +6,7 @@ import msgspec
 
 from shoal.runtime.scheduler import SchedulerSettings
 from shoal.runtime.speculate.speculator import Speculation
+from shoal.transport.codec import Codec
 
 
 class Recovery(StrEnum):
@@ -60,6 +61,8 @@ class StageSettings(msgspec.Struct, frozen=True, kw_only=True):
     lost_s: float = 120.0
     scheduler: SchedulerSettings = SchedulerSettings()
     speculation: Speculation = Speculation()
+    activations: Codec = Codec.RAW
+    """How what goes to the next stage is written."""
 
     @property
     def is_first(self) -> bool:

@@ -106,6 +106,7 @@ def test_the_stream_goes_on_where_it_was_lost(lives: list[int]) -> None:
     assert road.heard[-1] == ("a", sum(lives))
     assert last.asked[0].resume == tuple(range(3, 3 + sum(lives)))
     assert last.asked[0].request != "a"
+    assert last.asked[0].admitted
 
 
 def test_an_answer_that_nobody_takes_up_ends_with_what_was_wrong() -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -96,6 +97,16 @@ def test_batch_work_waits_for_as_long_as_it_takes() -> None:
     line = WaitingLine(limit=64, turnover=Turnover(mean_s=8.0, count=3))
 
     assert not crowd(line, 30, BATCH)
+
+
+def test_whoever_was_let_in_before_is_not_sent_away_for_a_crowd() -> None:
+    line = WaitingLine(limit=2, turnover=Turnover(mean_s=8.0, count=3))
+    crowd(line, 30)
+    lost = submit("lost")
+    lost = msgspec.structs.replace(lost, request=msgspec.structs.replace(lost.request, admitted=True))
+    line.join(lost, 0.0)
+
+    assert line.overflow(RequestId("lost"), running=4) is None
 
 
 def test_the_line_takes_a_first_crowd_while_nobody_knows_how_long_answers_take() -> None:

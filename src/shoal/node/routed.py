@@ -98,7 +98,7 @@ class _Answer:
             return self.request
         name = RequestId(f"{self.request.request}~{self.tries}")
         resume = (*self.request.resume, *self.tokens)
-        return msgspec.structs.replace(self.request, request=name, resume=resume)
+        return msgspec.structs.replace(self.request, request=name, resume=resume, admitted=True)
 
     def take(self, delta: OutputDelta) -> OutputDelta:
         """Note what came; raises ShardLostError where it is not what follows."""

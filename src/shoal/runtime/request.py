@@ -60,6 +60,8 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
     """The answer must be complete so long after the first stage received the request; relative, since no two clocks agree."""
     reproducible: bool = False
     """The same request must give the same answer again: nothing may depend on how busy the machines are."""
+    admitted: bool = False
+    """It was let in before, by a pipeline that is lost: it is not sent away for a crowd."""
     resume: tuple[int, ...] = ()
     """The answer begins with these, which were drawn elsewhere; they count among `max_tokens` and are not said again."""
     predicted: tuple[int, ...] = ()

@@ -134,7 +134,7 @@ class WaitingLine:
     def _full(self, waiter: Waiter, running: int) -> OverloadedError | None:
         alike = [w for w in self._line if w.submit.request.priority is Priority.BATCH]
         crowded = waiter in alike and len(alike) > max(1, self.limit // 2)
-        if len(self._line) <= self.limit and not crowded:
+        if (len(self._line) <= self.limit and not crowded) or waiter.submit.request.admitted:
             return None
         others = f"{len(alike) - 1} batch requests" if crowded else f"{self.limit} requests"
         again_s = max(1.0, self.turnover.wait_s(len(self._line) - 1, running) or 0.0)
@@ -147,7 +147,7 @@ class WaitingLine:
     def _crowded(self, waiter: Waiter, ahead: int, wait_s: float | None) -> OverloadedError | None:
         bound_s = max(self.queue_s, self.turnover.mean_s)
         request = waiter.submit.request
-        patient = request.priority is Priority.BATCH or request.deadline_s is not None
+        patient = request.priority is Priority.BATCH or request.deadline_s is not None or request.admitted
         if wait_s is None or wait_s <= bound_s or patient:
             return None
         again_s = max(1.0, wait_s - bound_s)

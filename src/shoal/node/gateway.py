@@ -28,8 +28,10 @@ from shoal.runtime.request import GenerateRequest
 from shoal.serve.ports import ServedModel
 from shoal.store.home import Store
 
-IDLE_S = 5.0
-PROBE_TIMEOUT_S = 2.0
+IDLE_S = 1.0
+PROBE_TIMEOUT_S = 1.5
+SIGN_S = 4.0
+"""A pipeline that works shows a sign of life every 2 s; twice that long is too long."""
 HOLD_S = 60.0
 """So long may a request wait while a deployment moves: drain, load and link take a few seconds, on slow devices ten times that."""
 
@@ -266,7 +268,8 @@ class Models:
             return False
         pipeline = opened.pipeline
         seen_s = pipeline.last_sign_s if pipeline.running else pipeline.last_token_s
-        fresh = seen_s is not None and self.clock.now_s() - seen_s <= IDLE_S + PROBE_TIMEOUT_S
+        fresh_s = SIGN_S if pipeline.running else IDLE_S + PROBE_TIMEOUT_S
+        fresh = seen_s is not None and self.clock.now_s() - seen_s <= fresh_s
         return fresh or opened.served.spec.kind is not ModelKind.CAUSAL_LM
 
     async def _probe_if_idle(self, opened: Opened) -> None:

@@ -1,6 +1,6 @@
 """What goes wrong between stages ends the answers that it must, and no others."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 import msgspec
 import numpy as np
@@ -392,3 +392,36 @@ def test_abandoning_fails_every_request_running_and_waiting(
     pipeline.run()
 
     assert last_delta(pipeline, "a") == last_delta(pipeline, "bb") == (FinishReason.ERROR, "shard_lost")
+
+
+def test_numbers_that_are_not_finite_end_their_sequence_and_name_the_stage_that_sent_them(
+    last_delta: LastDelta, make_pipeline: Pipelines, make_request: Requests
+) -> None:
+    pipeline = make_pipeline((2, 4), in_flight=1)
+    session = pipeline.stages[1].session
+    step = session.step
+
+    class Broken:
+        """Sends NaN for the rows of one request, once both answer."""
+
+        def step(self, sequences: Sequence[SequenceStep], tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+            done = step(sequences, tensors)
+            at = [n for n, s in enumerate(sequences) if s.request == "bb" and s.count == 1]
+            if len(sequences) == 2 and at:
+                next(iter(done.values()))[:, at] = np.nan
+            return done
+
+        def release(self, slot: int) -> None:
+            session.release(slot)
+
+    stages = list(pipeline.stages)
+    stages[1] = type(stages[1])(stages[1].settings, Broken())  # type: ignore[arg-type]
+    pipeline = LocalPipeline(stages)
+    for name in ("a", "bb"):
+        pipeline.submit(make_request(name, max_tokens=12))
+    pipeline.run()
+
+    assert last_delta(pipeline, "bb") == (FinishReason.ERROR, "shard_lost")
+    assert "stage 1 sent numbers that are not finite" in pipeline.deltas[RequestId("bb")][-1].error
+    assert pipeline.tokens(RequestId("a")) == make_pipeline().generate(make_request("a", max_tokens=12))
+    assert not any(machine.slots.held for machine in pipeline.machines)

@@ -1,5 +1,7 @@
 """Which tensors and rows of a frame go on: what the next stage needs, without the rows of sequences that failed here."""
 
+from collections.abc import Sequence
+
 import msgspec
 import numpy as np
 
@@ -34,8 +36,26 @@ def without_gaps(slots: SlotTable, frame: BatchFrame, tensors: Tensors) -> Work:
     kept = tuple([s for s in frame.sequences if slots.covers(s.slot, s.request, s.start)])
     if len(kept) == len(frame.sequences):
         return frame, tensors
+    return _without(frame, tensors, kept, "earlier rows of this sequence never reached a stage")
+
+
+def without_garbage(frame: BatchFrame, tensors: Tensors, index: int) -> Work:
+    """Fail the sequences for which the stage before sent what no engine that works computes."""
+    floats = [array for array in tensors.values() if array.dtype.kind == "f"]
+    if not frame.sequences or all(np.isfinite(array).all() for array in floats):
+        return frame, tensors
+    stops = np.cumsum([s.count for s in frame.sequences]).tolist()
+    bad = [s for s, stop in zip(frame.sequences, stops, strict=True) if _strange(floats, stop - s.count, stop)]
+    kept = tuple([s for s in frame.sequences if s not in bad])
+    return _without(frame, tensors, kept, f"stage {index - 1} sent numbers that are not finite")
+
+
+def _strange(floats: Sequence[Array], start: int, stop: int) -> bool:
+    return any(not np.isfinite(a[:, start:stop] if a.ndim > 1 else a).all() for a in floats)
+
+
+def _without(frame: BatchFrame, tensors: Tensors, kept: tuple[SequenceStep, ...], text: str) -> Work:
     lost = [s for s in frame.sequences if s not in kept]
-    text = "earlier rows of this sequence never reached a stage"
     failed = tuple(Failure(request=s.request, code=ShardLostError.code, text=text) for s in lost)
     rest = {name: _rows_of(array, frame.sequences, kept) for name, array in tensors.items()} if kept else {}
     return msgspec.structs.replace(frame, sequences=kept, failed=frame.failed + failed), rest

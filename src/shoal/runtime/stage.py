@@ -52,7 +52,7 @@ from shoal.runtime.effects import (
 )
 from shoal.runtime.frames import BatchFrame, CreditFrame, Failure, InferDone, SentFrame, TokensFrame
 from shoal.runtime.last import LastStage
-from shoal.runtime.rows import missing, outgoing, without_gaps
+from shoal.runtime.rows import missing, outgoing, without_gaps, without_garbage
 from shoal.runtime.stage_state import StageState
 from shoal.runtime.watch import watch
 
@@ -281,6 +281,8 @@ def _begin(state: StageState, frame: BatchFrame, tensors: Tensors) -> list[Effec
         if state.last is not None:
             state.last.open(opened)
     frame, tensors = without_gaps(state.slots, frame, tensors)
+    if state.first is None:
+        frame, tensors = without_garbage(frame, tensors, state.settings.index)
     for rows in frame.sequences:
         state.slots.extend(rows.slot, rows.start + rows.count)
     if not (frame.sequences or frame.infer):

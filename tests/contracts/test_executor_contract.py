@@ -9,6 +9,7 @@ import anyio.lowlevel
 import numpy as np
 import pytest
 
+from shoal.clock import SystemClock
 from shoal.errors import ContextLengthError, InvalidRequestError, OverloadedError, ShardLostError
 from shoal.ids import DeploymentId, RequestId
 from shoal.node.routed import RoutedExecutor
@@ -140,7 +141,7 @@ async def rig(request: pytest.FixtureRequest, client: LocalClient) -> Rig:
     async def way() -> StagedExecutor:
         return StagedExecutor(client)
 
-    executor = RoutedExecutor(way) if request.param == "routed" else StagedExecutor(client)
+    executor = RoutedExecutor(way, SystemClock()) if request.param == "routed" else StagedExecutor(client)
     return Rig(executor, lambda r: two_stages().generate(r), live, client.cancelled)
 
 

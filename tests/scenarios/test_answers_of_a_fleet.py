@@ -112,14 +112,18 @@ def steps_at_rest(site: Fleet, model: str) -> int | None:
     found = httpx.get(f"{site.machines[0].url}/metrics").text
     value = {key: float(text) for key, _, text in (line.rpartition(" ") for line in found.splitlines()) if "{" in key}
     running = value[f'shoal_requests_running{{deployment="{model}"}}']
-    return None if running else int(value[f'shoal_stage_steps_total{{deployment="{model}",stage="0"}}'])
+    steps = int(value[f'shoal_stage_steps_total{{deployment="{model}",stage="0"}}'])
+    return None if running else steps or None  # 0: its first report is still to come
 
 
 def test_a_cancelled_answer_frees_its_slot_at_once(site: Fleet) -> None:
-    """Counted in steps: had the next answer waited for the slot, the first stage would have made the whole first one before."""
+    """Counted in steps: had the next answer waited for the slot, the first stage would have made the whole first one before.
+
+    With a seed, so that each token is a step.
+    """
     site.deploy("narrow", *site.machines, slots=1)
     client = site.openai()
-    asked = {"model": "narrow", "messages": [{"role": "user", "content": "hi"}], "temperature": 0}
+    asked = {"model": "narrow", "messages": [{"role": "user", "content": "hi"}], "temperature": 0, "seed": 7}
     stream = client.chat.completions.create(**asked, max_tokens=3500, stream=True)
     for _ in zip(range(50), stream, strict=False):
         pass

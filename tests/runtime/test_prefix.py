@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from shoal.ids import RequestId
 from shoal.runtime.effects import StepFailed
-from shoal.runtime.frames import ClosedSequence, OpenedSequence
+from shoal.runtime.frames import ClosedSequence, OpenedSequence, Submit
 from shoal.runtime.pipeline import LocalPipeline
 from shoal.runtime.prefix import KEEP_S, LEAST, Held, KeptSlots, best, common, reusable
 from shoal.runtime.request import FinishReason, GenerateRequest, SamplingParams
@@ -191,6 +191,36 @@ def test_no_answer_depends_on_what_was_answered_before(
         assert request in gone or tokens == answer
     for machine in pipeline.machines:
         assert not machine.slots.held
+
+
+def test_a_request_that_goes_before_anybody_heard_of_it_leaves_its_slot_as_it_was(
+    make_pipeline: Pipelines, make_request: Requests
+) -> None:
+    pipeline = make_pipeline((3,), slots=1)
+    answer = pipeline.generate(make_request("a", prompt=SYSTEM))
+    before = [dict(machine.slots.kept) for machine in pipeline.machines]
+    first = pipeline.machines[0].first
+    assert first is not None
+    first.submit(Submit(request=make_request("b", prompt=(*SYSTEM, 1))))  # it has the slot, and no frame yet
+    first.cancel(RequestId("b"))
+
+    assert not first.closing
+    assert [machine.slots.kept for machine in pipeline.machines] == before
+    pipeline.generate(make_request("c", prompt=(*SYSTEM, *answer, 1)))
+    assert sum(delta.cached for delta in pipeline.deltas[RequestId("c")]) == len(SYSTEM) + len(answer) - 1
+
+
+def test_a_row_that_was_computed_alone_is_not_begun_behind_where_bits_matter(
+    make_pipeline: Pipelines, make_request: Requests
+) -> None:
+    pipeline = make_pipeline()
+    pipeline.generate(make_request("a", prompt=SYSTEM[:-1], max_tokens=1))
+    pipeline.generate(make_request("b", prompt=SYSTEM, max_tokens=1))  # its last row is all that is left of it
+    reuse = pipeline.deltas[RequestId("b")][0].cached
+    pipeline.generate(make_request("c", prompt=(*SYSTEM, 1, 2, 3), max_tokens=1, reproducible=True))
+
+    assert reuse == len(SYSTEM) - 1
+    assert pipeline.deltas[RequestId("c")][0].cached == len(SYSTEM) - 1
 
 
 def test_rows_whose_step_failed_are_not_begun_behind(make_pipeline: Pipelines, make_request: Requests) -> None:

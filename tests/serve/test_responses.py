@@ -19,7 +19,7 @@ from shoal.serve.openai_requests import Message
 from shoal.serve.openai_responses import Response, ResponseEvent, TextConfig
 from shoal.serve.response_items import input_messages
 from shoal.serve.response_writer import ResponseWriter
-from shoal.serve.turns import KEPT, Turns
+from shoal.serve.turns import KEPT, MOST_BYTES, Turns
 
 if TYPE_CHECKING:
     from tests.serve.conftest import Gateway
@@ -237,6 +237,19 @@ def test_only_the_newest_conversations_are_remembered() -> None:
     assert turns.find(f"r{KEPT}")
     with pytest.raises(InvalidRequestError, match="r0"):
         turns.find("r0")
+
+
+def test_long_conversations_push_out_others_and_the_longest_are_not_kept() -> None:
+    turns = Turns()
+    for n in range(8):
+        turns.keep(f"r{n}", (Message(role="user", content="x" * (MOST_BYTES // 5)),))
+    turns.keep("huge", (Message(role="user", content="x" * MOST_BYTES),))
+
+    assert turns.size_bytes <= MOST_BYTES
+    assert turns.find("r7")
+    for gone in ("r0", "huge"):
+        with pytest.raises(InvalidRequestError):
+            turns.find(gone)
 
 
 def test_calls_that_follow_each_other_are_one_turn() -> None:

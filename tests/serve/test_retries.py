@@ -13,8 +13,8 @@ from litestar import Litestar
 from litestar.testing import TestClient
 
 from shoal.clock import ManualClock
-from shoal.errors import KeyReusedError, OverloadedError, ShardLostError
-from shoal.serve.retries import KEEP_S, KEPT, Recorded, Retries
+from shoal.errors import KeyReusedError, OverloadedError, ShardLostError, UnavailableError
+from shoal.serve.retries import KEEP_S, KEPT, Asked, Recorded, Retries
 
 if TYPE_CHECKING:
     from tests.serve.conftest import Gateway
@@ -42,6 +42,7 @@ def test_the_second_gets_the_first_ones_answer(
 
     assert first.status_code == second.status_code == 200
     assert first.content == second.content
+    assert first.headers["x-request-id"] == second.headers["x-request-id"]
     assert len(gateway.script.requests) == 1
 
 
@@ -107,6 +108,27 @@ def test_what_failed_runs_anew(client: TestClient[Litestar], gateway: "Gateway",
     assert len(gateway.script.requests) == 2
 
 
+def asked(key: str, fingerprint: bytes = b"f") -> Asked:
+    return Asked(path="/", credentials="Bearer x", key=key, fingerprint=fingerprint)
+
+
+def test_an_answer_that_is_cancelled_with_its_gateway_is_no_whole_answer() -> None:
+    async def all_of_it() -> None:
+        async def run(recorded: Recorded) -> None:
+            recorded.add(b"x")
+            await anyio.sleep_forever()
+
+        recorded = Retries(ManualClock()).find(asked("a"), (), run)
+        heard = recorded.heard()
+        assert await anext(heard) == b"x"
+        assert recorded.task is not None
+        recorded.task.cancel()
+        with pytest.raises(UnavailableError, match="stopping"):
+            await anext(heard)
+
+    anyio.run(all_of_it)
+
+
 def test_old_answers_and_too_many_are_forgotten() -> None:
     clock = ManualClock()
     retries = Retries(clock)
@@ -117,7 +139,7 @@ def test_old_answers_and_too_many_are_forgotten() -> None:
             runs.append(key)
             recorded.add(b"x")
 
-        recorded = retries.find(("/", "", key), fingerprint, run)
+        recorded = retries.find(asked(key, fingerprint), (), run)
         assert b"".join([part async for part in recorded.heard()]) == b"x"
 
     async def all_of_it() -> None:
@@ -146,7 +168,7 @@ def test_an_error_reaches_everybody_who_listens() -> None:
 
         async def ask() -> None:
             try:
-                async for _ in retries.find(("/", "", "a"), b"f", run).heard():
+                async for _ in retries.find(asked("a"), (), run).heard():
                     pass
             except OverloadedError as error:
                 errors.append(error)

@@ -336,12 +336,17 @@ class FirstStage:
         if delta.finish is not FinishReason.ERROR:
             self.waiting.turnover.ended(self.flights.now_s - sequence.began_s)
         self.speculator.close(request)
-        self.closing.append(self._close(sequence, failed=delta.finish is FinishReason.ERROR))
+        self._close(sequence, failed=delta.finish is FinishReason.ERROR)
         self._admit()
         return Emit(reply_to=sequence.reply_to, delta=delta)
 
-    def _close(self, sequence: LiveSequence, *, failed: bool) -> ClosedSequence:
+    def _close(self, sequence: LiveSequence, *, failed: bool) -> None:
         """Its slot is free; what is in it may serve others, unless something went wrong with it."""
+        if not (sequence.opened or sequence.began_step >= 0):  # no stage has heard of it: the slot is as it was
+            self.slots.give_up(sequence.slot)
+            if sequence.own is not None:
+                self.kept.keep(sequence.own)
+            return
         sequence.settle()
         held = sequence.held(self.flights.now_s)
         keep = 0 if failed or len(held.ids) < LEAST or not sequence.opened else len(held.ids)
@@ -349,7 +354,7 @@ class FirstStage:
         self.slots.close(closed)
         if keep:
             self.kept.keep(held)
-        return closed
+        self.closing.append(closed)
 
     def _fail_step(self, failure: Failure, step: int) -> list[Effect]:
         """A request failed in *step*: one that began behind what some stage does not hold begins again."""

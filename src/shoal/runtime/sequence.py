@@ -31,7 +31,7 @@ class LiveSequence:
     reused: int = 0
     """It began behind so many positions that were in the cache."""
     exact: int = 0
-    """So many of its first positions were computed in chunks, or will be; more than `reused` only where all of those were."""
+    """So many of its first positions have the bits of rows in chunks, once they are computed."""
     began_step: int = -1
     """Failures of older steps are none of its: it began again."""
 
@@ -73,8 +73,11 @@ class LiveSequence:
     def begin(self, reuse: Reuse | None) -> None:
         """The pipeline is about to hear of it: it begins behind what is there."""
         self.reused = self.scheduled = reuse.count if reuse else 0
-        whole = reuse is None or reuse.exact == reuse.count
-        self.exact = len(self.request.prompt) if whole else reuse.exact if reuse else 0
+        self.exact = len(self.request.prompt)
+        if reuse is not None and reuse.exact < reuse.count:
+            self.exact = reuse.exact
+        elif reuse is not None and self.known - reuse.count == 1:  # the one row that is left is computed alone
+            self.exact = reuse.count
 
     def again(self, step: int) -> None:
         """What it began behind is not everywhere: it begins at its first position, with *step* or a later one."""

@@ -33,6 +33,10 @@ class SlotTable:
         """Promise *slot* to *request*; what it holds stays until `open`."""
         self.held[slot] = Held(request)
 
+    def give_up(self, slot: int) -> None:
+        """Take back a promise; what the slot holds stays."""
+        del self.held[slot]
+
     def open(self, opened: OpenedSequence) -> bool:
         """Give a slot to a request, whoever held it; whether what it wants to begin behind is here."""
         found = self._source(opened)

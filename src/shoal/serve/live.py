@@ -8,9 +8,8 @@ from litestar.types import Message, Receive, Scope, Send
 
 from shoal.serve.answer import first_error
 from shoal.serve.errors import encode_fault, fault_of, record
-from shoal.serve.retries import Recorded, Retries
+from shoal.serve.retries import Asked, Headers, Recorded, Retries
 
-Headers = tuple[tuple[bytes, bytes], ...]
 JSON: Headers = ((b"content-type", b"application/json"),)
 # A proxy that buffers (nginx does by default) would hold tokens back.
 EVENTS: Headers = ((b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache"),
@@ -73,10 +72,7 @@ class LiveAnswer:
                 await self._work(connection)
                 group.cancel_scope.cancel()
         except BaseExceptionGroup as errors:
-            error = first_error(errors)
-            if not connection.started or not isinstance(error, Exception):
-                raise error from None
-            await _break_off(connection, error, str(scope.get("path", "")))
+            await _raise_or_break_off(connection, first_error(errors), str(scope.get("path", "")))
 
     async def _follow(self, once: Once, key: str, scope: Scope, receive: Receive, send: Send) -> None:
         """Hear the answer of that key, from its first byte; it goes on when the caller goes."""
@@ -96,9 +92,14 @@ class LiveAnswer:
                 recorded.broken = True
                 await _break_off(connection, error, path)
 
-        name = (path, _header(scope, b"authorization") or "", key)
-        recorded = once.retries.find(name, once.fingerprint, run)
-        connection = Connection(send, self._headers)
+        asked = Asked(
+            path=path,
+            credentials=_header(scope, b"authorization") or "",
+            key=key,
+            fingerprint=once.fingerprint,
+        )
+        recorded = once.retries.find(asked, self._headers, run)
+        connection = Connection(send, recorded.headers)
         try:
             async with anyio.create_task_group() as group:
                 group.start_soon(_until_gone, receive, group.cancel_scope)
@@ -107,7 +108,7 @@ class LiveAnswer:
                 await connection.write(b"", more=False)
                 group.cancel_scope.cancel()
         except BaseExceptionGroup as errors:
-            raise first_error(errors) from None
+            await _raise_or_break_off(connection, first_error(errors), path)
 
 
 def _header(scope: Scope, name: bytes) -> str | None:
@@ -118,6 +119,13 @@ async def _until_gone(receive: Receive, scope: anyio.CancelScope) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
     scope.cancel()
+
+
+async def _raise_or_break_off(connection: Connection, error: BaseException, path: str) -> None:
+    """An error before the first byte keeps its status code; one behind it is the stream's last event."""
+    if not connection.started or not isinstance(error, Exception):
+        raise error from None
+    await _break_off(connection, error, path)
 
 
 async def _break_off(connection: Connection, error: Exception, path: str) -> None:

@@ -7,6 +7,7 @@ body under a key that is known is refused.  Answers are kept in memory for `KEEP
 """
 
 import asyncio
+import hashlib
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from dataclasses import dataclass, field
 import anyio
 
 from shoal.clock import Clock
-from shoal.errors import InvalidRequestError, KeyReusedError
+from shoal.errors import InvalidRequestError, KeyReusedError, UnavailableError
 
 KEEP_S = 900.0
 KEPT = 256
@@ -22,8 +23,7 @@ MOST_BYTES = 32 << 20
 """Of all answers together."""
 MOST_KEY = 255
 
-Name = tuple[str, str, str]
-"""Path, credentials and key."""
+Headers = tuple[tuple[bytes, bytes], ...]
 
 
 @dataclass(slots=True)
@@ -31,6 +31,7 @@ class Recorded:
     """An answer as it comes: `error` where it failed before its first byte."""
 
     fingerprint: bytes
+    headers: Headers
     at_s: float
     parts: list[bytes] = field(default_factory=list)
     ended: bool = False
@@ -72,40 +73,60 @@ class Recorded:
         news.set()
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """Who asks what: *fingerprint* stands for the body."""
+
+    path: str
+    credentials: str
+    key: str
+    fingerprint: bytes
+
+    def name(self) -> bytes:
+        """What the answer is kept under: a digest, so that nobody's credentials are."""
+        return hashlib.sha256(f"{self.path}\x00{self.credentials}\x00{self.key}".encode()).digest()
+
+
 @dataclass(slots=True)
 class Retries:
     """Answers by key, oldest first.  Belongs to the event loop."""
 
     clock: Clock
-    _kept: "OrderedDict[Name, Recorded]" = field(default_factory=OrderedDict)
+    _kept: "OrderedDict[bytes, Recorded]" = field(default_factory=OrderedDict)
 
-    def find(self, name: Name, fingerprint: bytes, run: Callable[[Recorded], Awaitable[None]]) -> Recorded:
-        """The answer under *name*; begun by *run* where there is none.
+    def find(self, asked: Asked, headers: Headers, run: Callable[[Recorded], Awaitable[None]]) -> Recorded:
+        """The answer to what was *asked*; begun by *run*, with these *headers*, where there is none.
 
         Raises KeyReusedError for another request under that key, InvalidRequestError for a key that is too long.
         """
-        if not 0 < len(name[2]) <= MOST_KEY:
+        if not 0 < len(asked.key) <= MOST_KEY:
             raise InvalidRequestError(
-                f"Idempotency-Key has {len(name[2])} characters", hint=f"send 1 to {MOST_KEY}", param="Idempotency-Key"
+                f"Idempotency-Key has {len(asked.key)} characters",
+                hint=f"send 1 to {MOST_KEY}",
+                param="Idempotency-Key",
             )
+        name = asked.name()
         self._forget_old()
         known = self._kept.get(name)
         if known is not None:
-            if known.fingerprint != fingerprint:
+            if known.fingerprint != asked.fingerprint:
                 raise KeyReusedError(
                     "another request was sent with this Idempotency-Key",
                     hint="send each request with a key of its own, and a retry with the same body",
                     param="Idempotency-Key",
                 )
             return known
-        recorded = self._kept[name] = Recorded(fingerprint, self.clock.now_s())
+        recorded = self._kept[name] = Recorded(asked.fingerprint, headers, self.clock.now_s())
         recorded.task = asyncio.get_running_loop().create_task(self._run(name, recorded, run))
         return recorded
 
-    async def _run(self, name: Name, recorded: Recorded, run: Callable[[Recorded], Awaitable[None]]) -> None:
+    async def _run(self, name: bytes, recorded: Recorded, run: Callable[[Recorded], Awaitable[None]]) -> None:
         error: Exception | None = None
         try:
             await run(recorded)
+        except asyncio.CancelledError:
+            error = UnavailableError("the gateway is stopping", hint="send the request again")
+            raise
         except Exception as failed:  # noqa: BLE001 whoever listens raises it
             error = failed
         finally:

@@ -6,19 +6,22 @@ They are a convenience, not a store: a gateway that starts anew has none, and sa
 from collections import OrderedDict
 from dataclasses import dataclass, field
 
+import msgspec
+
 from shoal.errors import InvalidRequestError
 from shoal.serve.openai_requests import Message
 
 KEPT = 256
-MOST_CHARS = 1 << 20
-"""Of one conversation; longer ones are not kept."""
+MOST_BYTES = 16 << 20
+"""Of all conversations together, as JSON; one that is longer than a quarter of that is not kept."""
 
 
 @dataclass(slots=True)
 class Turns:
     """Messages up to and with each answer, by its id.  Belongs to the event loop."""
 
-    _kept: "OrderedDict[str, tuple[Message, ...]]" = field(default_factory=OrderedDict)
+    size_bytes: int = 0
+    _kept: "OrderedDict[str, tuple[tuple[Message, ...], int]]" = field(default_factory=OrderedDict)
 
     def find(self, response: str) -> tuple[Message, ...]:
         """The conversation that ends with *response*; raises InvalidRequestError when nobody remembers it."""
@@ -29,12 +32,15 @@ class Turns:
                 param="previous_response_id",
             )
         self._kept.move_to_end(response)
-        return self._kept[response]
+        return self._kept[response][0]
 
     def keep(self, response: str, messages: tuple[Message, ...]) -> None:
         """Remember a conversation; the one that was used least lately goes."""
-        if sum(len(str(m.content)) for m in messages) > MOST_CHARS:
+        size_bytes = len(msgspec.json.encode(messages))
+        if size_bytes > MOST_BYTES // 4:
             return
-        self._kept[response] = messages
-        while len(self._kept) > KEPT:
-            self._kept.popitem(last=False)
+        self._kept[response] = (messages, size_bytes)
+        self.size_bytes += size_bytes
+        while len(self._kept) > KEPT or self.size_bytes > MOST_BYTES:
+            _, (_, gone_bytes) = self._kept.popitem(last=False)
+            self.size_bytes -= gone_bytes

@@ -183,26 +183,6 @@ def test_stages_over_a_fabric_answer_like_one_whatever_else_is_asked(
     assert all(len(found) == 12 for found in alone.values())
 
 
-@pytest.mark.parametrize(("codec", "least", "most"), [(Codec.FP16, 0.4, 0.6), (Codec.INT8, 0.2, 0.6)])
-def test_activations_are_written_as_small_as_the_settings_say(
-    bus_of: Attach, log: FilteringBoundLogger, codec: Codec, least: float, most: float
-) -> None:
-    sizes: dict[Codec, int] = {}
-    for used in (Codec.RAW, codec):
-        fabric, heard = MemoryFabric(), SimpleQueue[bytes]()
-        with stages_of(2, fabric.attach, log, activations=used) as stages:
-            frames_of = key_of(FrameTopic(fleet=FLEET, deployment=M, plan_epoch=1, stage=1))
-            stages.outside.subscribe(frames_of, lambda sample, heard=heard: heard.put(bytes(sample.payload)))  # type: ignore[misc]
-
-            async def then(executor: StagedExecutor, _: Pipeline) -> None:
-                assert len(await tokens(executor, asked("a", prompt=100, max_tokens=2))) == 2
-
-            use(fabric.attach, log, stages, then)
-        sizes[used] = max(len(heard.get()) for _ in range(heard.qsize()))
-
-    assert least < sizes[codec] / sizes[Codec.RAW] < most
-
-
 def test_a_token_is_said_while_the_engine_makes_the_next(bus_of: Attach, log: FilteringBoundLogger) -> None:
     begun: list[float] = []
     heard_two, ended = threading.Event(), threading.Event()

@@ -10,7 +10,7 @@ from shoal.ids import RequestId
 from shoal.runtime.effects import StepFailed
 from shoal.runtime.frames import ClosedSequence, OpenedSequence, Submit
 from shoal.runtime.pipeline import LocalPipeline
-from shoal.runtime.prefix import KEEP_S, LEAST, Held, KeptSlots, best, common, reusable
+from shoal.runtime.prefix import KEEP_S, LEAST, Cached, KeptSlots, best, common, reusable
 from shoal.runtime.request import FinishReason, GenerateRequest, SamplingParams
 from shoal.runtime.slots import SlotTable
 from shoal.runtime.stage import advance
@@ -27,8 +27,8 @@ def computed(pipeline: LocalPipeline, name: str) -> int:
     return sum(s.count for s in rows if s.start < len(prompt))
 
 
-def held(slot: int, ids: Sequence[int], exact: int = 999) -> Held:
-    return Held(slot, RequestId(f"h{slot}"), tuple(ids), exact)
+def held(slot: int, ids: Sequence[int], exact: int = 999) -> Cached:
+    return Cached(slot, RequestId(f"h{slot}"), tuple(ids), exact)
 
 
 @given(st.lists(st.integers(0, 2), max_size=40), st.lists(st.integers(0, 2), max_size=40))
@@ -58,7 +58,9 @@ def test_a_copy_must_save_more_than_it_costs() -> None:
 
 
 def test_a_newcomer_gets_the_slot_that_helps_it_else_an_empty_one_else_the_oldest() -> None:
-    kept = KeptSlots({s: Held(s, RequestId(f"h{s}"), tuple(range(s, s + 30)), 30, since_s=9.0 - s) for s in (0, 1, 2)})
+    kept = KeptSlots(
+        {s: Cached(s, RequestId(f"h{s}"), tuple(range(s, s + 30)), 30, since_s=9.0 - s) for s in (0, 1, 2)}
+    )
 
     assert kept.choose([0, 1, 2, 3], tuple(range(1, 60)), reproducible=False) == 1
     assert kept.choose([0, 1, 2, 3], (7,) * 30, reproducible=False) == 3

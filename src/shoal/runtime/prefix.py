@@ -23,7 +23,7 @@ COPY_GAIN = 32
 
 
 @dataclass(frozen=True, slots=True)
-class Held:
+class Cached:
     """What a slot holds of a request: keys and values of `ids`, of which the first `exact` were computed in chunks."""
 
     slot: int
@@ -56,7 +56,7 @@ def common(a: Sequence[int], b: Sequence[int]) -> int:
     return low
 
 
-def reusable(held: Held, prompt: tuple[int, ...], *, reproducible: bool) -> int:
+def reusable(held: Cached, prompt: tuple[int, ...], *, reproducible: bool) -> int:
     """Positions of *held* that *prompt* can begin behind."""
     left = 2 if reproducible else 1
     shared = min(common(held.ids, prompt), len(prompt) - left)
@@ -64,7 +64,7 @@ def reusable(held: Held, prompt: tuple[int, ...], *, reproducible: bool) -> int:
     return shared if shared >= LEAST else 0
 
 
-def best(prompt: tuple[int, ...], own: Held | None, others: Iterable[Held], *, reproducible: bool) -> Reuse | None:
+def best(prompt: tuple[int, ...], own: Cached | None, others: Iterable[Cached], *, reproducible: bool) -> Reuse | None:
     """What a request that has been given a slot begins from: what its slot holds (*own*), or a copy of another."""
     here = reusable(own, prompt, reproducible=reproducible) if own is not None else 0
     found = max(((reusable(h, prompt, reproducible=reproducible), h) for h in others), key=lambda f: f[0], default=None)
@@ -73,7 +73,7 @@ def best(prompt: tuple[int, ...], own: Held | None, others: Iterable[Held], *, r
     return _reuse(own, here) if own is not None and here else None
 
 
-def _reuse(held: Held, count: int) -> Reuse:
+def _reuse(held: Cached, count: int) -> Reuse:
     return Reuse(held.slot, held.request, count, min(count, held.exact))
 
 
@@ -81,7 +81,7 @@ def _reuse(held: Held, count: int) -> Reuse:
 class KeptSlots:
     """Slots that nobody uses and that still hold something.  Owned by the first stage."""
 
-    held: dict[int, Held] = field(default_factory=dict)
+    held: dict[int, Cached] = field(default_factory=dict)
 
     def choose(self, free: Sequence[int], prompt: tuple[int, ...], *, reproducible: bool) -> int:
         """Which of the *free* slots a request with *prompt* gets: where it can begin furthest, else one that holds nothing."""
@@ -92,15 +92,15 @@ class KeptSlots:
         empty = next((slot for slot in free if slot not in self.held), None)
         return empty if empty is not None else min(free, key=lambda slot: self.held[slot].since_s)
 
-    def keep(self, held: Held) -> None:
+    def keep(self, held: Cached) -> None:
         """A slot is free now and goes on holding."""
         self.held[held.slot] = held
 
-    def take(self, slot: int) -> Held | None:
+    def take(self, slot: int) -> Cached | None:
         """Somebody has the slot now; what it held."""
         return self.held.pop(slot, None)
 
-    def expired(self, now_s: float) -> list[Held]:
+    def expired(self, now_s: float) -> list[Cached]:
         """Those that nobody has come for; they are kept no more."""
         gone = [held for held in self.held.values() if now_s - held.since_s > KEEP_S]
         for held in gone:

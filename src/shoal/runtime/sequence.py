@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from shoal.runtime.prefix import Held, Reuse
+from shoal.runtime.prefix import Cached, Reuse
 from shoal.runtime.request import FinishReason, GenerateRequest
 
 
@@ -26,7 +26,7 @@ class LiveSequence:
     """When it was given its slot."""
     deadline_s: float = float("inf")
     """When its time has passed."""
-    own: Held | None = None
+    own: Cached | None = None
     """What its slot held when it got it."""
     reused: int = 0
     """It began behind so many positions that were in the cache."""
@@ -65,10 +65,10 @@ class LiveSequence:
         output = self.output[max(0, start - len(prompt)) : max(0, stop - len(prompt))]
         return (*prompt[start:stop], *output)
 
-    def held(self, since_s: float = 0.0) -> Held:
+    def held(self, since_s: float = 0.0) -> Cached:
         """What its slot holds, once the pipeline is through with what was sent."""
         count = min(self.scheduled, self.known)
-        return Held(self.slot, self.request.request, self.ids(0, count), min(self.exact, count), since_s)
+        return Cached(self.slot, self.request.request, self.ids(0, count), min(self.exact, count), since_s)
 
     def begin(self, reuse: Reuse | None) -> None:
         """The pipeline is about to hear of it: it begins behind what is there."""

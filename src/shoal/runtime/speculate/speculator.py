@@ -37,13 +37,6 @@ ADAPTIVE = Speculation(most=8)
 """What is served where nobody says anything."""
 
 
-class Guessed(msgspec.Struct, frozen=True, kw_only=True):
-    """Ids that were guessed since the start, and those of them that were right."""
-
-    drafted: int = 0
-    accepted: int = 0
-
-
 def agreed(tokens: Sequence[SampledToken], draft: Sequence[int]) -> int:
     """How many of the drafted ids were right: as far as the sampled tokens are the same."""
     pairs = zip(tokens, draft, strict=False)
@@ -68,7 +61,6 @@ class Speculator:
     context_tokens: int
     ledger: Ledger = field(default_factory=Ledger)
     chances: Chances = field(default_factory=Chances)
-    total: Guessed = field(default_factory=Guessed)
     tracks: dict[RequestId, _Track] = field(default_factory=dict)
 
     def extend(
@@ -82,6 +74,9 @@ class Speculator:
         drafts: dict[RequestId, tuple[int, ...]] = {}
         for step in batch:
             sequence = live[step.request]
+            if self.settings.adaptive and sequence.request.reproducible:
+                steps.append(step)
+                continue
             track = self._learn(sequence, step.start + step.count)
             draft = self._draft(sequence, step, track, len(batch))
             if not draft:
@@ -96,7 +91,6 @@ class Speculator:
         track = self.tracks.get(request)
         if not guessed or track is None:
             return
-        self.total = Guessed(drafted=self.total.drafted + guessed, accepted=self.total.accepted + right)
         self.chances.judged(track.kind, right, guessed)
         track.chances.judged(track.kind, right, guessed)
 
@@ -121,8 +115,6 @@ class Speculator:
         """Never so long that the answer would pass its end."""
         request = sequence.request
         if step.count != 1 or step.logits != 1 or not sequence.output:
-            return ()
-        if self.settings.adaptive and request.reproducible:
             return ()
         left = request.max_tokens - len(sequence.output)
         most = min(self.settings.most, left - 1, self.context_tokens - sequence.known - 1)

@@ -86,11 +86,11 @@ def test_nobody_waits_much_longer_than_an_answer_takes() -> None:
     assert "4 requests wait before this one: it would begin in about 10 s, and an answer takes 8 s" in str(refused[0])
 
 
-def test_short_answers_do_not_make_the_line_shorter_than_a_second() -> None:
-    line = WaitingLine(limit=64, turnover=Turnover(mean_s=0.5, count=3))
+def test_very_short_answers_do_not_make_the_line_shorter_than_a_quarter_of_a_second() -> None:
+    line = WaitingLine(limit=64, turnover=Turnover(mean_s=0.1, count=3))
     crowd(line, 30)
 
-    assert len(line) == 8
+    assert len(line) == 10
 
 
 def test_batch_work_waits_for_as_long_as_it_takes() -> None:

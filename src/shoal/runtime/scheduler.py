@@ -36,7 +36,7 @@ class SchedulerSettings(msgspec.Struct, frozen=True, kw_only=True):
     stall_s: float = 0.1
     queue_limit: int = 64
     batch_patience_s: float = 30.0
-    queue_s: float = 1.0
+    queue_s: float = 0.25
 
 
 LEAST_ROWS = 16

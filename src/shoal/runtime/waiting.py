@@ -67,7 +67,7 @@ class WaitingLine:
 
     limit: int
     patience_s: float = 30.0
-    queue_s: float = 1.0
+    queue_s: float = 0.25
     turnover: Turnover = field(default_factory=Turnover)
     _line: list[Waiter] = field(default_factory=list)
 

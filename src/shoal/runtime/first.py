@@ -9,19 +9,15 @@ from collections import deque
 from collections.abc import Container
 from dataclasses import dataclass, field
 
-import msgspec
-import numpy as np
-
 from shoal.errors import (
     DeadlineExceededError,
     InvalidRequestError,
     MalformedFrameError,
     OverloadedError,
     ShardLostError,
-    UnsupportedVersionError,
 )
 from shoal.ids import RequestId
-from shoal.model.spec import INPUT_IDS
+from shoal.runtime.compose import Load, compose
 from shoal.runtime.effects import Effect, Emit, Tensors
 from shoal.runtime.flights import Flight, Flights
 from shoal.runtime.frames import (
@@ -29,17 +25,16 @@ from shoal.runtime.frames import (
     ClosedSequence,
     Failure,
     InferStep,
-    OpenedSequence,
     RequestTokens,
     Submit,
     SubmitInfer,
     TokensFrame,
 )
-from shoal.runtime.grammar import Bound
+from shoal.runtime.judge import judge
 from shoal.runtime.ports import SequenceStep
 from shoal.runtime.prefix import LEAST, KeptSlots, Reuse, best
 from shoal.runtime.refusal import check_request, error_delta, failed, infer_failed, refusal
-from shoal.runtime.request import FinishReason, OutputDelta, Priority, SampledToken
+from shoal.runtime.request import FinishReason, OutputDelta, Priority
 from shoal.runtime.scheduler import Pace, chunk_rows, is_prefill, next_batch, next_chunk
 from shoal.runtime.sequence import LiveSequence
 from shoal.runtime.settings import StageSettings
@@ -47,10 +42,6 @@ from shoal.runtime.slots import SlotTable
 from shoal.runtime.speculate.draft import Drafter
 from shoal.runtime.speculate.speculator import Speculator, agreed
 from shoal.runtime.waiting import Waiter, WaitingLine
-
-_UNBOUND = (
-    "the last stage runs an older version of Shoal, which knows no grammars: update its node, or ask for free text"
-)
 
 
 @dataclass(slots=True)
@@ -245,20 +236,7 @@ class FirstStage:
             requests, self.flights.now_s, prefill=self.last_was_prefill, wants=wants, drafts=drafts, rows=count
         )
         self.flights.begin(step, flight)
-        ids: list[int] = []
-        opened: list[OpenedSequence] = []
-        for rows in batch:
-            sequence = self.live[rows.request]
-            draft = drafts.get(rows.request, ())
-            ids += (*sequence.ids(rows.start, rows.count - len(draft)), *draft)
-            if not sequence.opened:
-                opened.append(_opened(sequence, reuse))
-            sequence.opened, sequence.scheduled, sequence.last_step = True, rows.start + rows.count, step
-        frame = BatchFrame(
-            plan_epoch=self.settings.plan_epoch, run=self.settings.run, step=step, sequences=batch,
-            opened=tuple(opened), drafts=dict(drafts),
-        )  # fmt: skip
-        return frame, {INPUT_IDS: np.array([ids], np.int64)}
+        return compose(self.settings, Load(step, batch, drafts, reuse), self.live)
 
     def _take_step(self) -> int:
         step, self.next_step = self.next_step, self.next_step + 1
@@ -299,36 +277,13 @@ class FirstStage:
         sequence = self.live.get(entry.request)
         if sequence is None:
             return []
-        kept: list[SampledToken] = []
-        finish = None
-        right = agreed(entry.tokens, draft)
-        self.speculator.judged(entry.request, right, len(draft))
-        for token in entry.tokens[: right + 1]:
-            vocabulary = self.settings.vocabulary
-            if token.position != sequence.known or token.token < 0 or 0 < vocabulary <= token.token:
-                text = (
-                    f"the last stage answered token {token.token} at position {token.position} where {sequence.known} "
-                    f"is next, of a vocabulary of {vocabulary}"
-                )
-                return self._fail(Failure(request=entry.request, code=MalformedFrameError.code, text=text))
-            finish = sequence.accept(token.token, self.settings.context_tokens)
-            if finish is not FinishReason.STOP:
-                kept.append(token)
-            if finish is not None:
-                break
-        sequence.settle()
-        if entry.bound is Bound.COMPLETE and len(kept) == len(entry.tokens):
-            finish = FinishReason.STOP  # the whole answer is there, even if max_tokens are as well
-        constrained = entry.bound is not Bound.FREE
-        if sequence.request.grammar is not None and not constrained:
-            return self._fail(Failure(request=entry.request, code=UnsupportedVersionError.code, text=_UNBOUND))
-        delta = OutputDelta(
-            request=entry.request, tokens=tuple(kept), finish=finish, constrained=constrained,
-            drafted=len(draft), accepted=right, cached=sequence.reused if len(sequence.output) == len(kept) else 0,
-        )  # fmt: skip
-        if finish is not None:
-            return [self._finish(sequence, delta)]
-        return [Emit(reply_to=sequence.reply_to, delta=delta)] if kept else []
+        judged = judge(sequence, entry, draft, self.settings)
+        self.speculator.judged(entry.request, agreed(entry.tokens, draft), len(draft))
+        if isinstance(judged, Failure):
+            return self._fail(judged)
+        if judged.finish is not None:
+            return [self._finish(sequence, judged)]
+        return [Emit(reply_to=sequence.reply_to, delta=judged)] if judged.tokens else []
 
     def _finish(self, sequence: LiveSequence, delta: OutputDelta) -> Effect:
         request = sequence.request.request
@@ -384,18 +339,3 @@ class FirstStage:
         for request in flight.requests:
             effects += self._fail(Failure(request=request, code=ShardLostError.code, text=text))
         return effects
-
-
-def _opened(sequence: LiveSequence, reuse: Reuse | None) -> OpenedSequence:
-    request = sequence.request
-    opened = OpenedSequence(
-        request=request.request,
-        slot=sequence.slot,
-        prompt=request.prompt,
-        sampling=request.sampling,
-        grammar=request.grammar,
-        resume=request.resume,
-    )
-    if reuse is None:
-        return opened
-    return msgspec.structs.replace(opened, reuse=reuse.count, source=reuse.source, of=reuse.request)

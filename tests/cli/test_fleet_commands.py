@@ -109,6 +109,16 @@ def test_a_relay_is_among_the_stages_of_a_deployment(chain_through: Plan) -> Non
     assert "desk [0, 1) -> attic (relay) -> desk [1, 2)" in text
 
 
+def test_each_stage_shows_how_busy_it_was_where_its_worker_says(chain_through: Plan) -> None:
+    view = DeploymentView(
+        name=DeploymentId("chat"), model="m", state=DeploymentState.READY, plan=chain_through, busy=(0.12, None, 0.97)
+    )
+
+    text = shown(render_deployments([view], {A: "desk", B: "attic"}))
+
+    assert "desk [0, 1) 12% -> attic (relay) -> desk [1, 2) 97%" in text
+
+
 @pytest.fixture
 def chain_through() -> Plan:
     def stage(node: NodeId, start: int, stop: int) -> Stage:

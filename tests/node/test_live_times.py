@@ -1,8 +1,12 @@
 """What a stage tells of its steps and of its way to the next one."""
 
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
 from shoal.fleet.report import HopTimes, StepTimes
 from shoal.ids import RequestId
-from shoal.node.live_times import KEPT, PINGS, LiveTimes
+from shoal.node.live_times import BUSY_AT_LEAST_S, BUSY_S, KEPT, PINGS, BusyShare, LiveTimes
 from shoal.runtime.ports import SequenceStep
 
 
@@ -71,3 +75,31 @@ def test_hellos_that_met_a_busy_stage_do_not_count() -> None:
 
     assert told is not None
     assert told.rtt_s == told.base_s == 0.01
+
+
+def test_the_busy_share_is_of_the_last_seconds_and_forgets_what_was_before() -> None:
+    share = BusyShare()
+    assert share.seen(100.0, 0.0) is None, "there is nothing to look back on"
+    for second in range(1, 11):
+        busy = share.seen(100.0 + second, second * 0.5)
+    assert busy == pytest.approx(0.5)
+
+    idle = [share.seen(110.0 + second, 5.0) for second in range(1, int(BUSY_S) + 1)]
+
+    assert idle[-1] == 0.0
+    assert idle == sorted(idle, reverse=True)
+
+
+@given(st.lists(st.tuples(st.floats(0.01, 20.0), st.floats(0.0, 1.0)), min_size=1, max_size=60))
+def test_a_busy_share_lies_between_the_least_and_the_most_busy_stretch(stretches: list[tuple[float, float]]) -> None:
+    share, now_s, worked_s = BusyShare(), 0.0, 0.0
+    share.seen(now_s, worked_s)
+
+    for length_s, busy in stretches:
+        now_s, worked_s = now_s + length_s, worked_s + length_s * busy
+        told = share.seen(now_s, worked_s)
+        if told is None:
+            assert now_s < BUSY_AT_LEAST_S + 1e-9
+            continue
+        shares = [part for _, part in stretches]
+        assert min(shares) - 1e-6 <= told <= max(shares) + 1e-6

@@ -44,7 +44,7 @@ def test_the_fleet_and_its_stages_are_read_at_each_scrape() -> None:
     metrics = Metrics(registry)
     assert not [name for name in samples(metrics) if name[0] == "shoal_node_up"]
 
-    stage = StageFigures(deployment=MODEL, stage=0, steps=7, busy_s=0.5, running=2, waiting=3)
+    stage = StageFigures(deployment=MODEL, stage=0, steps=7, busy_s=0.5, busy_share=0.75, running=2, waiting=3)
     later = StageFigures(deployment=MODEL, stage=1, steps=6, busy_s=0.25)
     now = Figures(
         nodes={"a": True, "b": False},
@@ -67,6 +67,8 @@ def test_the_fleet_and_its_stages_are_read_at_each_scrape() -> None:
         7,
         0.25,
     )
+    assert seen["shoal_stage_busy_ratio", MODEL, "0"] == 0.75
+    assert ("shoal_stage_busy_ratio", MODEL, "1") not in seen, "nobody has said"
     assert (seen["shoal_requests_running", MODEL], seen["shoal_queue_depth", MODEL]) == (2, 3)
     assert (seen["shoal_fabric_bytes_total", "sent"], seen["shoal_fabric_bytes_total", "received"]) == (10, 20)
     assert seen["shoal_journal_failed_writes_total",] == 3

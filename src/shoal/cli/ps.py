@@ -37,14 +37,15 @@ def ps(
 
 
 def render_deployments(found: Sequence[DeploymentView], names: Mapping[NodeId, str]) -> Table:
-    """One row per deployment: its state, its stages and the predicted speed."""
+    """One row per deployment: its state, its stages, how busy each was lately, and the predicted speed."""
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("deployment", "model", "state", "stages", "predicted", "missed by", "last token"):
+    for column in ("deployment", "model", "state", "stages, busy", "predicted", "missed by", "last token"):
         table.add_column(column)
     for view in found:
         colour = _COLOURS.get(view.state, "yellow")
         plan = view.plan
-        stages = [f"{names.get(s.node, s.node[:8])} {_part(s)}" for s in plan.stages] if plan else []
+        busy = view.busy if plan and len(view.busy) == len(plan.stages) else (None,) * len(plan.stages if plan else ())
+        stages = [f"{_at(s, names)}{_busy(b)}" for s, b in zip(plan.stages, busy, strict=True)] if plan else []
         age_s = view.last_token_age_s
         table.add_row(
             view.name,
@@ -70,6 +71,14 @@ def missed_by(prediction: PredictionView | None) -> str:
     errors = (prediction.time_to_first_token_error, prediction.time_per_output_token_error)
     first, each = (f"{error:.0%}" if error is not None else "-" for error in errors)
     return f"{first} first, {each} per token"
+
+
+def _at(stage: Stage, names: Mapping[NodeId, str]) -> str:
+    return f"{names.get(stage.node, stage.node[:8])} {_part(stage)}"
+
+
+def _busy(share: float | None) -> str:
+    return "" if share is None else f" {share:.0%}"
 
 
 def _part(stage: Stage) -> str:

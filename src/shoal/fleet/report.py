@@ -92,6 +92,8 @@ class ShardReport(msgspec.Struct, frozen=True, kw_only=True):
     steps: int = 0
     busy_s: float = 0.0
     """Seconds that the engine has worked since it was loaded."""
+    busy_share: float | None = None
+    """Of the last seconds, 0 to 1: how much of them the engine has worked; None before there was one to look back on."""
     live_requests: int = 0
     """Requests that are being answered (first stages only)."""
     waiting_requests: int = 0

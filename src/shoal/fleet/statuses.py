@@ -39,6 +39,7 @@ def statuses(state: FleetState, now_s: float) -> list[DeploymentStatus]:
                 reason=reason,
                 gateway=gateway,
                 first_birth=_first_birth(deployment, reports),
+                busy=_busy(deployment, reports),
             )
         )
     return told
@@ -71,6 +72,13 @@ def _first_birth(deployment: Deployment, reports: Mapping[NodeId, NodeReport]) -
     plan = deployment.answer
     first = shard_of(deployment, plan, 0, reports) if isinstance(plan, Plan) else None
     return first.birth if first is not None and first.state is not ShardState.FAILED else 0
+
+
+def _busy(deployment: Deployment, reports: Mapping[NodeId, NodeReport]) -> tuple[float | None, ...]:
+    plan = deployment.answer
+    if not isinstance(plan, Plan):
+        return ()
+    return tuple(shard.busy_share if shard is not None else None for shard in shards_of(deployment, plan, reports))
 
 
 def _under_way(deployment: Deployment, reports: Mapping[NodeId, NodeReport]) -> str:

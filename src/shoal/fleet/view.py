@@ -35,6 +35,8 @@ class DeploymentStatus(msgspec.Struct, frozen=True, kw_only=True):
     """Where it is asked; empty while its source node is not heard."""
     first_birth: int = 0
     """Which worker has the first stage (`ShardReport.birth`): what another one was asked, this one knows nothing of."""
+    busy: tuple[float | None, ...] = ()
+    """Of each stage of the plan, the share of the last seconds that its engine has worked; None where nobody has said."""
 
 
 class CoordinatorView(msgspec.Struct, frozen=True, kw_only=True):

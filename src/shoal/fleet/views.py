@@ -78,6 +78,8 @@ class DeploymentView(msgspec.Struct, frozen=True, kw_only=True):
     plan_epoch: int = 0
     moved: str = ""
     """Why this plan took the place of another that served; empty where it did not."""
+    busy: tuple[float | None, ...] = ()
+    """Of each stage, the share of the last seconds that its engine has worked: the greatest is the bottleneck."""
     last_token_age_s: float | None = None
     """Since a token went through every stage; None before the first."""
     prediction: PredictionView | None = None

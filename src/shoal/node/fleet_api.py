@@ -255,6 +255,7 @@ class FleetApi:
             plan=deployment.answer if isinstance(deployment.answer, Plan) else None,
             plan_epoch=deployment.plan_epoch,
             moved=deployment.moved,
+            busy=status.busy,
             last_token_age_s=self.last_token_age_s(name),
             prediction=self.prediction(name),
         )

@@ -83,6 +83,7 @@ def _stages(reports: Iterable[NodeReport]) -> Iterable[StageFigures]:
                 stage=key[1],
                 steps=shard.steps,
                 busy_s=shard.busy_s,
+                busy_share=shard.busy_share,
             )
     # While a deployment moves, two first stages answer.
     return [msgspec.structs.replace(f, running=requests[k][0], waiting=requests[k][1]) for k, f in newest.items()]

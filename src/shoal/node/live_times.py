@@ -21,6 +21,29 @@ That of the first ones over a way is what later ones are compared with.
 """
 
 
+BUSY_S = 5.0
+"""How far a stage looks back for the share of time that it was busy: some laps of a slow pipeline, and not a minute ago."""
+BUSY_AT_LEAST_S = 0.5
+"""Before so much has passed, a share would say more of the moment than of the load."""
+
+
+@dataclass(slots=True)
+class BusyShare:
+    """What share of the last `BUSY_S` seconds was worked, from readings of a counter of seconds."""
+
+    _seen: "deque[tuple[float, float]]" = field(default_factory=deque)
+
+    def seen(self, now_s: float, worked_s: float) -> float | None:
+        """The share up to *now_s*, 0 to 1, the counter being at *worked_s*; None before there is enough to look back on."""
+        self._seen.append((now_s, worked_s))
+        while len(self._seen) > 2 and now_s - self._seen[1][0] >= BUSY_S:  # the oldest but one reaches back far enough
+            self._seen.popleft()
+        since_s, before_s = self._seen[0]
+        if now_s - since_s < BUSY_AT_LEAST_S:
+            return None
+        return min(1.0, max(0.0, (worked_s - before_s) / (now_s - since_s)))
+
+
 @dataclass(frozen=True, slots=True)
 class _Step:
     time_s: float

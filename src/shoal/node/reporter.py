@@ -10,6 +10,7 @@ from shoal.clock import Clock
 from shoal.errors import ShardLostError, ShoalError
 from shoal.fleet.report import ShardReport, ShardState, StepTimes
 from shoal.ids import NodeId
+from shoal.node.live_times import BusyShare
 from shoal.node.messages import REPORT
 from shoal.node.stage_loop import StageLoop
 from shoal.node.wiring import Outcome
@@ -40,6 +41,7 @@ class Reporter:
     rtt_s: float | None = None
     loop: StageLoop | None = None
     _step_times: StepTimes | None = None
+    _busy: BusyShare = field(default_factory=BusyShare)
     _sent_s: float = float("-inf")
     _said_busy: bool = False
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -109,6 +111,7 @@ class Reporter:
             error=error.message if error else "",
             steps=loop.steps if loop else 0,
             busy_s=loop.busy_s if loop else 0.0,
+            busy_share=self._busy.seen(self.clock.now_s(), loop.worked_s) if loop else None,
             live_requests=loop.live_requests if loop else 0,
             waiting_requests=loop.waiting_requests if loop else 0,
             step_times=self._step_times,

@@ -146,6 +146,12 @@ class StageLoop:
         """Answers that could not be said."""
         return self._replies.lost
 
+    @property
+    def worked_s(self) -> float:
+        """Seconds that the engine has worked so far, those of a step under way included.  For any thread."""
+        began_s = self._step_began_s
+        return self.busy_s + (self.clock.now_s() - began_s if began_s is not None else 0.0)
+
     def listen(self, submit_key: str) -> None:
         """Subscribe to everything that this stage is told; *submit_key* is where gateways send requests."""
         if self.settings.is_first:

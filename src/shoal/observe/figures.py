@@ -18,6 +18,7 @@ class StageFigures(msgspec.Struct, frozen=True, kw_only=True):
     stage: int
     steps: int
     busy_s: float
+    busy_share: float | None = None
     running: int = 0
     waiting: int = 0
 
@@ -91,15 +92,22 @@ def _stages(stages: tuple[StageFigures, ...]) -> Iterator[Metric]:
     busy = CounterMetricFamily(
         "shoal_stage_busy_seconds", "Time that a stage's engine has worked", labels=["deployment", "stage"]
     )
+    share = GaugeMetricFamily(
+        "shoal_stage_busy_ratio",
+        "Share of the last 5 seconds that a stage's engine has worked: the greatest is the bottleneck",
+        labels=["deployment", "stage"],
+    )
     running = GaugeMetricFamily("shoal_requests_running", "Requests that hold a slot", labels=["deployment"])
     waiting = GaugeMetricFamily("shoal_queue_depth", "Requests that wait for a slot", labels=["deployment"])
     for stage in stages:
         steps.add_metric([stage.deployment, str(stage.stage)], stage.steps)
         busy.add_metric([stage.deployment, str(stage.stage)], stage.busy_s)
+        if stage.busy_share is not None:
+            share.add_metric([stage.deployment, str(stage.stage)], stage.busy_share)
         if stage.stage == 0:
             running.add_metric([stage.deployment], stage.running)
             waiting.add_metric([stage.deployment], stage.waiting)
-    yield from (steps, busy, running, waiting)
+    yield from (steps, busy, share, running, waiting)
 
 
 def _moves(moves: tuple[MoveFigures, ...]) -> Iterator[Metric]:

@@ -26,7 +26,7 @@ fleet shows its own node only.
 """
 
 
-STAGE = StageFigures(deployment="x", stage=0, steps=1, busy_s=1.0)
+STAGE = StageFigures(deployment="x", stage=0, steps=1, busy_s=1.0, busy_share=0.0)
 ERROR = PredictionError(deployment="x", figure="x", ratio=0.1)
 MOVE = MoveFigures(deployment="x", made=1)
 MOMENT = Figures(

@@ -38,6 +38,7 @@ from shoal.runtime.effects import (
     Effect,
     Emit,
     EmitResult,
+    FollowerMet,
     ReleaseSlot,
     RunStep,
     SendCredit,
@@ -123,6 +124,7 @@ class StageLoop:
     _heard_s: float | None = None
     _credit: tuple[int, int] = (0, -1)
     """Run and step of the last one."""
+    _renewals: int = 0
     _step_began_s: float | None = None
     _audience: tuple[tuple[str, RequestId], ...] = ()
     _ended: threading.Event = field(default_factory=threading.Event)
@@ -193,9 +195,10 @@ class StageLoop:
                 match item:
                     case Stopped():
                         return
-                    case Wired(outbound=outbound, switched=switched):
+                    case Wired(outbound=outbound, switched=switched, birth=birth):
                         self._outbound, self._early = outbound, 0
                         switched()
+                        state = self._advance(state, FollowerMet(birth=birth))
                     case _:
                         state = self._advance(state, item)
                 due = now_s - shown_s >= _TICK_S
@@ -241,7 +244,9 @@ class StageLoop:
     def _say_credit(self, run: int, step: int) -> None:
         # Trouble travels up the pipeline and ends at the first stage: round the ring it would never end.
         trouble = "" if self.settings.is_first else self.trouble or self._unwired() or self._behind
-        frame = frames.CreditFrame(plan_epoch=self.shard.plan_epoch, step=step, run=run, trouble=trouble)
+        frame = frames.CreditFrame(
+            plan_epoch=self.shard.plan_epoch, step=step, run=run, trouble=trouble, renewals=self._renewals
+        )
         self.inbound.put(self._keys.credits_out, pack(frames.encode(frame), {}))
 
     def _unwired(self) -> str:
@@ -282,7 +287,9 @@ class StageLoop:
             case SendTokens(frame=tokens):
                 self._send(self._keys.tokens, pack(frames.encode(tokens), {}))
             case SendCredit(frame=credit):
-                self._credit = (credit.run, credit.step)
+                if credit.step >= 0:
+                    self._credit = (credit.run, credit.step)
+                self._renewals = credit.renewals
                 self._say_credit(*self._credit)
             case SendSent(frame=sent):
                 self._send(self._keys.frames_out, pack(frames.encode(sent), {}))

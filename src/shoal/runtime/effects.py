@@ -54,6 +54,12 @@ class SentArrived(msgspec.Struct, frozen=True, kw_only=True):
     frame: SentFrame
 
 
+class FollowerMet(msgspec.Struct, frozen=True, kw_only=True):
+    """There is a way to the next stage, and the worker of that *birth* is at its end (0: it did not say)."""
+
+    birth: int
+
+
 class SubmitArrived(msgspec.Struct, frozen=True, kw_only=True):
     """A gateway wants an answer (first stage only)."""
 
@@ -97,6 +103,7 @@ StageInput = (
     | TokensArrived
     | CreditArrived
     | SentArrived
+    | FollowerMet
     | SubmitArrived
     | InferArrived
     | CancelArrived

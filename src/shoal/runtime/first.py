@@ -9,6 +9,8 @@ from collections import deque
 from collections.abc import Container
 from dataclasses import dataclass, field
 
+import msgspec
+
 from shoal.errors import (
     DeadlineExceededError,
     InvalidRequestError,
@@ -134,6 +136,19 @@ class FirstStage:
         effects = [e for r in list(self.live) for e in self._fail(Failure(request=r, code=code, text=text))]
         effects += [failed(s.reply_to, Failure(request=s.request.request, code=code, text=text)) for s in queued]
         return effects + [infer_failed(step, code, text) for step in steps]
+
+    def begin_again(self, code: str, text: str) -> list[Effect]:
+        """Fail every request and begin another run: nothing that any stage holds counts from now on."""
+        effects = self.abandon(code, text)
+        self.closing.clear()
+        self.kept.held.clear()
+        # Runs are drawn at random: the next number is as good as any.
+        self.settings = msgspec.structs.replace(self.settings, run=(self.settings.run + 1) % 2**32)
+        return effects
+
+    def empty_frame(self) -> BatchFrame:
+        """A frame that only says which run it is."""
+        return BatchFrame(plan_epoch=self.settings.plan_epoch, run=self.settings.run, step=self._take_step())
 
     def signs_of_life(self) -> list[Effect]:
         """An empty delta for every request, waiting or running."""

@@ -114,6 +114,8 @@ class CreditFrame(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True,
     run: int = 0
     trouble: str = ""
     """Why the pipeline from the sender on does not work; empty from the first stage, or it would go round for ever."""
+    renewals: int = 0
+    """How many stages behind the sender were started anew since it was started."""
 
 
 class SentFrame(msgspec.Struct, frozen=True, kw_only=True, tag="sent"):

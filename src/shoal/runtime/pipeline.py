@@ -9,6 +9,8 @@ import heapq
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import msgspec
+
 from shoal.clock import ManualClock
 from shoal.errors import ShoalError
 from shoal.ids import RequestId
@@ -155,7 +157,7 @@ class LocalPipeline:
 
     def _show_life(self, stage: int, machine: StageState) -> None:
         trouble = "" if machine.first else machine.trouble or machine.behind
-        sign = CreditFrame(plan_epoch=machine.settings.plan_epoch, step=-1, trouble=trouble)
+        sign = msgspec.structs.replace(machine.credit(-1), trouble=trouble)
         self._travel(stage, (stage - 1) % len(self.machines), sign, CreditArrived(frame=sign))
 
     def _travel(

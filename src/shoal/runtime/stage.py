@@ -14,7 +14,8 @@ What can go wrong.  A frame of another plan epoch, of an old step, or naming imp
 `discarded`.  A sequence whose earlier rows never arrived here (a lost frame) fails as `shard_lost` in the frame itself, its
 neighbours go on.  A failed engine step fails the requests of that frame; the failure travels down the pipeline like a result.
 A stage that was started anew knows nothing: its neighbours' sequences fail as if their frames had been lost.  If it is the first,
-it begins another run, and the stages that outlived it forget the old one.
+it begins another run, and the stages that outlived it forget the old one; if it is another, the first is told and does the same
+(`renewal`).
 A next stage that falls silent is `trouble`: every stage hears of it from the one behind it, the first ends what it serves and
 refuses what comes until there are signs of life again.  What is made of it is the shell's to say: the fleet plans anew.
 """
@@ -35,6 +36,7 @@ from shoal.runtime.effects import (
     CreditArrived,
     Effect,
     EmitResult,
+    FollowerMet,
     InferArrived,
     ReleaseSlot,
     RunStep,
@@ -52,6 +54,7 @@ from shoal.runtime.effects import (
 )
 from shoal.runtime.frames import BatchFrame, CreditFrame, Failure, InferDone, SentFrame, TokensFrame
 from shoal.runtime.last import LastStage
+from shoal.runtime.renewal import hear_of, meet
 from shoal.runtime.rows import missing, outgoing, without_gaps, without_garbage
 from shoal.runtime.stage_state import StageState
 from shoal.runtime.watch import watch
@@ -81,6 +84,8 @@ def _take(state: StageState, given: StageInput) -> list[Effect]:
             return _credit(state, frame)
         case SentArrived(frame=sent):
             return _reminded(state, sent)
+        case FollowerMet():
+            return meet(state, given)
         case Tick():
             return watch(state, given)
         case TokensArrived() | SubmitArrived() | InferArrived() | CancelArrived() | Abandon():
@@ -152,7 +157,7 @@ def _reminded(state: StageState, frame: SentFrame) -> list[Effect]:
     state.last_step = frame.step
     if state.running is not None or state.inbox or state.edge.outbox:
         return effects
-    return [*effects, SendCredit(frame=CreditFrame(plan_epoch=frame.plan_epoch, step=frame.step, run=frame.run))]
+    return [*effects, SendCredit(frame=state.credit(frame.step))]
 
 
 def _credit(state: StageState, frame: CreditFrame) -> list[Effect]:
@@ -160,7 +165,10 @@ def _credit(state: StageState, frame: CreditFrame) -> list[Effect]:
         state.discarded += 1
         return []
     news, state.behind = frame.trouble != state.behind, frame.trouble
-    return state.first.abandon(ShardLostError.code, state.behind) if state.first and news and state.behind else []
+    effects = hear_of(state, frame)
+    return effects + (
+        state.first.abandon(ShardLostError.code, state.behind) if state.first and news and state.behind else []
+    )
 
 
 def _acknowledge(state: StageState, frame: CreditFrame | TokensFrame) -> bool:
@@ -215,7 +223,7 @@ def _complete(state: StageState, frame: BatchFrame, inputs: Tensors, outputs: Te
     # Between two stages the answer says as much as a credit would, and nothing is to be read beside it.
     answered = state.settings.stages == 2 and frame.wants_answer()
     if state.first is None and not answered:
-        effects.append(SendCredit(frame=CreditFrame(plan_epoch=frame.plan_epoch, step=frame.step, run=frame.run)))
+        effects.append(SendCredit(frame=state.credit(frame.step)))
     return effects
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from shoal.runtime.edge import Edge, Work
 from shoal.runtime.first import FirstStage
+from shoal.runtime.frames import CreditFrame
 from shoal.runtime.grammar import Grammars, NoGrammars
 from shoal.runtime.last import LastStage
 from shoal.runtime.settings import StageSettings
@@ -35,11 +36,21 @@ class StageState:
     trouble: str = ""
     behind: str = ""
     discarded: int = 0
+    follower_birth: int = 0
+    """Of the worker that the next stage is; 0 before one said so."""
+    renewals: int = 0
+    """How many stages behind this one were started anew since it was."""
+    renewals_behind: int | None = None
+    """The same, as the next stage said last; None before it said anything."""
     edge: Edge = field(init=False)
 
     def __post_init__(self) -> None:
         self.edge = Edge(self.settings.credits)
         self.run = self.settings.run if self.settings.is_first else None
+
+    def credit(self, step: int) -> CreditFrame:
+        """All frames up to *step* are done with."""
+        return CreditFrame(plan_epoch=self.settings.plan_epoch, step=step, run=self.run or 0, renewals=self.renewals)
 
     def tell_time(self, now_s: float) -> None:
         """A clock's zero is arbitrary: the machine's own time begins when it is first told."""

@@ -32,6 +32,7 @@ from shoal.node.stage_keys import StageKeys, stage_keys
 from shoal.runtime import frames
 from shoal.runtime.effects import (
     Abandon,
+    AskDraft,
     BatchArrived,
     CopySlot,
     CreditArrived,
@@ -301,6 +302,8 @@ class StageLoop:
                 self.session.copy(source, target, count)
             case ReleaseSlot(slot=slot):
                 self.session.release(slot)
+            case AskDraft():
+                pass  # no draft model is loaded beside this stage (`draft_tokens`)
             case Suspect(trouble=trouble):
                 self.log.warning("stage.trouble", shard=str(self.shard), trouble=trouble)
             case _:

@@ -96,6 +96,14 @@ class Abandon(msgspec.Struct, frozen=True, kw_only=True):
     text: str
 
 
+class DraftDone(msgspec.Struct, frozen=True, kw_only=True):
+    """What `AskDraft` of that *number* came to: as many ids as were asked for, or `failed`."""
+
+    number: int
+    ids: tuple[int, ...] = ()
+    failed: bool = False
+
+
 StageInput = (
     BatchArrived
     | StepDone
@@ -107,6 +115,7 @@ StageInput = (
     | SubmitArrived
     | InferArrived
     | CancelArrived
+    | DraftDone
     | Tick
     | Abandon
 )
@@ -179,4 +188,31 @@ class Suspect(msgspec.Struct, frozen=True, kw_only=True):
     trouble: str
 
 
-Effect = RunStep | SendFrame | SendTokens | SendCredit | SendSent | Emit | EmitResult | CopySlot | ReleaseSlot | Suspect
+class AskDraft(msgspec.Struct, frozen=True, kw_only=True):
+    """Have the draft model go on, beside whatever else is done; answer with `DraftDone`, late or never.
+
+    Its slot holds the positions below `start`; `ids` are those from there on, behind which `count` more are its own, each the most
+    likely one.  These requests are carried out in the order in which they were made.
+    """
+
+    number: int
+    request: RequestId
+    slot: int
+    start: int
+    ids: tuple[int, ...]
+    count: int
+
+
+Effect = (
+    RunStep
+    | SendFrame
+    | SendTokens
+    | SendCredit
+    | SendSent
+    | Emit
+    | EmitResult
+    | CopySlot
+    | ReleaseSlot
+    | Suspect
+    | AskDraft
+)

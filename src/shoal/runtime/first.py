@@ -6,7 +6,7 @@ told.  A request whose time has passed ends, in line or in the middle of its ans
 """
 
 from collections import deque
-from collections.abc import Container
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
@@ -20,7 +20,7 @@ from shoal.errors import (
 )
 from shoal.ids import RequestId
 from shoal.runtime.compose import Load, compose
-from shoal.runtime.effects import Effect, Emit, Tensors
+from shoal.runtime.effects import DraftDone, Effect, Emit, Tensors
 from shoal.runtime.flights import Flight, Flights
 from shoal.runtime.frames import (
     BatchFrame,
@@ -41,6 +41,7 @@ from shoal.runtime.scheduler import Pace, chunk_rows, is_prefill, next_batch, ne
 from shoal.runtime.sequence import LiveSequence
 from shoal.runtime.settings import StageSettings
 from shoal.runtime.slots import SlotTable
+from shoal.runtime.speculate.ahead import Ahead
 from shoal.runtime.speculate.draft import Drafter
 from shoal.runtime.speculate.speculator import Speculator, agreed
 from shoal.runtime.waiting import Waiter, WaitingLine
@@ -68,7 +69,9 @@ class FirstStage:
         rules = self.settings.scheduler
         self.waiting = WaitingLine(rules.queue_limit, rules.batch_patience_s, rules.queue_s)
         self.flights = Flights(lost_s=self.settings.lost_s, probe_s=self.settings.probe_s)
-        self.speculator = Speculator(self.settings.speculation, self.drafter, self.settings.context_tokens)
+        given = self.settings
+        ahead = Ahead(given.draft_tokens, given.slots, given.vocabulary)
+        self.speculator = Speculator(given.speculation, self.drafter, given.context_tokens, ahead)
 
     def submit(self, submit: Submit) -> list[Effect]:
         """Queue a request; refuse it with an error delta when it can never run, too many wait, or its time would pass in line."""
@@ -189,13 +192,23 @@ class FirstStage:
             self.pace.passed(flight.rows, (self.flights.now_s - flight.begun_s) / self.settings.stages)
         if frame.tokens and not flight.prefill:
             guessed = sum(len(draft) for draft in flight.drafts.values())
-            self.speculator.ledger.lapped(self.flights.now_s - flight.begun_s, len(flight.requests), guessed, right)
+            took_s, assisted = self.flights.now_s - flight.begun_s, flight.assisted or self._assisted()
+            self.speculator.ledger.lapped(took_s, len(flight.requests), guessed, right, assisted=assisted)
         told = {f.request for f in frame.failed} | {e.request for e in frame.tokens if e.tokens}
         text = "the last stage answered a step without the token that was wanted"
         for request in flight.wants:
             if request not in told:
                 effects += self._fail(Failure(request=request, code=MalformedFrameError.code, text=text))
         return effects
+
+    def foretold(self, done: DraftDone) -> list[Effect]:
+        """The draft model says how a text may go on."""
+        self.speculator.ahead.answered(done)
+        return []
+
+    def asks(self) -> Sequence[Effect]:
+        """What the draft model is to be asked since the last time."""
+        return self.speculator.ahead.take()
 
     def next_frame(self) -> tuple[BatchFrame, Tensors] | None:
         """The next thing to run, counted as in flight from now on; None when nothing can or may run."""
@@ -243,15 +256,19 @@ class FirstStage:
     def _rows_frame(self, batch: tuple[SequenceStep, ...], reuse: Reuse | None) -> tuple[BatchFrame, Tensors]:
         step = self._take_step()
         self.last_was_prefill = is_prefill(batch, self.live)
-        batch, drafts = self.speculator.extend(batch, self.live)
+        batch, drafts = self.speculator.extend(batch, self.live, self.flights.now_s)
         wants = tuple([s.request for s in batch if s.logits])
         requests = tuple([s.request for s in batch])
         count = sum(s.count for s in batch)
         flight = Flight(
-            requests, self.flights.now_s, prefill=self.last_was_prefill, wants=wants, drafts=drafts, rows=count
-        )
+            requests, self.flights.now_s, prefill=self.last_was_prefill, wants=wants, drafts=drafts, rows=count,
+            assisted=self._assisted(),
+        )  # fmt: skip
         self.flights.begin(step, flight)
         return compose(self.settings, Load(step, batch, drafts, reuse), self.live)
+
+    def _assisted(self) -> bool:
+        return self.speculator.ahead.busy(self.flights.now_s)
 
     def _take_step(self) -> int:
         step, self.next_step = self.next_step, self.next_step + 1

@@ -28,6 +28,8 @@ class Flight:
     rows: int = 0
     begun_s: float = 0.0
     """When our own part began."""
+    assisted: bool = False
+    """A draft model was at work when it began."""
 
 
 @dataclass(slots=True)

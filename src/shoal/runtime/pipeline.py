@@ -15,10 +15,12 @@ from shoal.clock import ManualClock
 from shoal.errors import ShoalError
 from shoal.ids import RequestId
 from shoal.runtime.effects import (
+    AskDraft,
     BatchArrived,
     CancelArrived,
     CopySlot,
     CreditArrived,
+    DraftDone,
     Effect,
     Emit,
     EmitResult,
@@ -82,6 +84,10 @@ class LocalPipeline:
     """Whether the link from stage to stage works; what is sent while it does not is lost without a word."""
     drafter: Drafter | None = None
     """Who guesses at the first stage; None: as in a worker."""
+    foretell: Callable[[AskDraft], DraftDone | None] = lambda _ask: None
+    """The draft model; None is no answer, ever."""
+    foretell_s: Callable[[AskDraft], float] = lambda _ask: 0.0
+    """Seconds until it answers."""
     machines: list[StageState] = field(init=False)
     deltas: dict[RequestId, list[OutputDelta]] = field(default_factory=dict)
     results: dict[RequestId, EmitResult] = field(default_factory=dict)
@@ -186,10 +192,17 @@ class LocalPipeline:
                 self.results[done.request] = effect
             case CopySlot(source=source, target=target, count=count):
                 self.stages[stage].session.copy(source, target, count)
+            case AskDraft():
+                self._ask(stage, effect)
             case ReleaseSlot(slot=slot):
                 self.stages[stage].session.release(slot)
             case Suspect():
                 self.suspects.append(stage)
+
+    def _ask(self, stage: int, ask: AskDraft) -> None:
+        done = self.foretell(ask)
+        if done is not None:
+            self.give(stage, done, after_s=self.foretell_s(ask))
 
     def _step(self, stage: int, step: RunStep) -> StepDone | StepFailed:
         try:

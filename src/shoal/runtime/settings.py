@@ -61,6 +61,8 @@ class StageSettings(msgspec.Struct, frozen=True, kw_only=True):
     lost_s: float = 120.0
     scheduler: SchedulerSettings = SchedulerSettings()
     speculation: Speculation = Speculation()
+    draft_tokens: int = 0
+    """Positions that the draft model beside a first stage has in each of `slots`; 0: there is none."""
     activations: Codec = Codec.RAW
     """How what goes to the next stage is written."""
 

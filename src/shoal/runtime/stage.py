@@ -34,6 +34,7 @@ from shoal.runtime.effects import (
     CancelArrived,
     CopySlot,
     CreditArrived,
+    DraftDone,
     Effect,
     EmitResult,
     FollowerMet,
@@ -88,14 +89,14 @@ def _take(state: StageState, given: StageInput) -> list[Effect]:
             return meet(state, given)
         case Tick():
             return watch(state, given)
-        case TokensArrived() | SubmitArrived() | InferArrived() | CancelArrived() | Abandon():
+        case TokensArrived() | SubmitArrived() | InferArrived() | CancelArrived() | DraftDone() | Abandon():
             return _take_first(state, given)
         case _:
             assert_never(given)
 
 
 def _take_first(
-    state: StageState, given: TokensArrived | SubmitArrived | InferArrived | CancelArrived | Abandon
+    state: StageState, given: TokensArrived | SubmitArrived | InferArrived | CancelArrived | DraftDone | Abandon
 ) -> list[Effect]:
     first = state.first
     if first is None:
@@ -114,6 +115,8 @@ def _take_first(
             return first.refuse(infer, ShardLostError.code, broken) if broken else first.submit_infer(infer, tensors)
         case CancelArrived(request=request):
             return first.cancel(request)
+        case DraftDone():
+            return first.foretold(given)
         case Abandon(code=code, text=text):
             return first.abandon(code, text)
         case _:
@@ -256,6 +259,8 @@ def _proceed(state: StageState) -> list[Effect]:
         work = _next_work(state)
         if work is None:
             break
+        if state.first is not None:
+            effects += state.first.asks()  # before the step: the draft model is to run beside it
         effects += _begin(state, *work)
     return effects
 

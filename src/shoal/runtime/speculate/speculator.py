@@ -18,8 +18,9 @@ from shoal.ids import RequestId
 from shoal.runtime.ports import SequenceStep
 from shoal.runtime.request import SampledToken
 from shoal.runtime.sequence import LiveSequence
+from shoal.runtime.speculate.ahead import Ahead
 from shoal.runtime.speculate.draft import Draft, Drafter
-from shoal.runtime.speculate.worth import Chances, Ledger, best_length, kind_of, prior_of
+from shoal.runtime.speculate.worth import DRAFTED, Chances, Ledger, ahead_length, best_length, kind_of, prior_of
 
 Drafts = Mapping[RequestId, tuple[int, ...]]
 
@@ -59,12 +60,13 @@ class Speculator:
     settings: Speculation
     drafter: Drafter
     context_tokens: int
+    ahead: Ahead
     ledger: Ledger = field(default_factory=Ledger)
     chances: Chances = field(default_factory=Chances)
     tracks: dict[RequestId, _Track] = field(default_factory=dict)
 
     def extend(
-        self, batch: Iterable[SequenceStep], live: Mapping[RequestId, LiveSequence]
+        self, batch: Iterable[SequenceStep], live: Mapping[RequestId, LiveSequence], now_s: float = 0.0
     ) -> tuple[tuple[SequenceStep, ...], Drafts]:
         """The batch with guessed rows behind those that decode, and the guesses."""
         batch = tuple(batch)
@@ -79,6 +81,8 @@ class Speculator:
                 continue
             track = self._learn(sequence, step.start + step.count)
             draft = self._draft(sequence, step, track, len(batch))
+            if not draft and self._may_ask(sequence, step):
+                draft = self._run_ahead(sequence, track, len(batch), now_s)
             if not draft:
                 steps.append(step)
                 continue
@@ -96,6 +100,8 @@ class Speculator:
 
     def close(self, request: RequestId) -> None:
         """Forget a request."""
+        if self.ahead.close(request):
+            self.chances.fade(DRAFTED)  # another text may be easier for it
         if self.tracks.pop(request, None) is not None:
             self.drafter.close(request)
 
@@ -113,14 +119,40 @@ class Speculator:
 
     def _draft(self, sequence: LiveSequence, step: SequenceStep, track: _Track, sequences: int) -> tuple[int, ...]:
         """Never so long that the answer would pass its end."""
-        request = sequence.request
-        if step.count != 1 or step.logits != 1 or not sequence.output:
+        if not _decodes(sequence, step):
             return ()
-        left = request.max_tokens - len(sequence.output)
-        most = min(self.settings.most, left - 1, self.context_tokens - sequence.known - 1)
+        most = min(self.settings.most, self._room(sequence))
         draft = self.drafter.propose(step.request, most) if most > 0 else Draft()
         track.kind = kind_of(draft.match, predicted=draft.predicted)
         return draft.ids[: self._length(draft, track, sequences)]
+
+    def _room(self, sequence: LiveSequence) -> int:
+        """As many guesses as there is place for behind the next token."""
+        left = sequence.request.max_tokens - len(sequence.output)
+        return max(0, min(left, self.context_tokens - sequence.known) - 1)
+
+    def _may_ask(self, sequence: LiveSequence, step: SequenceStep) -> bool:
+        """Whether a guess comes in time depends on time, and what must be reproducible must not."""
+        return self.ahead.context_tokens > 0 and _decodes(sequence, step) and not sequence.request.reproducible
+
+    def _run_ahead(self, sequence: LiveSequence, track: _Track, sequences: int, now_s: float) -> tuple[int, ...]:
+        """What the draft model expected behind what is known; it is asked what comes next if that pays."""
+        room = self._room(sequence)
+        foreseen = self.ahead.foresee(sequence, self.chances, track.chances)[: min(self.settings.most, room)]
+        chance = track.chances.chance(DRAFTED, self.chances.chance(DRAFTED, prior_of(DRAFTED)))
+        length, wanted = len(foreseen), self.settings.most
+        if self.settings.adaptive:
+            prices = self.ledger.prices(sequences)
+            if prices is None:
+                return ()
+            length = best_length(chance, prices, len(foreseen), others=sequences - 1)
+            wanted = ahead_length(chance, prices, wanted, others=sequences - 1)
+        draft, track.kind = foreseen[:length], DRAFTED
+        self.ahead.sends(sequence.request.request, len(draft))
+        wanted = min(wanted, room - len(draft) - 1)  # room in the lap after this one
+        if wanted > 0:
+            self.ahead.ask(sequence, draft, 1 + wanted, now_s)
+        return draft
 
     def _length(self, draft: Draft, track: _Track, sequences: int) -> int:
         if not self.settings.adaptive or not draft.ids:
@@ -130,3 +162,8 @@ class Speculator:
             return 0
         chance = track.chances.chance(track.kind, self.chances.chance(track.kind, prior_of(track.kind)))
         return best_length(chance, prices, len(draft.ids), others=sequences - 1)
+
+
+def _decodes(sequence: LiveSequence, step: SequenceStep) -> bool:
+    """Whether the step is the row of the newest id, which a token is wanted for."""
+    return step.count == 1 and step.logits == 1 and bool(sequence.output)

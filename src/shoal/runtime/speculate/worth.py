@@ -25,16 +25,23 @@ _ROW_SHARE = 0.25
 _TRIES = 6.0
 """So many guesses weigh as much as what is assumed before them."""
 _FORGET = 0.97
+_FADE = 0.9
 _PRIOR = ((16, 0.8), (8, 0.65), (4, 0.45), (0, 0.25))
 """Chance that a guess is right, by how many ids matched where it was found."""
 _PREDICTED = 0.8
+PREDICTED, DRAFTED = -1, -2
+"""Kinds of guesses that no match was found for: what the client foretold, and what a draft model says."""
+_DRAFTED = 0.7
+_AHEAD_SHARE = 0.05
+"""What a draft model at work adds to a lap, as a share of it, before that is known."""
 
 
 class Prices(msgspec.Struct, frozen=True, kw_only=True):
-    """What a lap of the pipeline takes without guesses, and each guessed row more."""
+    """What a lap of the pipeline takes without guesses, and each guessed row more, and a draft model that runs beside it."""
 
     lap_s: float
     row_s: float
+    ahead_s: float = 0.0
 
 
 def expected_tokens(chance: float, guesses: int) -> float:
@@ -54,6 +61,31 @@ def best_length(chance: float, prices: Prices, most: int, *, others: int = 0) ->
     return best if rate(best) > LEAST_GAIN * rate(0) else 0
 
 
+def ahead_tokens(chance: float, guesses: int) -> float:
+    """Tokens of a lap on the mean where a draft model runs ahead (`ahead`): guesses are there if all before them were right."""
+    guessed = guessed_laps(chance, guesses)
+    return 1.0 - guessed + guessed * expected_tokens(chance, guesses)
+
+
+def guessed_laps(chance: float, guesses: int) -> float:
+    """Share of laps that have guesses: they follow a lap whose token was foretold, all of its own guesses being right."""
+    return chance / (1.0 + chance - chance ** (guesses + 1))
+
+
+def ahead_length(chance: float, prices: Prices, most: int, *, others: int = 0) -> int:
+    """How many ids a draft model should foretell for one sequence; 0 where it does not pay to ask it."""
+    if prices.lap_s <= 0:
+        return 0
+
+    def rate(guesses: int) -> float:
+        rows = guesses * guessed_laps(chance, guesses)
+        return (others + ahead_tokens(chance, guesses)) / (prices.lap_s + prices.ahead_s + rows * prices.row_s)
+
+    plain = (others + 1.0) / prices.lap_s
+    best = max(range(1, most + 1), key=rate, default=0)
+    return best if best and rate(best) > LEAST_GAIN * plain else 0
+
+
 @dataclass(slots=True)
 class Chances:
     """How often guesses of a kind were right.  A kind is a class of matches: long ones are seldom wrong."""
@@ -70,15 +102,22 @@ class Chances:
         self.tried[kind] = _FORGET * self.tried.get(kind, 0.0) + right + (right < guessed)
         self.right[kind] = _FORGET * self.right.get(kind, 0.0) + right
 
+    def fade(self, kind: int) -> None:
+        """Believe a little less of what is known of a kind."""
+        self.tried[kind] = _FADE * self.tried.get(kind, 0.0)
+        self.right[kind] = _FADE * self.right.get(kind, 0.0)
+
 
 def kind_of(match: int, *, predicted: bool) -> int:
     """The class of a guess whose place was found by *match* ids, or that the client foretold."""
-    return -1 if predicted else next(least for least, _ in _PRIOR if match >= least)
+    return PREDICTED if predicted else next(least for least, _ in _PRIOR if match >= least)
 
 
 def prior_of(kind: int) -> float:
     """What is assumed of a kind before the first guess."""
-    return _PREDICTED if kind < 0 else next(chance for least, chance in _PRIOR if kind >= least)
+    if kind < 0:
+        return _PREDICTED if kind == PREDICTED else _DRAFTED
+    return next(chance for least, chance in _PRIOR if kind >= least)
 
 
 @dataclass(slots=True)
@@ -87,6 +126,7 @@ class Ledger:
 
     laps_s: dict[int, float] = field(default_factory=dict)
     row_share: float = _ROW_SHARE
+    ahead_share: float = _AHEAD_SHARE
     lost_s: float = 0.0
     spent_s: float = 0.0
     since_plain: dict[int, int] = field(default_factory=dict)
@@ -98,12 +138,12 @@ class Ledger:
             return None
         if self.lost_s > MOST_LOST * self.spent_s:
             return None
-        return Prices(lap_s=lap_s, row_s=lap_s * self.row_share)
+        return Prices(lap_s=lap_s, row_s=lap_s * self.row_share, ahead_s=lap_s * self.ahead_share)
 
-    def lapped(self, took_s: float, sequences: int, guessed: int, extra: int) -> None:
-        """A lap of *sequences* is over: of *guessed* rows *extra* gave a token."""
+    def lapped(self, took_s: float, sequences: int, guessed: int, extra: int, *, assisted: bool = False) -> None:
+        """A lap of *sequences* is over: of *guessed* rows *extra* gave a token; *assisted*: a draft model ran beside it."""
         self.spent_s += took_s
-        if not guessed:
+        if not guessed and not assisted:
             self.since_plain[sequences] = 0
             self.laps_s[sequences] = _nearer(self.laps_s.get(sequences), took_s)
             return
@@ -111,8 +151,12 @@ class Ledger:
         lap_s = self.laps_s.get(sequences)
         if not lap_s:
             return
-        share = (took_s - lap_s) / (lap_s * guessed)
-        self.row_share = _nearer(self.row_share, min(2.0, max(0.0, share)))
+        if assisted:
+            share = took_s / lap_s - 1.0 - guessed * self.row_share
+            self.ahead_share = _nearer(self.ahead_share, min(2.0, max(0.0, share)))
+        else:
+            share = (took_s - lap_s) / (lap_s * guessed)
+            self.row_share = _nearer(self.row_share, min(2.0, max(0.0, share)))
         # All sequences of the lap waited for it; the tokens that came more would have taken laps of their own.
         plain_s = lap_s * (1.0 + extra / sequences)
         self.lost_s = max(0.0, self.lost_s + took_s - plain_s)

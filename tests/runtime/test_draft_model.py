@@ -58,7 +58,7 @@ class Script:
                 return done
 
     def seconds(self, _ask: AskDraft) -> float:
-        return {"late": 0.1, "very late": 9.0}.get(self.way, 0.004)
+        return {"late": 0.15, "very late": 9.0}.get(self.way, 0.004)
 
 
 @pytest.fixture
@@ -234,3 +234,16 @@ def test_a_draft_model_that_does_not_pay_is_not_asked_any_more(drafted: Pipeline
     pipeline.generate(make_request("a", prompt=9, max_tokens=200))
 
     assert 0 < len(script.asked) < 20
+
+
+def test_what_is_right_and_late_is_built_upon(
+    make_pipeline: Pipelines, drafted: Pipelines, make_request: Requests
+) -> None:
+    """The draft model was not told its own last id: the next request begins with it."""
+    request = make_request("a", prompt=9, max_tokens=40)
+    plain = make_pipeline((3,)).generate(request)
+    script = Script(["late"])
+
+    assert drafted(script).generate(request) == plain
+    ends = [a.start + len(a.ids) + a.count - 1 for a in script.asked]
+    assert [a.start for a in script.asked[1:]] == ends[:-1]

@@ -298,14 +298,21 @@ class StageLoop:
                 self._replies.say(reply_to, delta)
             case EmitResult(reply_to=reply_to, done=done, tensors=tensors):
                 self._replies.put(reply_to, pack(frames.encode(done), tensors))
-            case CopySlot(source=source, target=target, count=count):
-                self.session.copy(source, target, count)
-            case ReleaseSlot(slot=slot):
-                self.session.release(slot)
+            case CopySlot() | ReleaseSlot():
+                self._change_slot(effect)
             case AskDraft():
                 pass  # no draft model is loaded beside this stage (`draft_tokens`)
             case Suspect(trouble=trouble):
                 self.log.warning("stage.trouble", shard=str(self.shard), trouble=trouble)
+            case _:
+                assert_never(effect)
+
+    def _change_slot(self, effect: CopySlot | ReleaseSlot) -> None:
+        match effect:
+            case CopySlot(source=source, target=target, count=count):
+                self.session.copy(source, target, count)
+            case ReleaseSlot(slot=slot):
+                self.session.release(slot)
             case _:
                 assert_never(effect)
 

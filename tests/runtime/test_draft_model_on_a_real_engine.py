@@ -17,7 +17,7 @@ from shoal.model.transformer import TransformerConfig, build, matrix_shapes, vec
 from shoal.runtime.backend.onnx import OnnxBackend
 from shoal.runtime.pipeline import LocalPipeline, LocalStage
 from shoal.runtime.ports import Session, Shard
-from shoal.runtime.request import Array, GenerateRequest
+from shoal.runtime.request import Array, GenerateRequest, SamplingParams
 from shoal.runtime.settings import StageSettings
 from shoal.runtime.speculate.draft_model import go_on
 from shoal.runtime.speculate.speculator import OFF, Speculation
@@ -86,3 +86,20 @@ def test_a_draft_model_changes_the_number_of_laps_and_no_token(
     assert drafted.generate(request) == answer
     assert (laps(drafted) < laps(looked_up)) is fewer
     assert laps(drafted) <= laps(plain) == 40
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_guessed_rows_keep_log_probabilities_and_stop_tokens(make_request: Requests, temperature: float) -> None:
+    sampling = SamplingParams(temperature=temperature, seed=3, logprobs=2, repetition_penalty=1.05)
+    free = pipeline(OFF).generate(make_request("a", prompt=9, max_tokens=40, sampling=sampling))
+    stop = next(token for token in free[12:] if free.index(token) >= 12)
+    request = make_request("a", prompt=9, max_tokens=40, sampling=sampling, stop_token_ids=(stop,))
+    made = [pipeline(OFF), pipeline(Speculation(most=MOST, adaptive=False), 7)]
+    for each in made:
+        each.generate(request)
+    plain, guessed = ([token for d in each.deltas[RequestId("a")] for token in d.tokens] for each in made)
+
+    assert [t.token for t in guessed] == [t.token for t in plain] == free[: free.index(stop)]
+    assert [t.position for t in guessed] == [t.position for t in plain]
+    assert [t.logprob for t in guessed] == pytest.approx([t.logprob for t in plain], abs=1e-4)
+    assert [[one.token for one in t.top] for t in guessed] == [[one.token for one in t.top] for t in plain]

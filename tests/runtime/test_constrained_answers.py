@@ -21,6 +21,7 @@ from shoal.runtime.grammar import JSON_OBJECT, Bound, Grammar
 from shoal.runtime.pipeline import LocalPipeline, LocalStage
 from shoal.runtime.request import FinishReason, GenerateRequest, SamplingParams
 from shoal.runtime.settings import StageSettings
+from shoal.runtime.speculate.speculator import Speculation
 
 LAYERS = 4
 BOUNDED = {
@@ -40,7 +41,9 @@ END = 1
 class Machine:
     """A pipeline over the byte-level tokenizer, cut at *cuts*, and what it answers."""
 
-    def __init__(self, tokenizer: Tokenizer, cuts: Sequence[int] = (2,), *, ends: tuple[int, ...] = (END,)) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, cuts: Sequence[int] = (2,), *, ends: tuple[int, ...] = (END,), guesses: int = 0
+    ) -> None:
         self.tokenizer, vocabulary = tokenizer, tokenizer.vocabulary
         stages = []
         for index, (start, stop) in enumerate(pairwise([0, *cuts, LAYERS])):
@@ -50,7 +53,7 @@ class Machine:
             )
             stage = StageSettings(
                 plan_epoch=1, index=index, stages=len(cuts) + 1, slots=2, context_tokens=CONTEXT,
-                vocabulary=vocabulary, eos_token_ids=ends,
+                vocabulary=vocabulary, eos_token_ids=ends, speculation=Speculation(most=guesses, adaptive=False),
             )  # fmt: skip
             grammars = GuidedGrammars(lambda: tokenizer, vocabulary, ends) if last else None
             stages.append(LocalStage(stage, NullBackend().load(shard), grammars))
@@ -258,3 +261,17 @@ def _as_of_old(given: TokensArrived) -> TokensArrived:
     """As a stage sends it that was there before grammars."""
     entries = tuple(msgspec.structs.replace(entry, bound=Bound.FREE) for entry in given.frame.tokens)
     return msgspec.structs.replace(given, frame=msgspec.structs.replace(given.frame, tokens=entries))
+
+
+@pytest.mark.parametrize("off_by", [0, 1], ids=["right", "now and then wrong"])
+def test_guesses_change_no_answer_that_follows_a_grammar(make_machine: Callable[..., Machine], off_by: int) -> None:
+    plain, guessing = make_machine(), make_machine(guesses=6)
+    answer = plain.ask("a", schema(BOUNDED))
+    ids = plain.pipeline.tokens(RequestId("a"))
+    foretold = tuple(i + off_by * (n % 5 == 4) for n, i in enumerate(ids))
+
+    assert guessing.ask("a", schema(BOUNDED), predicted=foretold) == answer
+    deltas = guessing.pipeline.deltas[RequestId("a")]
+    assert guessing.end("a") == plain.end("a")
+    assert sum(d.accepted for d in deltas) > 0
+    assert sum(bool(d.tokens) for d in deltas) < len(ids)

@@ -129,8 +129,9 @@ def rig(request: pytest.FixtureRequest, tmp_path: Path) -> Rig:
             raise AssertionError(other)
 
 
-def rows(start: int, count: int, *, slot: int = 0, logits: int = 1) -> SequenceStep:
-    return SequenceStep(request=RequestId(f"r{slot}"), slot=slot, start=start, count=count, logits=logits)
+def rows(start: int, count: int, *, slot: int = 0, logits: int = 1, exact: bool = False) -> SequenceStep:
+    request = RequestId(f"r{slot}")
+    return SequenceStep(request=request, slot=slot, start=start, count=count, logits=logits, exact=exact)
 
 
 def run(session: Session, *steps: SequenceStep, ids: np.ndarray = IDS) -> np.ndarray:
@@ -221,10 +222,20 @@ def filled(rig: Rig, slots: Sequence[int]) -> Session:
 def test_rows_of_several_answers_in_one_step_are_what_each_would_get_alone(rig: Rig, order: tuple[int, ...]) -> None:
     alone, together = filled(rig, range(SLOTS)), filled(rig, range(SLOTS))
     for ahead in range(4):
-        steps = [rows(PROMPTS[slot] + ahead, 1, slot=slot) for slot in order]
+        steps = [rows(PROMPTS[slot] + ahead, 1, slot=slot, exact=True) for slot in order]
         expected = np.concatenate([run(alone, step) for step in steps])
 
         assert np.array_equal(run(together, *steps), expected)
+
+
+def test_a_row_that_is_only_told_again_has_the_bits_that_it_had_among_others(rig: Rig) -> None:
+    first, again = filled(rig, range(SLOTS)), filled(rig, range(SLOTS))
+    following = [rows(PROMPTS[2] + ahead, 1, slot=2, exact=True) for ahead in range(2)]
+    others = [rows(PROMPTS[slot], 1, slot=slot) for slot in (1, 3)]
+    run(first, following[0], *others)
+    run(again, rows(PROMPTS[2], 1, slot=2, logits=0, exact=True), *others)
+
+    assert np.array_equal(run(first, following[1]), run(again, following[1]))
 
 
 def test_rows_of_answers_disturb_no_slot_between_them(rig: Rig) -> None:
@@ -250,12 +261,21 @@ def test_a_slot_without_a_position_left_is_not_written_between_others(rig: Rig) 
     assert np.array_equal(again, expected)
 
 
+def test_a_slot_that_a_step_fills_is_not_written_between_others(rig: Rig) -> None:
+    session, alone = filled(rig, (0, 2)), filled(rig, (0, 2))
+    long = np.resize(IDS, (1, CONTEXT))
+    steps = [rows(PROMPTS[0], 1), rows(0, CONTEXT, slot=1), rows(PROMPTS[2], 1, slot=2)]
+
+    together = run(session, *steps, ids=long)
+    assert np.allclose(together, np.concatenate([run(alone, s, ids=long) for s in steps]), atol=rig.noise)
+
+
 def test_rows_of_answers_and_chunks_of_prompts_share_a_step(rig: Rig) -> None:
     session, alone = filled(rig, (0, 1, 2)), filled(rig, (0, 1, 2))
     steps = [
-        rows(PROMPTS[0], 1, slot=0),
+        rows(PROMPTS[0], 1, slot=0, exact=True),
         rows(PROMPTS[1], 4, slot=1, logits=3),
-        rows(PROMPTS[2], 1, slot=2),
+        rows(PROMPTS[2], 1, slot=2, exact=True),
         rows(0, 6, slot=3, logits=0),
     ]
     together = run(session, *steps)

@@ -17,6 +17,7 @@ class SequenceStep(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     Its rows are positions [`start`, `start` + `count`) of the sequence, whose cache lives in `slot` on every stage;
     positions before `start` are already there.  A `start` below what the cache holds rolls it back.
     `logits` is how many of the last rows are to be sampled (0: none, a prefill chunk that is not the last).
+    `exact`: a single row must have the same bits whoever shares the step, at whatever price.
     """
 
     request: RequestId
@@ -24,6 +25,7 @@ class SequenceStep(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     start: int
     count: int
     logits: int
+    exact: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

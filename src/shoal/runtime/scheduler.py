@@ -119,5 +119,10 @@ def _rows(sequence: LiveSequence, count: int) -> SequenceStep:
     start = sequence.scheduled
     wants_token = start + count == sequence.known
     return SequenceStep(
-        request=sequence.request.request, slot=sequence.slot, start=start, count=count, logits=1 if wants_token else 0
+        request=sequence.request.request,
+        slot=sequence.slot,
+        start=start,
+        count=count,
+        logits=1 if wants_token else 0,
+        exact=sequence.request.reproducible,
     )

@@ -5,12 +5,13 @@ The engine takes the caches of a batch as one array, so a batch is a run of neig
 part may be bridged: a row that nobody wants is computed for it, and writes where the next wanted row of that slot will.  That
 costs less than a call of its own (a further row some 0.3 of a call with one row, measured on SmolLM2-135M), for one slot at a time.
 
-Rows of a batch have the same bits as rows alone, whoever shares the call (measured on ONNX Runtime 1.31 for batches of 1 to 8).
-Rows of one sequence that follow each other are another product, so they keep a call of their own.
+Rows of a batch have the same bits whoever shares the call.  Where they depend on how many share it (`lone`), rows that must be
+reproducible get rows beside them that nobody wants.  Rows of one sequence that follow each other are another product, so they
+keep a call of their own.
 """
 
 from collections.abc import Container, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from shoal.runtime.ports import SequenceStep
 
@@ -52,6 +53,20 @@ def calls_of(sequences: Sequence[SequenceStep], full: Container[int]) -> list[Ca
 def alone_call(at: int, slot: int) -> Call:
     """A call for one sequence."""
     return Call(slot, 1, (at,), (slot,))
+
+
+def with_company(call: Call, slots: int, full: Container[int], odd: Container[int]) -> Call:
+    """*call*, widened by neighbouring slots until its width is not in *odd*; as it is where there are none."""
+    wider = call
+    while wider.width in odd:
+        right, left = wider.first + wider.width, wider.first - 1
+        if right < slots and right not in full:
+            wider = replace(wider, width=wider.width + 1)
+        elif left >= 0 and left not in full:
+            wider = replace(wider, first=left, width=wider.width + 1)
+        else:
+            return call
+    return wider
 
 
 def _reaches(left: int, right: int, taken: Container[int], full: Container[int]) -> bool:

@@ -22,6 +22,7 @@ import onnx
 import onnxruntime as ort
 
 from shoal.errors import OverloadedError, ShoalError, UnsupportedModelError
+from shoal.runtime.backend.lone import odd_widths
 from shoal.runtime.backend.mapped import drop_pages, is_mapped
 from shoal.runtime.backend.onnx_session import ENGINE_ERRORS, OnnxSession
 from shoal.runtime.backend.roles import Roles, roles_of, with_batch
@@ -63,13 +64,14 @@ class OnnxBackend:
             with tempfile.TemporaryDirectory(prefix="shoal-") as folder:
                 options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
                 (Path(folder) / STUB_FILE).touch()
-                model, batches = weights.attach(options, shard, roles)
+                payload, batches = weights.attach(options, shard, roles)
                 unwanted = ["ConstantFolding"] if roles.exact_cuts else []
-                session = ort.InferenceSession(model, options, providers=chosen, disabled_optimizers=unwanted)
+                session = ort.InferenceSession(payload, options, providers=chosen, disabled_optimizers=unwanted)
         except ENGINE_ERRORS as error:
             raise _unsupported(error) from error
         drop_pages(shard.tensors.values())
-        return OnnxSession(session, roles, shard.slots, shard.context_tokens, weights.mapped, batches=batches)
+        odd = odd_widths(shard.graph, shard.slots) if batches and shard.slots > 1 else frozenset[int]()
+        return OnnxSession(session, roles, shard.slots, shard.context_tokens, weights.mapped, batches=batches, odd=odd)
 
 
 @dataclass(slots=True)

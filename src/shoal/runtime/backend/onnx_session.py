@@ -20,7 +20,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as native
 from shoal.errors import InvalidRequestError, OverloadedError, ShoalError
 from shoal.ids import RequestId
 from shoal.model.spec import LOGIT_ROWS, LOGITS
-from shoal.runtime.backend.grouping import Call, alone_call, calls_of
+from shoal.runtime.backend.grouping import Call, alone_call, calls_of, with_company
 from shoal.runtime.backend.pages import SlotPages
 from shoal.runtime.backend.roles import CacheTensor, Output, Roles, batch_inputs, batch_value, output_rows
 from shoal.runtime.ports import SequenceStep
@@ -74,7 +74,7 @@ class _Slot:
 
 
 class OnnxSession:
-    """A loaded shard; *batches*: its graph takes more than one sequence."""
+    """A loaded shard; *batches*: its graph takes more than one sequence; *odd*: see `lone.odd_widths`."""
 
     def __init__(
         self,
@@ -85,11 +85,13 @@ class OnnxSession:
         weights: list[ort.OrtValue],
         *,
         batches: bool,
+        odd: frozenset[int],
     ) -> None:
         self._session: ort.InferenceSession | None = session
         self._roles = roles
         self._settled = roles.settled
         self._batches = batches and roles.settled
+        self._odd = odd
         # Which rows get logits follows from how many there are: written when they are bound.
         self._moving = tuple(name for name in roles.derived if name != LOGIT_ROWS)
         self._context_tokens = context_tokens
@@ -110,7 +112,8 @@ class OnnxSession:
         parts: list[Mapping[str, Array]] = [{}] * len(sequences)
         for call in self._calls(sequences):
             given = {name: _rows(tensors[name], call, sequences, starts) for name in self._roles.given}
-            steps = [self._bridge(slot) if at is None else sequences[at] for slot, at in call.lanes()]
+            wanted = sequences[call.members[0]].logits
+            steps = [self._bridge(slot, wanted) if at is None else sequences[at] for slot, at in call.lanes()]
             found = self._run(call, steps, given)
             for lane, (_, at) in enumerate(call.lanes()):
                 if at is not None:
@@ -176,9 +179,18 @@ class OnnxSession:
             )
 
     def _calls(self, sequences: Sequence[SequenceStep]) -> list[Call]:
-        if len(sequences) == 1 or not self._batches:
+        if not self._batches:
             return [alone_call(at, step.slot) for at, step in enumerate(sequences)]
-        return calls_of(sequences, {n for n, slot in self._slots.items() if slot.length >= self._context_tokens})
+        ends = {n: slot.length for n, slot in self._slots.items()} | {s.slot: s.start + s.count for s in sequences}
+        full = {slot for slot, end in ends.items() if end >= self._context_tokens}
+        calls = calls_of(sequences, full)
+        if not self._odd:
+            return calls
+        exact = {at for at, step in enumerate(sequences) if step.exact and step.count == 1}
+        return [
+            call if exact.isdisjoint(call.members) else with_company(call, len(self._slots), full, self._odd)
+            for call in calls
+        ]
 
     def _run_plain(self, engine: ort.InferenceSession, tensors: Mapping[str, Array]) -> dict[str, Array]:
         names = [output.name for output in self._roles.outputs]
@@ -271,9 +283,9 @@ class OnnxSession:
             slot.grown[cache.past] = found[cache.present]
         return {name: found[name] if array is None else array for name, array in outputs.items()}
 
-    def _bridge(self, slot: int) -> SequenceStep:
+    def _bridge(self, slot: int, logits: int) -> SequenceStep:
         """A row that nobody wants, where the next wanted one of its slot will be."""
-        return SequenceStep(request=RequestId(""), slot=slot, start=self._slots[slot].length, count=1, logits=1)
+        return SequenceStep(request=RequestId(""), slot=slot, start=self._slots[slot].length, count=1, logits=logits)
 
     def _hold(self, step: SequenceStep) -> None:
         """The slot ends with this step now."""

@@ -24,6 +24,7 @@ MODULES = {
     "edgeshard": "bench.edgeshard.claim",
     "prediction": "bench.prediction.claim",
     "speculation": "bench.speculation.claim",
+    "links": "bench.links.claim",
     "stall": "bench.stall.claim",
     "overload": "bench.overload.claim",
     "soak": "bench.soak.claim",
@@ -43,6 +44,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--transformers-python", default=torch, help="interpreter that has transformers [SHOAL_BENCH_TRANSFORMERS]"
     )
+    rpc = os.environ.get("SHOAL_BENCH_LLAMA_RPC", "")
+    parser.add_argument(
+        "--llama-rpc", default=rpc, help="folder with llama-server and ggml-rpc-server [SHOAL_BENCH_LLAMA_RPC]"
+    )
     return parser.parse_args()
 
 
@@ -56,6 +61,7 @@ def main() -> None:
         fresh=asked.fresh,
         llama_python=_interpreter(asked.llama_python),
         transformers_python=_interpreter(asked.transformers_python),
+        llama_rpc=str(Path(asked.llama_rpc).absolute()) if asked.llama_rpc else "",
     )
     modules = {name: importlib.import_module(path) for name, path in MODULES.items()}
     for name in [] if asked.table else asked.claims or MODULES:

@@ -31,12 +31,14 @@ Values = dict[str, Any]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """How to run.  Interpreters of peers are paths, empty where there is none."""
+    """How to run.  Interpreters and folders of peers are paths, empty where there is none."""
 
     quick: bool = False
     fresh: bool = False
     llama_python: str = ""
     transformers_python: str = ""
+    llama_rpc: str = ""
+    """The folder that has llama.cpp's server and RPC server."""
 
     @property
     def gguf(self) -> Path:

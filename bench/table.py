@@ -8,6 +8,7 @@ from typing import Any
 from bench.measure import RESULTS, ROOT, Finding, load_cells
 
 PAGE = ROOT / "docs" / "benchmarks.md"
+PICTURES = ROOT / "docs" / "pictures"
 NOTES = ROOT / "bench" / "notes.md"
 _HEAD = """# Benchmarks
 
@@ -45,7 +46,21 @@ def _claim(claim: ModuleType) -> str:
     found = claim.findings(cells)
     if not found:
         return f"Not measured yet: `python -m bench {claim.NAME}`.\n"
-    return table(found) + "\n" + "".join(f"- {_when(name, cell)}\n" for name, cell in cells.items())
+    more = "".join(f"{part}\n" for part in (_pictures(claim, cells), _details(claim, cells)) if part)
+    return table(found) + "\n" + more + "".join(f"- {_when(name, cell)}\n" for name, cell in cells.items())
+
+
+def _pictures(claim: ModuleType, cells: Mapping[str, Any]) -> str:
+    """Draw what a claim wants to show (`draw`: SVG by file name), and show it."""
+    drawn: Mapping[str, str] = claim.draw(cells) if hasattr(claim, "draw") else {}
+    for name, text in drawn.items():
+        (PICTURES / name).write_text(text)
+    return "".join(f"![{claim.TITLE}]({PICTURES.name}/{name})\n" for name in drawn)
+
+
+def _details(claim: ModuleType, cells: Mapping[str, Any]) -> str:
+    """What a claim tells beside its findings (`details`: Markdown)."""
+    return str(claim.details(cells)) if hasattr(claim, "details") else ""
 
 
 def _when(name: str, cell: Mapping[str, Any]) -> str:

@@ -11,8 +11,8 @@ from queue import Empty, SimpleQueue
 
 import pytest
 
-from shoal.clock import SystemClock
 from shoal.errors import InvalidRequestError, NodeUnreachableError, OverloadedError, ShoalError
+from shoal.threads import SystemThreads
 from shoal.transport.bus import Bus, Lane, Sample
 from shoal.transport.memory import MemoryFabric
 from shoal.transport.shaped import Link, ShapedBus, Way
@@ -67,7 +67,7 @@ def memory(stack: ExitStack) -> tuple[Bus, Bus]:
 def shaped(stack: ExitStack) -> tuple[Bus, Bus]:
     way = Way(latency_s=0.001, bytes_per_s=200e6, jitter_s=0.0005)
     a, b = memory(stack)
-    slow = ShapedBus(a, {"k": Link(out=way, back=way)}, SystemClock())
+    slow = ShapedBus(a, {"k": Link(out=way, back=way)}, SystemThreads())
     return stack.enter_context(closing(slow)), b
 
 

@@ -11,6 +11,7 @@ from shoal.ids import RequestId
 from shoal.node.replies import Replies
 from shoal.runtime import frames
 from shoal.runtime.request import OutputDelta, SampledToken
+from shoal.threads import SystemThreads
 from shoal.transport.bus import Bus, Sample
 from shoal.transport.frame import unpack
 from shoal.transport.memory import MemoryBus
@@ -39,7 +40,7 @@ def gateway(bus: Bus) -> Iterator[SimpleQueue[int]]:
 
 
 def test_what_was_said_before_closing_arrives_in_order(bus_of: Attach, log: FilteringBoundLogger) -> None:
-    replies = Replies(bus_of("worker"), log)
+    replies = Replies(bus_of("worker"), log, SystemThreads())
     with gateway(bus_of("gateway")) as heard:
         for position in range(50):
             replies.say(HERE, piece(position))
@@ -56,7 +57,7 @@ def test_a_session_that_is_closed_loses_replies_and_says_so_without_an_end(
     bus_of: Attach, log: FilteringBoundLogger, logged: io.StringIO
 ) -> None:
     bus = bus_of("worker")
-    replies = Replies(bus, log)
+    replies = Replies(bus, log, SystemThreads())
     replies.start("replies")
     bus.close()
 

@@ -25,6 +25,7 @@ from shoal.runtime.executor.staged import StagedExecutor
 from shoal.runtime.request import GenerateRequest, SamplingParams
 from shoal.runtime.scheduler import SchedulerSettings
 from shoal.runtime.settings import StageSettings
+from shoal.threads import SystemThreads
 from shoal.transport.bus import Bus, Sample
 from shoal.transport.codec import Codec
 from shoal.transport.frame import pack, unpack
@@ -84,7 +85,7 @@ def stages_of(
                     session=engine.load(piece),
                     control=bus_of(f"worker{index}"),
                     inbound=inbound,
-                    clock=SystemClock(),
+                    threads=SystemThreads(),
                     told=lambda: None,
                     log=log,
                 )

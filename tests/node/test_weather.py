@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from shoal.clock import ManualClock, SystemClock
+from shoal.clock import ManualClock
 from shoal.ids import NodeId
 from shoal.node.weather import (
     ChangingLinks,
@@ -20,6 +20,7 @@ from shoal.node.weather import (
     write_weather,
 )
 from shoal.node.worker_spec import LinkShape
+from shoal.threads import SystemThreads
 from shoal.transport.bus import Lane
 from shoal.transport.memory import MemoryBus
 from shoal.transport.shaped import ShapedBus
@@ -72,7 +73,7 @@ def test_a_link_that_changes_while_messages_are_on_it_keeps_their_order(
     bus_of("there").subscribe("to/box/**", lambda sample: heard.append(bytes(sample.payload)))
     slow = LinkShape(target=BOX, latency_s=0.4, bytes_per_s=1e9)
     write_weather(tmp_path, Weather(links=(slow,)))
-    shaped = ShapedBus(bus_of("here"), {"to/box": link_of(slow)}, SystemClock())
+    shaped = ShapedBus(bus_of("here"), {"to/box": link_of(slow)}, SystemThreads())
     changing = ChangingLinks(shaped, tmp_path, (NEAR,), lambda _: ("to/box",))
     changing.start()
     shaped.put("to/box/x", b"1", lane=Lane.DECODE)

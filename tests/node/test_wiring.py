@@ -10,7 +10,6 @@ import msgspec
 import pytest
 from structlog.typing import FilteringBoundLogger
 
-from shoal.clock import SystemClock
 from shoal.errors import NodeUnreachableError
 from shoal.fleet.report import ShardId
 from shoal.ids import DeploymentId, Digest, NodeId
@@ -20,6 +19,7 @@ from shoal.node.wiring import Outcome, Wirer
 from shoal.node.worker_spec import Wiring, WorkerSpec
 from shoal.runtime.backend.null import NullBackend, null_shard
 from shoal.runtime.settings import StageSettings
+from shoal.threads import SystemThreads
 from shoal.transport.bus import Bus, Sample
 from shoal.transport.keys import key_of
 from shoal.transport.memory import MemoryBus, MemoryFabric
@@ -70,7 +70,9 @@ def line(bus_of: Attach, log: FilteringBoundLogger) -> Iterator[Line]:
             settings = StageSettings(plan_epoch=1, index=stage, stages=2, slots=2, context_tokens=256, vocabulary=64)
             control = bus_of(f"worker{stage}")
             session = NullBackend().load(piece)
-            loops.append(StageLoop(FLEET, shard, settings, session, control, inbound, SystemClock(), lambda: None, log))
+            loops.append(
+                StageLoop(FLEET, shard, settings, session, control, inbound, SystemThreads(), lambda: None, log)
+            )
             loops[-1].listen(key_of(submit_topic(FLEET, ME, shard)))
             threads.append(threading.Thread(target=loops[-1].run))
             threads[-1].start()
@@ -91,6 +93,7 @@ def wirer_of(made: Line, log: FilteringBoundLogger, *, unreached_s: float = 10.0
     )  # fmt: skip
     wirer = Wirer(
         spec=spec, loop=made.loops[0], dial=made.dial, shape=lambda bus, _: bus, told=made.outcomes.put, log=log,
+        threads=SystemThreads(),
         unreached_s=unreached_s,
     )  # fmt: skip
     yield wirer

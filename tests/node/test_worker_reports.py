@@ -40,7 +40,7 @@ def test_a_shard_that_begins_or_ceases_to_answer_says_so_at_once_and_else_twice_
     bus_of: Callable[[str], MemoryBus], log: FilteringBoundLogger
 ) -> None:
     bus, clock = bus_of("node"), ManualClock(100)
-    reporter = Reporter(spec=SPEC, control=bus, clock=clock)
+    reporter = Reporter(spec=SPEC, control=bus, threads=clock)  # type: ignore[arg-type] time is all that it asks for here
     settings = StageSettings(
         plan_epoch=1, index=0, stages=1, slots=1, context_tokens=16, vocabulary=8, eos_token_ids=()
     )
@@ -86,7 +86,7 @@ def test_step_times_are_told_of_blocks_and_not_of_what_only_passes(
     bus_of: Callable[[str], MemoryBus], log: FilteringBoundLogger, stop: int, told: bool
 ) -> None:
     bus, clock, spec = bus_of("node"), ManualClock(100), msgspec.structs.replace(SPEC, stop=stop)
-    reporter = Reporter(spec=spec, control=bus, clock=clock)
+    reporter = Reporter(spec=spec, control=bus, threads=clock)  # type: ignore[arg-type] as above
     settings = StageSettings(plan_epoch=1, index=0, stages=1)
     loop = reporter.loop = StageLoop("f", SHARD, settings, Idle(), bus, bus, clock, reporter.remind, log)  # type: ignore[arg-type]
     heard: SimpleQueue[ShardReport] = SimpleQueue()

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shoal.clock import SystemClock
 from shoal.errors import NodeUnreachableError, SettingsError
+from shoal.threads import SystemThreads
 from shoal.transport.bus import Lane
 from shoal.transport.memory import MemoryBus, MemoryFabric
 from shoal.transport.shaped import SEGMENT_BYTES, Link, ShapedBus, Way, Wire, due_s
@@ -98,7 +98,7 @@ def nodes() -> Iterator[tuple[ShapedBus, MemoryBus]]:
     slow = Link(out=Way(latency_s=0.03), back=Way(latency_s=0.02))
     with (
         closing(fabric.attach("b")) as b,
-        closing(ShapedBus(fabric.attach("a"), {"shoal/x": slow}, SystemClock())) as a,
+        closing(ShapedBus(fabric.attach("a"), {"shoal/x": slow}, SystemThreads())) as a,
     ):
         yield a, b
 

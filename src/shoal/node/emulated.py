@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from shoal.clock import SystemClock
 from shoal.ids import Digest, NodeId
 from shoal.node.options import NodeOptions
 from shoal.node.weather import ChangingLinks, link_of, links_of
+from shoal.threads import SystemThreads
 from shoal.transport.bus import Bus
 from shoal.transport.keys import ChunkTopic, ControlTopic, ProbeTopic, key_of
 from shoal.transport.shaped import ShapedBus
@@ -34,7 +34,7 @@ def _shaped(bus: Bus, options: NodeOptions, me: NodeId) -> ShapedBus:
         for shape in links_of(Path(options.home), options.links)
         for key in _keys_to(options.fleet, me, shape.target)
     }
-    return ShapedBus(bus, links, SystemClock())
+    return ShapedBus(bus, links, SystemThreads())
 
 
 def _keys_to(fleet: str, me: NodeId, node: NodeId) -> tuple[str, ...]:

@@ -25,6 +25,7 @@ from shoal.runtime import frames
 from shoal.runtime.ports import SequenceStep
 from shoal.runtime.request import Array, FinishReason, GenerateRequest
 from shoal.runtime.settings import StageSettings
+from shoal.threads import SystemThreads
 from shoal.transport.bus import Lane
 from shoal.transport.frame import pack, unpack
 from shoal.transport.keys import EventTopic, key_of
@@ -78,7 +79,7 @@ def loop_overhead_s(vocabulary: int, clock: Clock, work: Callable[[], object]) -
     boundary = {"boundary": np.zeros((1, 1, HIDDEN), np.float32)}
     logits = {LOGITS: np.zeros((1, max(2, vocabulary)), np.float32)}
     first, last = IdleSession(boundary, clock, work), IdleSession(logits, clock, work)
-    with _pipeline((first, last), vocabulary, clock) as ask:
+    with _pipeline((first, last), vocabulary) as ask:
         ask()
     idle_s = [sum(parts) for parts in zip(first.worked_s(), last.worked_s(), strict=False)]
     laps = [(b - a) - idle for a, b, idle in zip(first.began_s, first.began_s[1:], idle_s, strict=False)]
@@ -86,7 +87,7 @@ def loop_overhead_s(vocabulary: int, clock: Clock, work: Callable[[], object]) -
 
 
 @contextmanager
-def _pipeline(sessions: tuple[IdleSession, IdleSession], vocabulary: int, clock: Clock) -> Iterator[Callable[[], None]]:
+def _pipeline(sessions: tuple[IdleSession, IdleSession], vocabulary: int) -> Iterator[Callable[[], None]]:
     fabric, log = MemoryFabric(), set_up_logs(io.StringIO())
     reply_to = key_of(EventTopic(fleet=_FLEET, node=_NODE, kind="answers"))
     ended: SimpleQueue[bool] = SimpleQueue()
@@ -104,7 +105,7 @@ def _pipeline(sessions: tuple[IdleSession, IdleSession], vocabulary: int, clock:
                 session=session,
                 control=control,
                 inbound=inbound,
-                clock=clock,
+                threads=SystemThreads(),
                 told=lambda: None,
                 log=log,
             )

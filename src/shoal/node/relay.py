@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 import msgspec
 from structlog.typing import FilteringBoundLogger
 
-from shoal.clock import SystemClock
 from shoal.errors import ShoalError
 from shoal.fleet.report import ShardState
 from shoal.node.reporter import Reporter
@@ -25,6 +24,7 @@ from shoal.node.worker_spec import WorkerSpec
 from shoal.observe.log import set_up_logs
 from shoal.runtime.backend.passing import PassingSession
 from shoal.runtime.settings import StageSettings
+from shoal.threads import SystemThreads
 from shoal.transport.bus import Bus
 from shoal.transport.zenoh import open_control
 
@@ -53,7 +53,7 @@ class Relays:
             thread.join(_STOP_S / len(self.threads))
 
     def _relay(self, spec: WorkerSpec) -> None:
-        reporter = Reporter(spec=spec, control=self.control, clock=SystemClock())
+        reporter = Reporter(spec=spec, control=self.control, threads=SystemThreads())
         reporter.start()
         try:
             bench = Bench(spec=spec, control=self.control, reporter=reporter, log=self.log)

@@ -6,7 +6,6 @@ From here it is said while the engine runs, which needs no interpreter.  Saying 
 would hold back each token for as long as it takes.
 """
 
-import threading
 from dataclasses import dataclass, field
 from queue import SimpleQueue
 
@@ -15,6 +14,7 @@ from structlog.typing import FilteringBoundLogger
 from shoal.errors import ShoalError
 from shoal.runtime import frames
 from shoal.runtime.request import OutputDelta
+from shoal.threads import Running, Threads
 from shoal.transport.bus import Bus, Lane
 from shoal.transport.frame import pack
 
@@ -25,15 +25,15 @@ class Replies:
 
     control: Bus
     log: FilteringBoundLogger
+    threads: Threads
     lost: int = 0
     """Answers that could not be said."""
     _said: SimpleQueue[tuple[str, OutputDelta] | None] = field(default_factory=SimpleQueue)
-    _thread: threading.Thread = field(init=False)
+    _thread: Running = field(init=False)
 
     def start(self, name: str) -> None:
         """Send from now on, until closed."""
-        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
-        self._thread.start()
+        self._thread = self.threads.start(name, self._run)
 
     def say(self, reply_to: str, delta: OutputDelta) -> None:
         """Send a piece of an answer soon; returns at once."""
@@ -54,6 +54,6 @@ class Replies:
         self._thread.join()
 
     def _run(self) -> None:
-        while (said := self._said.get()) is not None:
+        while (said := self.threads.take(self._said)) is not None:
             reply_to, delta = said
             self.put(reply_to, pack(frames.encode(frames.Delta(delta=delta)), {}))

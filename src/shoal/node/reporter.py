@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from shoal.clock import Clock
 from shoal.errors import ShardLostError, ShoalError
 from shoal.fleet.report import ShardReport, ShardState, StepTimes
 from shoal.ids import NodeId
@@ -15,6 +14,7 @@ from shoal.node.messages import REPORT
 from shoal.node.stage_loop import StageLoop
 from shoal.node.wiring import Outcome
 from shoal.node.worker_spec import WorkerSpec
+from shoal.threads import Threads
 from shoal.transport.bus import Bus
 from shoal.transport.keys import WorkerTopic, key_of
 
@@ -31,7 +31,7 @@ class Reporter:
 
     spec: WorkerSpec
     control: Bus
-    clock: Clock
+    threads: Threads
     state: ShardState = ShardState.LOADING
     locators: tuple[str, ...] = ()
     wired_to: tuple[str, ...] = ()
@@ -49,7 +49,7 @@ class Reporter:
 
     def start(self) -> None:
         """Report from now on, until closed."""
-        threading.Thread(target=self._run, name="report", daemon=True).start()
+        self.threads.start("report", self._run)
 
     def tell(self, state: ShardState, error: ShoalError | None = None) -> None:
         """Report *state* at once."""
@@ -70,7 +70,7 @@ class Reporter:
         """Report again when the last report is old, or says busy of a shard that is idle or the reverse."""
         loop = self.loop
         busy = loop is not None and loop.live_requests + loop.waiting_requests > 0
-        if busy is not self._said_busy or self.clock.now_s() - self._sent_s >= _REPORT_EVERY_S:
+        if busy is not self._said_busy or self.threads.now_s() - self._sent_s >= _REPORT_EVERY_S:
             with self._lock:
                 self._send()
 
@@ -79,7 +79,7 @@ class Reporter:
         self._ended.set()
 
     def _run(self) -> None:
-        while not self._ended.wait(_REPORT_EVERY_S / 2):
+        while not self.threads.wait(self._ended, _REPORT_EVERY_S / 2):
             with contextlib.suppress(ShoalError):  # of a session that is being closed
                 self.remind()
 
@@ -111,7 +111,7 @@ class Reporter:
             error=error.message if error else "",
             steps=loop.steps if loop else 0,
             busy_s=loop.busy_s if loop else 0.0,
-            busy_share=self._busy.seen(self.clock.now_s(), loop.worked_s) if loop else None,
+            busy_share=self._busy.seen(self.threads.now_s(), loop.worked_s) if loop else None,
             live_requests=loop.live_requests if loop else 0,
             waiting_requests=loop.waiting_requests if loop else 0,
             step_times=self._step_times,
@@ -119,7 +119,7 @@ class Reporter:
         )
         self.control.put(worker_key(self.spec, REPORT), msgspec.msgpack.encode(report))
         self._said_busy = report.live_requests + report.waiting_requests > 0
-        self._sent_s = self.clock.now_s()
+        self._sent_s = self.threads.now_s()
 
 
 def worker_key(spec: WorkerSpec, verb: str) -> str:

@@ -12,7 +12,6 @@ who wait get no more signs of life, so that their gateways give up; the credits 
 
 import contextlib
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
@@ -21,7 +20,6 @@ from typing import NamedTuple, assert_never
 import msgspec
 from structlog.typing import FilteringBoundLogger
 
-from shoal.clock import Clock
 from shoal.errors import MalformedFrameError, ShoalError, UntrustedError
 from shoal.fleet.report import ShardId
 from shoal.ids import RequestId
@@ -61,6 +59,7 @@ from shoal.runtime.request import Array, OutputDelta
 from shoal.runtime.settings import StageSettings
 from shoal.runtime.stage import advance
 from shoal.runtime.stage_state import StageState, start
+from shoal.threads import Threads
 from shoal.transport.bus import Bus, Closable, Lane, Sample
 from shoal.transport.frame import pack
 from shoal.transport.pieces import Joiner, split
@@ -105,7 +104,7 @@ class StageLoop:
     session: Session
     control: Bus
     inbound: Bus
-    clock: Clock
+    threads: Threads
     told: Callable[[], None]
     """Called about four times a second and whenever nothing waits to be done: a place to send reports from."""
     log: FilteringBoundLogger
@@ -141,7 +140,7 @@ class StageLoop:
     _replies: Replies = field(init=False)
 
     def __post_init__(self) -> None:
-        self._replies = Replies(self.control, self.log)
+        self._replies = Replies(self.control, self.log, self.threads)
         self._keys = stage_keys(self.fleet, self.shard, self.settings.stages)
 
     @property
@@ -153,7 +152,7 @@ class StageLoop:
     def worked_s(self) -> float:
         """Seconds that the engine has worked so far, those of a step under way included.  For any thread."""
         began_s = self._step_began_s
-        return self.busy_s + (self.clock.now_s() - began_s if began_s is not None else 0.0)
+        return self.busy_s + (self.threads.now_s() - began_s if began_s is not None else 0.0)
 
     def listen(self, submit_key: str) -> None:
         """Subscribe to everything that this stage is told; *submit_key* is where gateways send requests."""
@@ -182,17 +181,16 @@ class StageLoop:
     def run(self) -> None:
         """Work until told to stop; closes nothing that it was given."""
         state = start(self.settings, self.grammars)
-        pulse = threading.Thread(target=self._pulse, name=f"pulse-{self.shard}", daemon=True)
-        pulse.start()
+        pulse = self.threads.start(f"pulse-{self.shard}", self._pulse)
         self._replies.start(f"replies-{self.shard}")
-        shown_s = self.clock.now_s()
+        shown_s = self.threads.now_s()
         try:
             while True:
                 try:
-                    item = self.inbox.get(timeout=_TICK_S)
+                    item = self.threads.take(self.inbox, _TICK_S)
                 except Empty:
                     item = self._tick()
-                now_s = self.clock.now_s()
+                now_s = self.threads.now_s()
                 match item:
                     case Stopped():
                         return
@@ -220,7 +218,7 @@ class StageLoop:
                 subscription.close()
 
     def _tick(self) -> Tick:
-        return Tick(now_s=self.clock.now_s(), heard_s=self._heard_s)
+        return Tick(now_s=self.threads.now_s(), heard_s=self._heard_s)
 
     def _show(self, state: StageState) -> None:
         """Leave what others may read of the machine."""
@@ -230,9 +228,9 @@ class StageLoop:
 
     def _pulse(self) -> None:
         """Signs of life, on a thread of their own until the loop ends."""
-        while not self._ended.wait(_PULSE_S):
+        while not self.threads.wait(self._ended, _PULSE_S):
             began_s = self._step_began_s
-            busy_s = self.clock.now_s() - began_s if began_s is not None else 0.0
+            busy_s = self.threads.now_s() - began_s if began_s is not None else 0.0
             if busy_s > self.settings.lost_s:
                 self.trouble = f"a step of stage {self.shard.stage} has not ended for {self.settings.lost_s:g} s"
             with contextlib.suppress(ShoalError):  # a session that is being closed
@@ -255,7 +253,7 @@ class StageLoop:
         return f"stage {self.shard.stage} is not wired yet" if self._early else ""
 
     def _advance(self, state: StageState, given: StageInput) -> StageState:
-        state, effects = advance(state, given, self.clock.now_s())
+        state, effects = advance(state, given, self.threads.now_s())
         for effect in effects:
             self._carry_out(state, effect)
         return state
@@ -269,12 +267,12 @@ class StageLoop:
         if state.first is not None:
             self._audience = tuple(state.first.audience())
         self._show(state)  # a node that leaves counts what runs, and the first step may be a long one
-        began_s = self._step_began_s = self.clock.now_s()
+        began_s = self._step_began_s = self.threads.now_s()
         try:
             done = self._step(effect)
         finally:
             self._step_began_s = None
-        if self.clock.now_s() - began_s > _TICK_S:
+        if self.threads.now_s() - began_s > _TICK_S:
             self.inbox.put(self._tick())
         self.inbox.put(done)
 
@@ -317,17 +315,17 @@ class StageLoop:
                 assert_never(effect)
 
     def _step(self, effect: RunStep) -> StageInput:
-        began_s = time.perf_counter()
+        began_s = self.threads.now_s()
         try:
             outputs = self.session.step(effect.sequences, effect.tensors)
-            self.live.stepped(effect.sequences, time.perf_counter() - began_s)
+            self.live.stepped(effect.sequences, self.threads.now_s() - began_s)
         except ShoalError as error:
             return StepFailed(code=error.code, text=str(error))
         except Exception as error:  # noqa: BLE001 whatever an engine makes of a step, it ends that step and not the worker
             self.log.warning("step.failed", shard=str(self.shard), error=f"{type(error).__name__}: {error}")
             return StepFailed(code=ShoalError.code, text=f"the engine failed: {type(error).__name__}: {error}")
         finally:
-            self.busy_s += time.perf_counter() - began_s
+            self.busy_s += self.threads.now_s() - began_s
             self.steps += 1
         return StepDone(outputs=outputs)
 
@@ -358,7 +356,7 @@ class StageLoop:
                 answer = msgspec.structs.replace(heard, back=True, birth=self.settings.birth)
                 self.inbound.put(self._keys.credits_out, pack(frames.encode(answer), {}))
             case CreditArrived():
-                self._heard_s = self.clock.now_s()
+                self._heard_s = self.threads.now_s()
                 self.inbox.put(heard)
             case BatchArrived() | TokensArrived() | SentArrived():
                 self.inbox.put(heard)

@@ -5,13 +5,13 @@ The same for a shard with its engine and for a relay without one; whoever calls 
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 from structlog.typing import FilteringBoundLogger
 
-from shoal.clock import SystemClock
 from shoal.errors import PortInUseError
 from shoal.fleet.report import ShardState
 from shoal.node.messages import WIRE
@@ -19,11 +19,12 @@ from shoal.node.reporter import Reporter, worker_key
 from shoal.node.stage_keys import submit_topic
 from shoal.node.stage_loop import StageLoop
 from shoal.node.weather import ChangingLinks, link_of, links_of
-from shoal.node.wiring import Wirer
+from shoal.node.wiring import Dial, Wirer
 from shoal.node.worker_spec import Wiring, WorkerSpec
 from shoal.runtime.grammar import Grammars
 from shoal.runtime.ports import Session
 from shoal.runtime.settings import StageSettings
+from shoal.threads import SystemThreads, Threads
 from shoal.transport.bus import Bus
 from shoal.transport.keys import ROOT, key_of
 from shoal.transport.shaped import ShapedBus
@@ -41,10 +42,21 @@ class Bench:
     reporter: Reporter
     log: FilteringBoundLogger
     grammars: Grammars | None = None
+    dial: Dial = field(default=partial(open_data, ()))
+    threads: Threads = field(default_factory=SystemThreads)
+
+
+class Inbound(Bus, Protocol):
+    """A session that the stage before this one dials."""
+
+    @property
+    def locators(self) -> tuple[str, ...]:
+        """Where it listens."""
+        ...
 
 
 def work(
-    bench: Bench, session: Session, settings: StageSettings, inbound: ZenohBus, begun: Callable[[StageLoop], None]
+    bench: Bench, session: Session, settings: StageSettings, inbound: Inbound, begun: Callable[[StageLoop], None]
 ) -> None:
     """Answer until the loop, which *begun* is told, is stopped; then close what was given and opened."""
     spec, control, reporter = bench.spec, bench.control, bench.reporter
@@ -55,7 +67,7 @@ def work(
         session=session,
         control=control,
         inbound=inbound,
-        clock=SystemClock(),
+        threads=bench.threads,
         told=reporter.remind,
         log=bench.log,
         grammars=bench.grammars,
@@ -65,10 +77,11 @@ def work(
     wirer = Wirer(
         spec=spec,
         loop=loop,
-        dial=partial(open_data, ()),
+        dial=bench.dial,
         shape=lambda bus, wiring: shaped(bus, spec, wiring),
         told=reporter.wired,
         log=bench.log,
+        threads=bench.threads,
     )
     listening = control.subscribe(worker_key(spec, WIRE), wirer.on_wire)
     loop.listen(key_of(submit_topic(spec.fleet, spec.node, spec.shard)))
@@ -105,6 +118,6 @@ def shaped(bus: Bus, spec: WorkerSpec, wiring: Wiring) -> Bus:
     mine = tuple(link for link in links_of(home, spec.links) if link.target == wiring.next_node)
     if not mine:
         return bus
-    shaped_bus = ShapedBus(bus, {ROOT: link_of(mine[0])}, SystemClock())
+    shaped_bus = ShapedBus(bus, {ROOT: link_of(mine[0])}, SystemThreads())
     ChangingLinks(shaped_bus, home, mine, lambda _: (ROOT,)).start()
     return shaped_bus

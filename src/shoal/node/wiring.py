@@ -12,8 +12,6 @@ It never gives up: where no coordinator is there to plan anew, the next stage ma
 told who cannot reach whom, and where.
 """
 
-import threading
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
@@ -25,6 +23,7 @@ from structlog.typing import FilteringBoundLogger
 from shoal.errors import NodeUnreachableError, ShoalError
 from shoal.node.stage_loop import StageLoop, Wired
 from shoal.node.worker_spec import Wiring, WorkerSpec
+from shoal.threads import Running, Threads
 from shoal.transport.bus import Bus, Closable, Sample
 
 UNREACHED_S = 10.0
@@ -70,6 +69,7 @@ class Wirer:
     shape: Callable[[Bus, Wiring], Bus]
     told: Callable[[Outcome], None]
     log: FilteringBoundLogger
+    threads: Threads
     unreached_s: float = UNREACHED_S
     _inbox: "SimpleQueue[Wiring | _Replaced | _Closing]" = field(default_factory=SimpleQueue)
     _wanted: Wiring | None = None
@@ -78,11 +78,10 @@ class Wirer:
     _failing_since_s: float | None = None
     _retry_at_s: float = 0.0
     _complaint: str = ""
-    _thread: threading.Thread = field(init=False)
+    _thread: Running = field(init=False)
 
     def __post_init__(self) -> None:
-        self._thread = threading.Thread(target=self._run, name="wire", daemon=True)
-        self._thread.start()
+        self._thread = self.threads.start("wire", self._run)
 
     def on_wire(self, sample: Sample) -> None:
         """Follow a wiring unless it is followed already."""
@@ -104,7 +103,7 @@ class Wirer:
     def _run(self) -> None:
         while True:
             try:
-                item = self._inbox.get(timeout=self._patience_s())
+                item = self.threads.take(self._inbox, self._patience_s())
             except Empty:
                 item = None
                 self._ping()
@@ -128,14 +127,14 @@ class Wirer:
         """Time a hello over the way that is used; one that is not answered says nothing: silence is the loop's to notice."""
         if self._way is None or not self._is_made():
             return
-        sent_s = time.monotonic()
+        sent_s = self.threads.now_s()
         try:
             number = self.loop.greet(self._way, load=np.zeros(PING_BYTES, np.uint8))
-            while (answer := self.loop.greeted.get(timeout=RETRY_S)).number < number:
+            while (answer := self.threads.take(self.loop.greeted, RETRY_S)).number < number:
                 pass  # the answer to an earlier one that was given up
         except (Empty, ShoalError):
             return
-        self.loop.live.pinged(time.monotonic() - sent_s)
+        self.loop.live.pinged(self.threads.now_s() - sent_s)
         self._met(answer.birth)
 
     def _met(self, birth: int) -> None:
@@ -159,7 +158,7 @@ class Wirer:
 
     def _attempt(self) -> None:
         wiring = self._wanted
-        if wiring is None or self._is_made() or time.monotonic() < self._retry_at_s:
+        if wiring is None or self._is_made() or self.threads.now_s() < self._retry_at_s:
             return
         try:
             alone = Outcome(wiring=wiring, birth=self.spec.birth)
@@ -187,19 +186,19 @@ class Wirer:
     def _greet(self, way: Bus) -> tuple[float, int]:
         """Say hello over a new way until it is answered; the round trip of the hello that was, and who answered."""
         sent_s: dict[int, float] = {}
-        until_s = time.monotonic() + HELLO_TIMEOUT_S
-        while (now_s := time.monotonic()) < until_s:
+        until_s = self.threads.now_s() + HELLO_TIMEOUT_S
+        while (now_s := self.threads.now_s()) < until_s:
             sent_s[self.loop.greet(way)] = now_s
             try:
-                number, birth = self.loop.greeted.get(timeout=RETRY_S)
+                number, birth = self.threads.take(self.loop.greeted, RETRY_S)
             except Empty:
                 continue
             if number in sent_s:
-                return time.monotonic() - sent_s[number], birth
+                return self.threads.now_s() - sent_s[number], birth
         raise NodeUnreachableError(f"no answer to a hello within {HELLO_TIMEOUT_S:g} s")
 
     def _failed(self, wiring: Wiring, error: Exception) -> None:
-        now_s = time.monotonic()
+        now_s = self.threads.now_s()
         self._retry_at_s = now_s + RETRY_S
         self._failing_since_s = now_s if self._failing_since_s is None else self._failing_since_s
         said = error.message if isinstance(error, ShoalError) else f"{type(error).__name__}: {error}"

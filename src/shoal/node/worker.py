@@ -14,7 +14,6 @@ from pathlib import Path
 import msgspec
 from structlog.typing import FilteringBoundLogger
 
-from shoal.clock import SystemClock
 from shoal.errors import ShoalError
 from shoal.fleet.report import ShardState
 from shoal.node.artifacts import Artifact, load_shard, open_artifact
@@ -32,6 +31,7 @@ from shoal.runtime.ports import Backend, Session
 from shoal.runtime.scheduler import SchedulerSettings
 from shoal.runtime.settings import StageSettings, TensorForm
 from shoal.store.home import Store, open_store
+from shoal.threads import SystemThreads
 from shoal.transport.bus import Bus
 from shoal.transport.zenoh import open_control
 
@@ -61,7 +61,7 @@ def serve(spec: WorkerSpec, control: Bus, backend: Backend, store: Store, log: F
     """Load the shard and work until the agent closes our input."""
     life = _Life()
     threading.Thread(target=life.watch, name="input", daemon=True).start()
-    reporter = Reporter(spec=spec, control=control, clock=SystemClock())
+    reporter = Reporter(spec=spec, control=control, threads=SystemThreads())
     reporter.start()
     try:
         artifact = open_artifact(store, spec.manifest)

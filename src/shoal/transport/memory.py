@@ -13,8 +13,8 @@ from queue import Empty, SimpleQueue
 
 import msgspec
 
-from shoal.clock import SystemClock
 from shoal.errors import InvalidRequestError, NodeUnreachableError, ShoalError
+from shoal.threads import SystemThreads, Threads
 from shoal.transport.bus import Closable, Lane, Sample
 from shoal.transport.fault import pack_error, unpack_error
 from shoal.transport.keys import check_key, check_pattern, matches
@@ -79,23 +79,23 @@ class Token:
 
 
 class MemoryFabric:
-    """Where the buses of one process meet."""
+    """Where the buses of one process meet; delays and patience are of the time of *threads*."""
 
-    def __init__(self, *, seed: int = 0) -> None:
+    def __init__(self, *, seed: int = 0, threads: Threads | None = None) -> None:
         self._lock = threading.Lock()
         self._buses: dict[str, MemoryBus] = {}
         self._weather: dict[tuple[str, str], Weather] = {}
         self._cut: set[frozenset[str]] = set()
         self._last_due_s: dict[tuple[str, str], float] = {}
         self._dice = random.Random(seed)  # noqa: S311 loss in tests wants repeatable dice, not secrets
-        self._clock = SystemClock()
+        self._threads = threads or SystemThreads()
 
     def attach(self, name: str) -> "MemoryBus":
         """A new bus called *name*; raises InvalidRequestError while one of that name is open."""
         with self._lock:
             if name in self._buses:
                 raise InvalidRequestError(f"{name!r} is attached already", hint="close its bus first")
-            bus = self._buses[name] = MemoryBus(self, name, self._clock)
+            bus = self._buses[name] = MemoryBus(self, name, self._threads)
             return bus
 
     def detach(self, name: str) -> None:
@@ -166,7 +166,7 @@ class MemoryFabric:
         weather = self._weather.get((source, target), Weather())
         if frozenset((source, target)) in self._cut or self._dice.random() < weather.loss:
             return None
-        due_s = max(self._clock.now_s() + weather.delay_s, self._last_due_s.get((source, target), 0.0))
+        due_s = max(self._threads.now_s() + weather.delay_s, self._last_due_s.get((source, target), 0.0))
         self._last_due_s[source, target] = due_s
         return due_s
 
@@ -174,10 +174,11 @@ class MemoryFabric:
 class MemoryBus:
     """One node's attachment to a MemoryFabric."""
 
-    def __init__(self, fabric: MemoryFabric, name: str, clock: SystemClock) -> None:
+    def __init__(self, fabric: MemoryFabric, name: str, threads: Threads) -> None:
         self.name = name
-        self.deliveries = TimedThread(f"memory-bus-{name}", clock)
-        self.answers = TimedThread(f"memory-bus-{name}-answers", clock)
+        self.deliveries = TimedThread(f"memory-bus-{name}", threads)
+        self.answers = TimedThread(f"memory-bus-{name}-answers", threads)
+        self._threads = threads
         self._fabric = fabric
         self._subscriptions: tuple[Subscription, ...] = ()
         self._answerers: tuple[Answerer, ...] = ()
@@ -298,7 +299,7 @@ class MemoryBus:
         if not self._fabric.ask(self.name, sample, replies):
             raise NodeUnreachableError(f"nobody answers {sample.key}", hint="is that node up, and in this fleet?")
         try:
-            outcome = replies.get(timeout=timeout_s)
+            outcome = self._threads.take(replies, timeout_s)
         except Empty:
             message = f"no answer to {sample.key} within {timeout_s:g} s"
             raise NodeUnreachableError(message, hint="the node may be frozen or cut off") from None

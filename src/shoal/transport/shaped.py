@@ -15,8 +15,8 @@ from functools import partial
 
 import msgspec
 
-from shoal.clock import Clock
 from shoal.errors import NodeUnreachableError, SettingsError
+from shoal.threads import Threads
 from shoal.transport.bus import Bus, Closable, Lane, Sample
 from shoal.transport.keys import check_key
 from shoal.transport.timed import Job, TimedThread
@@ -102,13 +102,13 @@ class Wire:
 class ShapedBus:
     """*bus* with slow links: `links` maps key prefixes (whole chunks; the longest one that fits counts) to links."""
 
-    def __init__(self, bus: Bus, links: Mapping[str, Link], clock: Clock) -> None:
+    def __init__(self, bus: Bus, links: Mapping[str, Link], threads: Threads) -> None:
         self._bus = bus
-        self._clock = clock
+        self._threads = threads
         self._lock = threading.Lock()
         self._links: dict[str, tuple[Wire, Wire]] = {}
         self._open = True
-        self._thread = TimedThread("shaped-bus", clock)
+        self._thread = TimedThread("shaped-bus", threads)
         for prefix, link in links.items():
             self.set_link(prefix, link)
 
@@ -158,9 +158,9 @@ class ShapedBus:
         wires = self._wires(key)
         if wires is None:
             return self._bus.query(key, payload, timeout_s=timeout_s)
-        until_s = self._clock.now_s() + timeout_s
+        until_s = self._threads.now_s() + timeout_s
         self._pass(wires[0], len(payload), until_s, key)
-        answer = self._bus.query(key, payload, timeout_s=max(until_s - self._clock.now_s(), 0.001))
+        answer = self._bus.query(key, payload, timeout_s=max(until_s - self._threads.now_s(), 0.001))
         self._pass(wires[1], len(answer), until_s, key)
         return answer
 
@@ -178,12 +178,12 @@ class ShapedBus:
     def _pass(self, wire: Wire, size_bytes: int, until_s: float, key: str) -> None:
         passed = threading.Event()
         self._send(wire, Lane.CONTROL, size_bytes, passed.set)
-        if not passed.wait(max(until_s - self._clock.now_s(), 0.0)):
+        if not self._threads.wait(passed, max(until_s - self._threads.now_s(), 0.0)):
             raise NodeUnreachableError(f"no answer to {key} in time: its link is slow", hint="allow more time")
 
     def _send(self, wire: Wire, lane: Lane, size_bytes: int, arrive: Job) -> None:
         with self._lock:
-            wire.push(self._clock.now_s(), lane, size_bytes, arrive)
+            wire.push(self._threads.now_s(), lane, size_bytes, arrive)
             was_busy, wire.busy = wire.busy, True
         if not was_busy:
             self._thread.submit(wire.free_s, partial(self._serve, wire))

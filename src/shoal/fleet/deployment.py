@@ -44,6 +44,14 @@ class Standby(msgspec.Struct, frozen=True, kw_only=True):
     """What it holds meanwhile; nothing on disk."""
 
 
+class Drowsy(msgspec.Struct, frozen=True, kw_only=True):
+    """Why a model that was loaded on demand is to be unloaded."""
+
+    why: str
+    for_room: bool = False
+    """Others have been promised its memory: requests that come now wait.  Else the first of them keeps it awake."""
+
+
 class Deployment(msgspec.Struct, frozen=True, kw_only=True):
     """What is wanted and the plan made for it; `plan_epoch` 0 means that none was made yet."""
 
@@ -68,6 +76,12 @@ class Deployment(msgspec.Struct, frozen=True, kw_only=True):
     beyond_mending: str = ""
     """Why what it has lost cannot be given to anybody; empty where that was not tried."""
     standbys: tuple[Standby, ...] = ()
+    asleep: bool = False
+    """Nothing of it is loaded, and no memory is promised to it: the next request has it loaded (`fleet.demand`)."""
+    drowsy: Drowsy | None = None
+    """It is to fall asleep as soon as it answers nobody; None: it stays."""
+    waits: str = ""
+    """What it waits for to be loaded, or why that came to nothing when it was asked last."""
 
     def attempt_of(self, stage: int) -> int:
         """The least attempt at *stage* that counts."""

@@ -2,7 +2,7 @@
 report delays a deployment but never derails it.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from enum import StrEnum
 
 import msgspec
@@ -32,6 +32,10 @@ class Phase(StrEnum):
     RECOVERING = "recovering"
     """The plan has lost what cannot be mended: running requests end, another plan is made."""
     REFUSED = "refused"
+    DROWSY = "drowsy"
+    """Loaded on demand, and to be unloaded: running requests end, new ones keep it awake, or wait if others need its memory."""
+    ASLEEP = "asleep"
+    """Not loaded: the next request has it loaded, and waits for that."""
 
 
 class Addressed(msgspec.Struct, frozen=True, kw_only=True):
@@ -45,7 +49,7 @@ def phase(deployment: Deployment, reports: Mapping[NodeId, NodeReport], *, is_dr
     """The deployment's phase, given the newest reports of the nodes that are heard; *is_drained*: see `state.drained`."""
     match deployment.answer:
         case None:
-            return Phase.PLANNING
+            return Phase.ASLEEP if deployment.asleep else Phase.PLANNING
         case Infeasible():
             return Phase.REFUSED
         case Plan() as plan:
@@ -57,7 +61,7 @@ def phase(deployment: Deployment, reports: Mapping[NodeId, NodeReport], *, is_dr
             if deployment.successor is not None and deployment.successor.closing_s is not None:
                 return Phase.MOVING
             if not unlinked(plan, shards):
-                return Phase.SERVING
+                return Phase.SERVING if deployment.drowsy is None else Phase.DROWSY
             if deployment.served:
                 return Phase.MENDING
             return Phase.MOVING if deployment.held else Phase.LOADING
@@ -100,10 +104,12 @@ def missing_orders(state: FleetState, fencing_epoch: int, now_s: float) -> tuple
     """Every order that would bring the reported state nearer to the wanted one, in no particular order."""
     reports = heard(state, now_s)
     orders: list[Addressed] = []
+    crowded = crowded_bytes(state, reports)
     for name, deployment in state.deployments.items():
         sound = not broken(deployment, reports, is_drained=drained(state, name))
         if isinstance(deployment.answer, Plan) and sound:
-            orders += _towards(deployment, deployment.answer, reports, fencing_epoch)
+            full = frozenset(node for node in crowded if _has_guests(state, reports[node], name))
+            orders += _towards(deployment, deployment.answer, reports, fencing_epoch, full)
     for node, report in reports.items():
         for shard in report.shards:
             owner = state.deployments.get(shard.shard.deployment)
@@ -143,7 +149,7 @@ def cut_pairs(reports: Iterable[NodeReport]) -> frozenset[tuple[NodeId, NodeId]]
 
 
 def promised_bytes(
-    reports: Iterable[NodeReport], deployments: Iterable[Deployment], besides: DeploymentId
+    reports: Iterable[NodeReport], deployments: Iterable[Deployment], *besides: DeploymentId
 ) -> dict[NodeId, int]:
     """Memory of each node that is not for *besides*: what others hold there, or what their plans will, whichever is more."""
     others = {d.spec.deployment: d for d in deployments}
@@ -155,9 +161,22 @@ def promised_bytes(
                 name = shard.shard.deployment
                 held[name] = held.get(name, 0) + shard.memory_bytes
         planned = {n: _planned_bytes(d, report.node) for n, d in others.items()}
-        names = (held.keys() | planned.keys()) - {besides}
+        names = (held.keys() | planned.keys()) - set(besides)
         promised[report.node] = sum(max(held.get(n, 0), planned.get(n, 0)) for n in names)
     return promised
+
+
+def resting_bytes(state: FleetState, reports: Mapping[NodeId, NodeReport]) -> dict[NodeId, int]:
+    """Memory of each node that comes back by itself: of those who are asleep, or about to be, or were dropped."""
+    awake = [n for n, d in state.deployments.items() if not d.asleep and d.drowsy is None]
+    return promised_bytes(reports.values(), state.deployments.values(), *awake)
+
+
+def crowded_bytes(state: FleetState, reports: Mapping[NodeId, NodeReport]) -> dict[NodeId, int]:
+    """By how much the nodes that are promised more than they have are so."""
+    promised = promised_bytes(reports.values(), state.deployments.values())
+    beyond = {node: promised[node] - report.facts.memory_budget_bytes for node, report in reports.items()}
+    return {node: missing for node, missing in beyond.items() if missing > 0}
 
 
 def _planned_bytes(deployment: Deployment, node: NodeId) -> int:
@@ -170,21 +189,33 @@ def _planned_bytes(deployment: Deployment, node: NodeId) -> int:
 
 
 def _towards(
-    deployment: Deployment, plan: Plan, reports: Mapping[NodeId, NodeReport], fencing_epoch: int
+    deployment: Deployment,
+    plan: Plan,
+    reports: Mapping[NodeId, NodeReport],
+    fencing_epoch: int,
+    full: Collection[NodeId],
 ) -> list[Addressed]:
+    """Orders for *plan*; on nodes that are *full* of what has to go first, shards are fetched and wait."""
     count = len(plan.stages)
     shards = shards_of(deployment, plan, reports)
     orders: list[Addressed] = []
     for index, stage in enumerate(plan.stages):
         shard = shards[index]
         follower = shards[(index + 1) % count]
-        if shard is None or shard.state is ShardState.FETCHED:
+        if shard is None or (shard.state is ShardState.FETCHED and stage.node not in full):
             hold = hold_order(deployment, plan, index, reports, fencing_epoch)
-            orders.append(Addressed(node=stage.node, order=hold))
+            told = msgspec.structs.replace(hold, load=stage.node not in full)
+            orders.append(Addressed(node=stage.node, order=told))
         elif _is_to_be_wired(shard, follower):
             assert follower is not None
             orders.append(wire_order(plan, index, shard.shard, follower, fencing_epoch))
     return orders
+
+
+def _has_guests(state: FleetState, report: NodeReport, besides: DeploymentId) -> bool:
+    """Whether a node holds something that may be made to go, or is on its way."""
+    names = {shard.shard.deployment for shard in report.shards} - {besides}
+    return any(n not in state.deployments or state.deployments[n].spec.on_demand for n in names)
 
 
 def _is_to_be_wired(shard: ShardReport, follower: ShardReport | None) -> bool:
@@ -235,8 +266,9 @@ def _is_wanted(deployment: Deployment | None, node: NodeId, shard: ShardReport) 
     if deployment is None:
         return False
     epoch, index = shard.shard.plan_epoch, shard.shard.stage
-    if deployment.answer is None:  # the plan before answers until another is made
-        return epoch == deployment.plan_epoch
+    if deployment.answer is None:
+        # The plan before answers until another is made; of one that is loaded on demand it was given up.
+        return epoch == deployment.plan_epoch and not deployment.spec.on_demand
     for plan_epoch, plan, attempts in deployment.plans:
         if plan_epoch == epoch and index < len(plan.stages) and plan.stages[index].node == node:
             return shard.attempt >= (attempts[index] if attempts else 0)

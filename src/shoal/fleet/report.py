@@ -103,6 +103,16 @@ class ShardReport(msgspec.Struct, frozen=True, kw_only=True):
     hop_times: HopTimes | None = None
 
 
+class Use(msgspec.Struct, frozen=True, kw_only=True):
+    """How much the gateway of this node is asked for a model that is loaded on demand; probes of health do not count."""
+
+    deployment: DeploymentId
+    in_flight: int = 0
+    """Requests that are answered, or wait for that."""
+    idle_s: float | None = None
+    """Since the last of them ended, or 0 while there are any; None: nobody has asked since this node was started."""
+
+
 class NodeFacts(msgspec.Struct, frozen=True, kw_only=True):
     """What does not change while a node runs."""
 
@@ -141,6 +151,7 @@ class NodeReport(msgspec.Struct, frozen=True, kw_only=True):
     manifests: tuple[Digest, ...] = ()
     """Models of which this node has every chunk."""
     leaving: bool = False
+    uses: tuple[Use, ...] = ()
 
     def newer_than(self, other: "NodeReport") -> bool:
         """Whether this report replaces *other* of the same node."""

@@ -10,6 +10,9 @@ from shoal.runtime.settings import Recovery
 from shoal.runtime.speculate.speculator import Speculation
 from shoal.transport.codec import Codec
 
+KEEP_ALIVE_S = 300.0
+"""Where nobody says how long a model that is loaded on demand stays when it is idle."""
+
 
 class Standbys(StrEnum):
     """What is kept ready for the loss of a node."""
@@ -43,4 +46,8 @@ class DeploymentSpec(msgspec.Struct, frozen=True, kw_only=True):
     recovery: Recovery = Recovery.EXACT
     standbys: Standbys = Standbys.TENSORS
     speculation: Speculation = Speculation()
+    on_demand: bool = False
+    """Loaded when somebody asks, and unloaded when nobody has for a while, or when the memory is needed (`fleet.demand`)."""
+    keep_alive_s: float | None = KEEP_ALIVE_S
+    """How long it stays after its last answer; None: until its memory is needed."""
     generation: int = 1

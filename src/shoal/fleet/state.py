@@ -27,6 +27,7 @@ from shoal.fleet.deployment import (
     moved,
 )
 from shoal.fleet.report import NodeReport, ShardId
+from shoal.fleet.sleep import FellAsleep, RoomAwaited, SleepBegun, SleepEvent, Woken, rested
 from shoal.fleet.spec import DeploymentSpec
 from shoal.ids import DeploymentId, NodeId
 from shoal.plan.problem import Answer, Plan
@@ -119,7 +120,15 @@ class PlanMade(msgspec.Struct, frozen=True, kw_only=True, tag="plan_made"):
 
 
 Event = (
-    NodeHeard | NodeVanished | NodeForgotten | DeploymentWanted | DeploymentDropped | PlanMade | MoveEvent | MendEvent
+    NodeHeard
+    | NodeVanished
+    | NodeForgotten
+    | DeploymentWanted
+    | DeploymentDropped
+    | PlanMade
+    | MoveEvent
+    | MendEvent
+    | SleepEvent
 )
 
 
@@ -151,6 +160,9 @@ def apply(state: FleetState, event: Event) -> FleetState:
         case PlanServed() | PlanMended() | MendingEnded() | StandbysChosen():
             old = state.deployments.get(event.deployment)
             return _with_deployment(state, mended(old, event) if old is not None else None)
+        case SleepBegun() | FellAsleep() | Woken() | RoomAwaited():
+            old = state.deployments.get(event.deployment)
+            return _with_deployment(state, rested(old, event) if old is not None else None)
         case _:
             assert_never(event)
 
@@ -229,12 +241,12 @@ def _wanted(state: FleetState, spec: DeploymentSpec) -> FleetState:
     if old is not None and old.spec.generation >= spec.generation:
         return state
     epoch = old.plan_epoch if old is not None else 0
-    return _with_deployment(state, Deployment(spec=spec, plan_epoch=epoch))
+    return _with_deployment(state, Deployment(spec=spec, plan_epoch=epoch, asleep=spec.on_demand))
 
 
 def _planned(state: FleetState, event: PlanMade) -> FleetState:
     old = state.deployments.get(event.deployment)
-    if old is None or old.plan_epoch >= event.plan_epoch:
+    if old is None or old.asleep or old.plan_epoch >= event.plan_epoch:
         return state
     planned = Deployment(
         spec=old.spec, plan_epoch=event.plan_epoch, answer=event.answer, planned_s=event.at_s, held=old.held
@@ -254,7 +266,7 @@ def _plans(deployment: Deployment, members: Mapping[NodeId, Member]) -> Iterator
         stages, heir = deployment.answer.stages, deployment.successor
         leaving = any(members[s.node].report.leaving for s in stages if s.node in members)
         closing = heir is not None and heir.closing_s is not None
-        yield deployment.plan_epoch, deployment.answer, leaving or closing
+        yield deployment.plan_epoch, deployment.answer, leaving or closing or deployment.drowsy is not None
     if deployment.former is not None:
         yield deployment.former.plan_epoch, deployment.former.plan, True
 

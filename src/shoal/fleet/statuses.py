@@ -87,14 +87,18 @@ def _under_way(deployment: Deployment, reports: Mapping[NodeId, NodeReport]) -> 
     if isinstance(plan, Plan) and deployment.served and phase(deployment, reports) is Phase.MENDING:
         missing = unlinked(plan, shards_of(deployment, plan, reports))
         return f"{missing}; {deployment.mended}" if deployment.mended else missing
-    return f"moving: {heir.why}" if heir is not None else ""
+    if deployment.drowsy is not None:
+        return deployment.drowsy.why
+    return f"moving: {heir.why}" if heir is not None else deployment.waits
 
 
 def _reason(state: FleetState, deployment: Deployment, now_s: float) -> str:
     match deployment.answer:
         case Infeasible() as infeasible:
             return f"{infeasible.reason}; {infeasible.hint}" if infeasible.hint else infeasible.reason
-        case Plan() | None:
+        case None:
+            return deployment.waits
+        case Plan():
             return why_broken(state, deployment, now_s) or _under_way(deployment, heard(state, now_s))
         case _:
             assert_never(deployment.answer)

@@ -52,6 +52,8 @@ class DeploymentState(StrEnum):
     READY = "ready"
     DEGRADED = "degraded"
     FAILED = "failed"
+    ASLEEP = "asleep"
+    """Loaded on demand: the next request has it loaded."""
 
 
 class PredictionView(msgspec.Struct, frozen=True, kw_only=True):

@@ -20,6 +20,7 @@ from shoal.fleet.moves import move_orders
 from shoal.fleet.order import Refused, Reply
 from shoal.fleet.reconcile import Addressed, Phase, missing_orders
 from shoal.fleet.report import NodeReport
+from shoal.fleet.sleep import RoomAwaited, Woken
 from shoal.fleet.spec import DeploymentSpec
 from shoal.fleet.state import (
     DeploymentDropped,
@@ -47,6 +48,7 @@ from shoal.node.ordering import Ordering
 from shoal.node.patience import Patience
 from shoal.node.placing import Placing, Planner
 from shoal.node.tenure import Tenure
+from shoal.node.waking import NoRoomYet, Waking
 from shoal.node.weighing import Weighing
 from shoal.plan.problem import Answer, Infeasible, Plan, Problem
 from shoal.plan.replan import RULES, Rules
@@ -90,6 +92,7 @@ class Coordinator:
     _attendance: Attendance = field(init=False)
     _placing: Placing = field(init=False)
     _mending: Mending = field(init=False)
+    _waking: Waking = field(init=False)
     moving: Moving = field(init=False)
     """What pays and is under way."""
     _patience: Patience = field(default_factory=Patience)
@@ -106,6 +109,7 @@ class Coordinator:
         self._attendance = Attendance(self.note, self._patience.forget_all, self._apply)
         self._placing = Placing(self.planner, self.clock, lambda: self.state)
         self._mending = Mending(lambda: self.state, self._apply, self._keep)
+        self._waking = Waking(self._placing, self.clock, lambda: self.state, self._apply, self._keep)
         self.moving = Moving(
             Weighing(self._placing, self.clock, lambda: self.state, self.move_rules),
             self.clock,
@@ -177,13 +181,27 @@ class Coordinator:
         await anyio.to_thread.run_sync(lambda: self.journal.remove("deployment", name))
         self.show()
 
+    async def wake(self, name: DeploymentId) -> None:
+        """Have a deployment loaded that is asleep; harmless when it is awake.  Raises UnknownModelError."""
+        self._must_lead()
+        if name not in self.state.deployments:
+            raise UnknownModelError(f"no deployment is named {name!r}", hint="`shoal ps` lists them")
+        before = self.state
+        self._apply(Woken(deployment=name))
+        if self.state is not before:
+            self._patience.forget(name)
+            self.show()
+            await self._keep(name)
+
     async def preview(self, spec: DeploymentSpec) -> Answer:
-        """The plan that *spec* would get now; nothing is loaded."""
-        return await self._placing.place(spec, await self._placing.survey(spec))
+        """The plan that *spec* would get once those are gone that are loaded on demand; nothing is loaded."""
+        surveyed = await self._placing.survey(spec)
+        return await self._placing.place(spec, surveyed, without=self._guests())
 
     async def state_problem(self, spec: DeploymentSpec) -> Problem | Infeasible:
         """What `preview` would be answered from."""
-        return await self._placing.problem(spec, await self._placing.survey(spec))
+        surveyed = await self._placing.survey(spec)
+        return await self._placing.problem(spec, surveyed, without=self._guests())
 
     def view(self) -> CoordinatorView | None:
         """The newest view, ours or heard; None before the first."""
@@ -210,6 +228,7 @@ class Coordinator:
                     if not self._gathering():
                         self._mending.tick(now_s, group)
                         self.moving.tick(now_s, group)
+                        self._waking.tick(now_s, group)
                     for deployment in self._to_plan(now_s):
                         self._patience.began(deployment.spec.deployment)
                         group.start_soon(self._replan, deployment)
@@ -283,9 +302,9 @@ class Coordinator:
                         found.append(self.state.deployments[name])
                 case Phase.SERVING:
                     self._patience.serves(name, now_s)
-                case Phase.DRAINING:
+                case Phase.DRAINING | Phase.ASLEEP:
                     self._patience.drains(name)
-                case Phase.LOADING | Phase.MOVING | Phase.MENDING:
+                case Phase.LOADING | Phase.MOVING | Phase.MENDING | Phase.DROWSY:
                     pass
         return found
 
@@ -306,10 +325,14 @@ class Coordinator:
     async def _plan_anew(self, spec: DeploymentSpec, surveyed: FleetProfile | None, ready: Plan | None) -> None:
         """Put *ready* in force, or what is found on the *surveyed* fleet."""
         name = spec.deployment
-        answer = ready if surveyed is None else await self._placing.place(spec, surveyed)
+        answer = ready if surveyed is None else await self._place(spec, surveyed)
         assert answer is not None
         current = self.state.deployments.get(name)
-        if self.lease is None or current is None or current.spec.generation != spec.generation:
+        if self.lease is None or current is None or current.spec.generation != spec.generation or current.asleep:
+            return
+        if isinstance(answer, NoRoomYet):
+            self._patience.postponed(name)
+            self._apply(RoomAwaited(deployment=name, why=answer.why))
             return
         if isinstance(answer, Infeasible) and current.answer == answer:
             return
@@ -328,6 +351,10 @@ class Coordinator:
         self.note("plan.made", f"{said}{'; made before the loss' if ready else ''}", deployment=name)
         await self._keep(name)
         self.show()
+
+    async def _place(self, spec: DeploymentSpec, surveyed: FleetProfile) -> Answer | NoRoomYet:
+        answer = await self._placing.place(spec, surveyed)
+        return await self._waking.room(spec, surveyed, answer) if isinstance(answer, Infeasible) else answer
 
     async def _keep(self, name: DeploymentId) -> None:
         """Have *name* on disk as it is now; what is in force is in force all the same when the disk does not take it."""
@@ -352,9 +379,15 @@ class Coordinator:
         """Whether *spec* asks for nothing but what *old* is, placed as it is now and in good order."""
         same = msgspec.structs.replace(spec, generation=old.spec.generation) == old.spec
         plan = old.answer
+        if same and old.asleep:
+            return True
         if not same or previewed is None or not isinstance(plan, Plan):
             return False
         return self._sound(old) and _places(plan) == _places(previewed)
+
+    def _guests(self) -> list[DeploymentId]:
+        """Those that are loaded on demand: their memory is theirs only while they are in use."""
+        return [name for name, deployment in self.state.deployments.items() if deployment.spec.on_demand]
 
     def _sound(self, deployment: Deployment) -> bool:
         return not why_broken(self.state, deployment, self.clock.now_s())

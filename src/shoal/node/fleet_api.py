@@ -69,6 +69,8 @@ STATES = {
     Phase.MENDING: DeploymentState.DEGRADED,
     Phase.RECOVERING: DeploymentState.DEGRADED,
     Phase.REFUSED: DeploymentState.FAILED,
+    Phase.DROWSY: DeploymentState.ASLEEP,
+    Phase.ASLEEP: DeploymentState.ASLEEP,
 }
 
 

@@ -70,9 +70,14 @@ def alone(view: CoordinatorView, report: NodeReport, others: Mapping[NodeId, Nod
 
 def _alone(status: DeploymentStatus, heard: Mapping[NodeId, NodeReport]) -> DeploymentStatus:
     # Half of a move is none: nobody is there to end it.
-    # And nobody gives a lost stage to somebody else.
+    # And nobody gives a lost stage to somebody else, or wakes what falls asleep.
     deployment = msgspec.structs.replace(
-        status.deployment, successor=None, former=None, held=False, beyond_mending="no coordinator is heard"
+        status.deployment,
+        successor=None,
+        former=None,
+        held=False,
+        drowsy=None,
+        beyond_mending="no coordinator is heard",
     )
     plan, status = deployment.answer, msgspec.structs.replace(status, deployment=deployment)
     if isinstance(plan, Plan) and plan.stages[0].node in heard:

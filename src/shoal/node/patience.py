@@ -11,6 +11,7 @@ from shoal.ids import DeploymentId
 
 RETRY_PLAN_S = 2.0
 RETRY_PLAN_AT_MOST_S = 120.0
+RETRY_ROOM_S = 0.5
 STEADY_S = 30.0
 
 
@@ -23,6 +24,8 @@ class Patience:
     _vain: dict[DeploymentId, int] = field(default_factory=dict)
     """Plans in a row that never came to serve for long."""
     _serves_since_s: dict[DeploymentId, float] = field(default_factory=dict)
+    _postponed: set[DeploymentId] = field(default_factory=set)
+    """Those whose plan has to wait for others only."""
     _broke: set[DeploymentId] = field(default_factory=set)
     """Those that were mended at once since they last served for long."""
 
@@ -38,9 +41,17 @@ class Patience:
         """A plan was made, or failed: vain until the deployment has served for a while."""
         self._vain[name] = self._vain.get(name, -1) + 1
 
+    def postponed(self, name: DeploymentId) -> None:
+        """There is a plan as soon as others have ended their answers."""
+        self._postponed.add(name)
+
     def ended(self, name: DeploymentId, now_s: float) -> None:
         """No plan is under way any more."""
-        self._wait(name, now_s)
+        if name in self._postponed:
+            self._not_before_s[name] = now_s + RETRY_ROOM_S
+        else:
+            self._wait(name, now_s)
+        self._postponed.discard(name)
         self._under_way.discard(name)
 
     def serves(self, name: DeploymentId, now_s: float) -> None:

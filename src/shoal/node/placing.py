@@ -4,7 +4,7 @@ The two are apart because the first may take minutes and the second counts on fr
 and nobody should wait for what is measured for somebody else.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -18,7 +18,7 @@ from shoal.fleet.report import NodeReport
 from shoal.fleet.spec import DeploymentSpec
 from shoal.fleet.state import LOST_AFTER_S, FleetState, Standing, standing
 from shoal.fleet.statuses import named
-from shoal.ids import NodeId
+from shoal.ids import DeploymentId, NodeId
 from shoal.plan.problem import Answer, Infeasible, Problem
 from shoal.profile.fleet import FleetProfile
 
@@ -68,22 +68,26 @@ class Placing:
         usable = {n: m.report for n, m in members.items() if stands[n] is Standing.ALIVE}
         return await self.planner.survey(spec, usable)
 
-    async def place(self, spec: DeploymentSpec, surveyed: FleetProfile) -> Answer:
-        """The plan, counting on what no other deployment holds now."""
-        answer = await self.planner.plan(spec, surveyed, self._promised(spec))
+    async def place(
+        self, spec: DeploymentSpec, surveyed: FleetProfile, *, without: Collection[DeploymentId] = ()
+    ) -> Answer:
+        """The plan, counting on what no other deployment holds now, but for those *without* which it is thought out."""
+        answer = await self.planner.plan(spec, surveyed, self._promised(spec, without))
         return self._with_names(answer) if isinstance(answer, Infeasible) else answer
 
-    async def problem(self, spec: DeploymentSpec, surveyed: FleetProfile) -> Problem | Infeasible:
+    async def problem(
+        self, spec: DeploymentSpec, surveyed: FleetProfile, *, without: Collection[DeploymentId] = ()
+    ) -> Problem | Infeasible:
         """What `place` would answer."""
-        stated = await self.planner.state(spec, surveyed, self._promised(spec))
+        stated = await self.planner.state(spec, surveyed, self._promised(spec, without))
         return self._with_names(stated) if isinstance(stated, Infeasible) else stated
 
-    def _promised(self, spec: DeploymentSpec) -> Mapping[NodeId, int]:
+    def _promised(self, spec: DeploymentSpec, without: Collection[DeploymentId]) -> Mapping[NodeId, int]:
         """Nodes to plan on, and what others hold of them."""
         state = self.state()
         # Surveyed nodes that are silent for a moment count; only those that are lost by now, or leave, do not.
         staying = [r for r in heard(state, self.clock.now_s()).values() if not r.leaving]
-        return promised_bytes(staying, state.deployments.values(), spec.deployment)
+        return promised_bytes(staying, state.deployments.values(), spec.deployment, *without)
 
     def _with_names(self, answer: Infeasible) -> Infeasible:
         reason, hint = (named(text, self.state().members) for text in (answer.reason, answer.hint))

@@ -138,7 +138,7 @@ async def rig(request: pytest.FixtureRequest, client: LocalClient) -> Rig:
     def live() -> int:
         return sum(len(machine.slots.held) for machine in client.pipeline.machines)
 
-    async def way() -> StagedExecutor:
+    async def way(_patience_s: float | None) -> StagedExecutor:
         return StagedExecutor(client)
 
     executor = RoutedExecutor(way, SystemClock()) if request.param == "routed" else StagedExecutor(client)

@@ -149,7 +149,7 @@ async def test_an_agent_goes_on_with_its_heartbeats_and_obeys_a_lease_once_there
     seen: list[CoordinatorView] = []
     agent = Agent(
         me=ME, fleet="f", incarnation=1, facts=lambda: FACTS, bus=bus, keeper=keeper, coordinator=None, bell=Bell(),
-        handlers={}, complete_manifests=tuple, on_view=seen.append, stand_in=lambda _: None, journal=journal, log=log,
+        handlers={}, complete_manifests=tuple, on_view=seen.append, uses=tuple, stand_in=lambda _: None, journal=journal, log=log,
     )  # fmt: skip
 
     def say(sequence: int) -> CoordinatorView:

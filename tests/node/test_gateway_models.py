@@ -108,7 +108,7 @@ def test_a_model_is_made_ready_while_its_engine_loads_and_answers_when_that_is_t
 
 @pytest.mark.parametrize(
     ("phase", "served"),
-    [(phase, phase in {Phase.SERVING, Phase.DRAINING, Phase.MOVING}) for phase in Phase],
+    [(phase, phase in {Phase.SERVING, Phase.DRAINING, Phase.MOVING, Phase.DROWSY}) for phase in Phase],
 )
 def test_a_node_knows_whether_any_model_of_the_fleet_answers(
     run: Callable[..., None], tiny_store: Tiny, phase: Phase, *, served: bool
@@ -225,7 +225,7 @@ def test_while_neither_pipeline_takes_requests_they_wait_for_the_next(
         got: list[object] = []
 
         async def ask() -> None:
-            got.append(await models.get("chat").executor.way())  # type: ignore[attr-defined]
+            got.append(await models.get("chat").executor.way(None))  # type: ignore[attr-defined]
 
         models.hear(view(2, tiny_store[1], Phase.MOVING))
         async with anyio.create_task_group() as group:
@@ -252,7 +252,7 @@ def test_who_waits_for_a_pipeline_that_never_comes_is_told_to_come_again(
         models.hear(view(3, tiny_store[1], Phase.RECOVERING, plan_epoch=2))
 
         with pytest.raises(UnavailableError, match="recovering"):
-            await model.executor.way()  # type: ignore[attr-defined]
+            await model.executor.way(None)  # type: ignore[attr-defined]
 
     run(use)
 

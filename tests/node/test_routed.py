@@ -62,7 +62,7 @@ class Road:
     wanted: bool = True
     heard: list[tuple[str, int]] = field(default_factory=list)
 
-    async def way(self) -> Pipe:
+    async def way(self, _patience_s: float | None) -> Pipe:
         pipe = self.pipes.pop(0) if len(self.pipes) > 1 else self.pipes[0]
         if pipe is None:
             self.clock.advance(self.pause_s)

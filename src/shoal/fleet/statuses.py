@@ -92,6 +92,19 @@ def _under_way(deployment: Deployment, reports: Mapping[NodeId, NodeReport]) -> 
     return f"moving: {heir.why}" if heir is not None else deployment.waits
 
 
+def _loading(state: FleetState, deployment: Deployment, reports: Mapping[NodeId, NodeReport]) -> str:
+    """How far a plan is that has not served yet, and who has to go first."""
+    plan = deployment.answer
+    if not isinstance(plan, Plan) or phase(deployment, reports) is not Phase.LOADING:
+        return ""
+    nodes = {stage.node for stage in plan.stages} & reports.keys()
+    held = {shard.shard.deployment for node in nodes for shard in reports[node].shards}
+    others = {n: d for n, d in state.deployments.items() if n in held and n != deployment.spec.deployment}
+    going = sorted(name for name, other in others.items() if other.asleep or other.drowsy is not None)
+    missing = unlinked(plan, shards_of(deployment, plan, reports))
+    return f"{missing}; {', '.join(going)} goes first" if going else missing
+
+
 def _reason(state: FleetState, deployment: Deployment, now_s: float) -> str:
     match deployment.answer:
         case Infeasible() as infeasible:
@@ -99,6 +112,11 @@ def _reason(state: FleetState, deployment: Deployment, now_s: float) -> str:
         case None:
             return deployment.waits
         case Plan():
-            return why_broken(state, deployment, now_s) or _under_way(deployment, heard(state, now_s))
+            reports = heard(state, now_s)
+            return (
+                why_broken(state, deployment, now_s)
+                or _under_way(deployment, reports)
+                or _loading(state, deployment, reports)
+            )
         case _:
             assert_never(deployment.answer)

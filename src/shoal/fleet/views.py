@@ -114,6 +114,8 @@ class DeploymentHealth(msgspec.Struct, frozen=True, kw_only=True):
     name: DeploymentId
     ready: bool
     last_token_age_s: float | None = None
+    asleep: bool = False
+    """It is loaded on demand, and nobody asks: no token is asked for, and `ready` says that a request would have it loaded."""
 
 
 class HealthView(msgspec.Struct, frozen=True, kw_only=True):

@@ -12,7 +12,7 @@ from structlog.typing import FilteringBoundLogger
 
 from shoal.errors import MalformedFrameError, ShoalError
 from shoal.fleet.order import Order, Refused, Reply
-from shoal.fleet.report import NodeFacts, NodeReport, ShardReport
+from shoal.fleet.report import NodeFacts, NodeReport, ShardReport, Use
 from shoal.fleet.state import LOST_AFTER_S
 from shoal.fleet.view import CoordinatorView
 from shoal.ids import Digest, NodeId
@@ -61,6 +61,8 @@ class Agent:
     handlers: Mapping[str, Handler]
     complete_manifests: Callable[[], tuple[Digest, ...]]
     on_view: Callable[[CoordinatorView], None]
+    uses: Callable[[], tuple[Use, ...]]
+    """How much models are asked for here that are loaded on demand."""
     stand_in: Callable[[CoordinatorView], None]
     """Hears what the last plans come to while no coordinator has been heard since the start."""
     journal: Journal
@@ -88,6 +90,7 @@ class Agent:
             shards=self.keeper.reports(),
             manifests=self._manifests,
             leaving=self.leaving.is_set(),
+            uses=self.uses(),
         )
 
     async def run(self) -> None:

@@ -27,6 +27,7 @@ from shoal.node.messages import (
     Preview,
     Previewed,
     Stated,
+    Wake,
 )
 from shoal.node.planning import FleetPlanner
 from shoal.plan.problem import Infeasible, Problem
@@ -57,6 +58,7 @@ class CoordinatorDesk:
         return {
             "deploy": handler(Deploy, self._deploy),
             "drop": handler(Drop, self._drop),
+            "wake": handler(Wake, self._wake),
             "preview": handler(Preview, self._preview),
             "problem": handler(AskProblem, self._problem),
             "nodes": handler(AskNodes, self._nodes),
@@ -70,6 +72,10 @@ class CoordinatorDesk:
 
     async def _drop(self, asked: Drop) -> Nothing:
         await self.coordinator.drop(asked.deployment)
+        return Nothing()
+
+    async def _wake(self, asked: Wake) -> Nothing:
+        await self.coordinator.wake(asked.deployment)
         return Nothing()
 
     async def _problem(self, asked: AskProblem) -> Stated:

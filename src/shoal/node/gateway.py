@@ -1,12 +1,14 @@
 """The models that this node's gateway answers for: follows the coordinator's view, and ends what a lost pipeline cannot.
 
 When a deployment moves, requests that run stay with the pipeline that they were sent to until it has answered them; new ones go to
-the next as soon as the view names it, and wait while neither takes any.
+the next as soon as the view names it, and wait while neither takes any.  A request for a model that is loaded on demand, and is
+not, has it woken and waits for that.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import TypeVar
 
 import anyio
 import anyio.to_thread
@@ -15,25 +17,30 @@ from structlog.typing import FilteringBoundLogger
 from shoal.clock import Clock
 from shoal.errors import InfeasibleError, ShoalError, UnavailableError, UnknownModelError
 from shoal.fleet.reconcile import Phase
+from shoal.fleet.report import Use
+from shoal.fleet.spec import DeploymentSpec
 from shoal.fleet.view import LEASE_S, CoordinatorView, DeploymentStatus
 from shoal.fleet.views import ComponentHealth, DeploymentHealth, HealthView, PredictionView
 from shoal.ids import DeploymentId, NodeId, RequestId
 from shoal.model.catalog import CATALOGUE
-from shoal.model.spec import ModelKind
 from shoal.node.artifacts import Artifacts
 from shoal.node.opening import Opened, Opening
 from shoal.node.pipeline import AnswerDesk
+from shoal.node.pulse import Pulse
+from shoal.node.rousing import Rousing, Wake, wakes_nobody
+from shoal.node.uses import Uses
 from shoal.runtime.executor.staged import StagedExecutor
-from shoal.runtime.request import GenerateRequest
 from shoal.serve.ports import ServedModel
 from shoal.store.home import Store
 
-IDLE_S = 1.0
-PROBE_TIMEOUT_S = 1.5
-SIGN_S = 4.0
-"""A pipeline that works shows a sign of life every 2 s; twice that long is too long."""
+T = TypeVar("T")
+
 HOLD_S = 60.0
 """So long may a request wait while a deployment moves: drain, load and link take a few seconds, on slow devices ten times that."""
+LOAD_S = 120.0
+"""So long may it wait for a model that is loaded on demand: others have to go, and a shard may have to be fetched."""
+AGAIN_S, LOADING_AGAIN_S = 2.0, 5.0
+"""When to come again for what is not there yet."""
 
 
 @dataclass(slots=True)
@@ -48,24 +55,38 @@ class Models:
     unix_s: Callable[[], float]
     new_id: Callable[[], str]
     log: FilteringBoundLogger
+    wake: Wake = wakes_nobody
     view: CoordinatorView | None = None
     _heard_s: float | None = None
     """When a coordinator was heard last; None: not since the start."""
     _open: dict[DeploymentId, Opened] = field(default_factory=dict)
     _left: dict[DeploymentId, Opened] = field(default_factory=dict)
     """Pipelines that a deployment has moved from; their running requests go on."""
-    _last: dict[DeploymentId, Opened] = field(default_factory=dict)
-    """What was open last, of deployments that were not declared anew since."""
+    _known: dict[DeploymentId, tuple[int, ServedModel]] = field(default_factory=dict)
+    """What may be asked of deployments that were open before, or are loaded on demand; by generation."""
     _closed: dict[DeploymentId, str] = field(default_factory=dict)
     """Why those that serve cannot be opened here."""
+    _uses: Uses = field(init=False)
+    _rousing: Rousing = field(init=False)
+    _pulse: Pulse = field(init=False)
     _opening: Opening = field(init=False)
     _news: anyio.Event = field(default_factory=anyio.Event)
     _turned: anyio.Event = field(default_factory=anyio.Event)
     """Set, and replaced, when a request that waits should look again."""
 
     def __post_init__(self) -> None:
+        self._uses, self._rousing = Uses(self.clock), Rousing(self.wake)
+        self._pulse = Pulse(self.clock, self.new_id, self.log)
         self._opening = Opening(
-            self.store, self.artifacts, self.desk, self.clock, self.unix_s, self._way, self._stands, self._resumed
+            self.store,
+            self.artifacts,
+            self.desk,
+            self.clock,
+            self.unix_s,
+            self._way,
+            self._stands,
+            self._resumed,
+            self._uses.using,
         )
 
     def hear(self, view: CoordinatorView) -> None:
@@ -91,7 +112,7 @@ class Models:
                 del self._left[name]
                 _break_off(left, view.find(name))
         generations = {s.deployment.spec.deployment: s.deployment.spec.generation for s in view.deployments}
-        self._last = {n: o for n, o in self._last.items() if generations.get(n) == _epoch(o.status)[0]}
+        self._known = {n: (since, model) for n, (since, model) in self._known.items() if generations.get(n) == since}
         self._news.set()
         self._turn()
 
@@ -105,11 +126,11 @@ class Models:
         loading: set[tuple[DeploymentId, int, int]] = set()
         while True:
             self._news = anyio.Event()
-            statuses = self.view.deployments if self.view is not None else ()
-            mine = [s for s in statuses if s.deployment.spec.source == self.me]
+            mine = self._mine()
             wanted = {s.deployment.spec.manifest for s in mine}
             await self._opening.keep_codecs(wanted)
             for status in mine:
+                await self._learn(status.deployment.spec)
                 known = (status.deployment.spec.deployment, *_epoch(status))
                 # Not at the first view that says loading: reading a tokenizer would hold up the start of the worker.
                 early = status.phase is Phase.LOADING and known in loading
@@ -119,81 +140,121 @@ class Models:
             await self._news.wait()
 
     def served(self) -> Sequence[ServedModel]:
-        """Models that answer now, by name."""
-        return [self._open[name].served for name in sorted(self._open)]
+        """Models that answer now, or as soon as somebody asks, by name."""
+        on_demand = {s.deployment.spec.deployment for s in self._mine() if s.deployment.spec.on_demand}
+        names = self._open.keys() | (self._known.keys() & on_demand)
+        return [self._open[n].served if n in self._open else self._known[n][1] for n in sorted(names)]
+
+    def uses(self) -> tuple[Use, ...]:
+        """How much those are asked for that are loaded on demand."""
+        specs = [status.deployment.spec for status in self._mine()]
+        return tuple(self._uses.of(spec.deployment) for spec in specs if spec.on_demand)
 
     def get(self, name: str) -> ServedModel:
         """One of them; raises UnknownModelError, InfeasibleError, or UnavailableError while it loads or recovers."""
-        opened = self._open.get(DeploymentId(name))
+        known = DeploymentId(name)
+        opened = self._open.get(known)
         if opened is not None and self._takes(opened):
             return opened.served
-        if self._holds(DeploymentId(name)):
-            return self._last[DeploymentId(name)].served
-        status = self.view.find(DeploymentId(name)) if self.view is not None else None
+        if self._holds(known):
+            return self._known[known][1]
+        status = self._status(known)
         if status is None:
-            known = ", ".join(sorted(self._open)) or "none yet"
+            deployed = ", ".join(sorted(self._open)) or "none yet"
             raise UnknownModelError(
-                f"no model {name!r} is deployed; deployed are: {known}",
+                f"no model {name!r} is deployed; deployed are: {deployed}",
                 hint=self._way_to(name),
                 param="model",
             )
-        if status.phase is Phase.REFUSED:
-            raise InfeasibleError(f"{name} cannot be placed: {status.reason}", param="model")
         if status.deployment.spec.source != self.me:
             raise UnknownModelError(
                 f"this gateway does not answer for {name}",
                 hint=f"ask {status.gateway or 'its own gateway'}",
                 param="model",
             )
-        if status.phase is Phase.SERVING:
-            why = self._closed.get(DeploymentId(name), "its tokenizer is being read")
-            raise UnavailableError(
-                f"{name} cannot be asked yet: {why}", hint="try again in a moment", retry_after_s=2.0
-            )
-        why = f" ({status.reason})" if status.reason else ""
-        raise UnavailableError(f"{name} is {status.phase.value}{why}", hint="try again in a moment", retry_after_s=2.0)
+        raise self._refusal(status)
 
-    async def _way(self, name: DeploymentId) -> StagedExecutor:
-        """The pipeline to ask; waits while the deployment moves.  Raises as `get` does."""
-        with anyio.move_on_after(HOLD_S):
+    async def _way(self, name: DeploymentId, patience_s: float | None = None) -> StagedExecutor:
+        """The pipeline to ask; waits while the deployment moves, or is loaded because somebody asks.  Raises as `get` does."""
+        status = self._status(name)
+        limit_s = LOAD_S if status is not None and status.deployment.spec.on_demand else HOLD_S
+        limit_s = limit_s if patience_s is None else min(limit_s, patience_s)
+        with anyio.move_on_after(limit_s) as waiting:
             while True:
-                opened = self._open.get(name)
+                turned, opened = self._turned, self._open.get(name)
                 if opened is not None and (self._takes(opened) or opened.status.phase is Phase.DRAINING):
                     return opened.executor
                 if not self._holds(name):
                     break
+                await self._rousing.rouse(name, partial(self._to_wake, name))
                 with anyio.move_on_after(LEASE_S):  # that no coordinator is heard any more turns nothing
-                    await self._turned.wait()
-        status = self.view.find(name) if self.view is not None else None
-        stands = status.phase.value if status is not None else "stopped"
-        raise UnavailableError(f"{name} is {stands}", hint="try again in a moment", retry_after_s=2.0)
+                    await turned.wait()
+        status = self._status(name)
+        if status is None:
+            raise UnavailableError(f"{name} is stopped", hint="try again in a moment", retry_after_s=AGAIN_S)
+        raise self._refusal(status, limit_s if waiting.cancelled_caught else None)
+
+    def _refusal(self, status: DeploymentStatus, waited_s: float | None = None) -> ShoalError:
+        """What a request is told that cannot be served, or not yet; it has been waiting for *waited_s*."""
+        spec = status.deployment.spec
+        name = spec.deployment
+        if status.phase is Phase.REFUSED:
+            return InfeasibleError(f"{name} cannot be placed: {status.reason}", param="model")
+        if status.phase is Phase.SERVING or (spec.on_demand and name not in self._known):
+            stands = f"cannot be asked yet: {self._closed.get(name, 'its tokenizer is being read')}"
+        else:
+            silent = "no coordinator is heard that could load it" if spec.on_demand and self._silent() else ""
+            why = silent or status.reason or self._rousing.trouble(name)
+            stands = f"is {status.phase.value}{f' ({why})' if why else ''}"
+        late = f"; {waited_s:g} s were not enough to wait for it" if waited_s is not None else ""
+        again_s = LOADING_AGAIN_S if spec.on_demand else AGAIN_S
+        return UnavailableError(f"{name} {stands}{late}", hint="try again in a moment", retry_after_s=again_s)
+
+    def _to_wake(self, name: DeploymentId) -> NodeId | None:
+        """Whom to ask to wake it; None when it is awake, or there is nobody."""
+        status = self._status(name)
+        sleeps = status is not None and status.phase in {Phase.ASLEEP, Phase.DROWSY}
+        return self.view.lease.holder if sleeps and self.view is not None else None
+
+    def _status(self, name: DeploymentId) -> DeploymentStatus | None:
+        return self.view.find(name) if self.view is not None else None
+
+    def _mine(self) -> list[DeploymentStatus]:
+        """The deployments that this gateway answers for."""
+        statuses = self.view.deployments if self.view is not None else ()
+        return [status for status in statuses if status.deployment.spec.source == self.me]
+
+    def _silent(self) -> bool:
+        """Whether no coordinator is heard."""
+        return self._heard_s is None or self.clock.now_s() - self._heard_s > LEASE_S
 
     def _stands(self, name: DeploymentId, generation: int) -> bool:
         """Whether an answer may wait for the next pipeline: what it came from is still wanted as it was, and can be had."""
-        status = self.view.find(name) if self.view is not None else None
+        status = self._status(name)
         return status is not None and status.phase is not Phase.REFUSED and _epoch(status)[0] == generation
 
     def _resumed(self, request: RequestId, tokens: int) -> None:
         self.log.info("answer.resumed", request=request, tokens=tokens)
 
     def _takes(self, opened: Opened) -> bool:
-        """Whether the pipeline takes new requests; one that is to be left does when nobody is there to end the move."""
-        silent = self._heard_s is None or self.clock.now_s() - self._heard_s > LEASE_S
+        """Whether the pipeline takes new requests; one that is to be left does when nobody is there to end that."""
         stands = opened.status.phase
-        return stands is Phase.SERVING or (stands is Phase.MOVING and silent)
+        return stands is Phase.SERVING or (stands in {Phase.MOVING, Phase.DROWSY} and self._silent())
 
     def _holds(self, name: DeploymentId) -> bool:
-        """Whether requests wait for the next pipeline, which comes in a moment."""
-        status = self.view.find(name) if self.view is not None else None
-        if status is None or name not in self._last or name in self._closed:
+        """Whether requests wait for the next pipeline, which comes in a moment, or is loaded because they ask."""
+        status = self._status(name)
+        if status is None or name not in self._known or name in self._closed:
             return False
+        if status.deployment.spec.on_demand:
+            return status.phase not in {Phase.REFUSED, Phase.DRAINING} and not self._silent()
         return status.phase in {Phase.MOVING, Phase.MENDING} or (
             status.phase is Phase.SERVING and name not in self._open
         )
 
     def _leave(self, name: DeploymentId, opened: Opened) -> None:
         """Keep for its running requests the pipeline that the deployment has moved from; whatever was left before is no more."""
-        status = self.view.find(name) if self.view is not None else None
+        status = self._status(name)
         if name in self._left:
             _break_off(self._left.pop(name), status)
         if _ends(opened, status):
@@ -221,9 +282,7 @@ class Models:
     def last_token_age_s(self, name: DeploymentId) -> float | None:
         """Seconds since a token of *name* came through every stage; None before the first."""
         opened = self._open.get(name)
-        if opened is None or opened.pipeline.last_token_s is None:
-            return None
-        return self.clock.now_s() - opened.pipeline.last_token_s
+        return self._pulse.last_token_age_s(opened) if opened is not None else None
 
     def prediction(self, name: DeploymentId) -> PredictionView | None:
         """How far requests of *name* were from what its plan says; None before any was compared."""
@@ -237,19 +296,24 @@ class Models:
         return {name: view for name, view in found.items() if view is not None}
 
     async def report(self) -> HealthView:
-        """Health, end to end: a deployment that was idle for `IDLE_S` is asked for one token."""
+        """Health, end to end: a deployment that was idle for a second is asked for one token; one that is asleep sleeps on."""
         async with anyio.create_task_group() as group:
             for opened in list(self._open.values()):
-                if opened.served.spec.kind is ModelKind.CAUSAL_LM:
-                    group.start_soon(self._probe_if_idle, opened)
-        statuses = self.view.deployments if self.view is not None else ()
-        specs = [status.deployment.spec for status in statuses]
-        names = [spec.deployment for spec in specs if spec.source == self.me]
-        deployments = tuple(
-            DeploymentHealth(name=name, ready=self._flows(name), last_token_age_s=self.last_token_age_s(name))
-            for name in names
+                group.start_soon(self._pulse.probe_if_idle, opened)
+        return HealthView(
+            components=(self._coordinator(),), deployments=tuple(self._health(status) for status in self._mine())
         )
-        return HealthView(components=(self._coordinator(),), deployments=deployments)
+
+    def _health(self, status: DeploymentStatus) -> DeploymentHealth:
+        name = status.deployment.spec.deployment
+        opened = self._open.get(name)
+        comes = status.deployment.spec.on_demand and status.phase in _COMING and self._holds(name)
+        return DeploymentHealth(
+            name=name,
+            ready=comes or (opened is not None and self._pulse.flows(opened)),
+            last_token_age_s=self.last_token_age_s(name),
+            asleep=status.phase in {Phase.ASLEEP, Phase.DROWSY},
+        )
 
     def _coordinator(self) -> ComponentHealth:
         if self._heard_s is None:
@@ -261,57 +325,43 @@ class Models:
         reason += ": the last plans are served, nothing is planned anew" if self.view is not None else ""
         return ComponentHealth(name="coordinator", ready=False, reason=reason)
 
-    def _flows(self, name: DeploymentId) -> bool:
-        """Whether tokens come out: one was seen lately, or a sign of life from a long prompt; or it is no language model."""
-        opened = self._open.get(name)
-        if opened is None or opened.status.phase is not Phase.SERVING:
-            return False
-        pipeline = opened.pipeline
-        seen_s = pipeline.last_sign_s if pipeline.running else pipeline.last_token_s
-        fresh_s = SIGN_S if pipeline.running else IDLE_S + PROBE_TIMEOUT_S
-        fresh = seen_s is not None and self.clock.now_s() - seen_s <= fresh_s
-        return fresh or opened.served.spec.kind is not ModelKind.CAUSAL_LM
-
-    async def _probe_if_idle(self, opened: Opened) -> None:
-        async with opened.probing:  # whoever asks meanwhile waits for that answer, rather than calling it idle
-            age_s = self.last_token_age_s(opened.served.name)
-            if (age_s is None or age_s > IDLE_S) and not opened.pipeline.running:
-                await self._probe(opened)
-
-    async def _probe(self, opened: Opened) -> None:
-        token = opened.served.spec.bos_token_id or 0
-        request = GenerateRequest(
-            request=RequestId(f"probe-{self.new_id()}"),
-            deployment=opened.served.name,
-            prompt=(token,),
-            max_tokens=1,
-            ignore_eos=True,
-        )
-        with anyio.move_on_after(PROBE_TIMEOUT_S):
-            try:
-                async for _ in opened.executor.generate(request):
-                    pass
-            except ShoalError as error:
-                self.log.warning("probe.failed", deployment=opened.served.name, error=error.message)
+    async def _learn(self, spec: DeploymentSpec) -> None:
+        """Know what may be asked of a model that is loaded on demand, whether it is loaded or not."""
+        if spec.on_demand and spec.deployment not in self._known:
+            served = await self._tried(spec.deployment, lambda: self._opening.served(spec, spec.shape))
+            status = self._status(spec.deployment)
+            if served is not None and status is not None and status.deployment.spec.generation == spec.generation:
+                self._known[spec.deployment] = (spec.generation, served)
+                self._turn()
 
     async def _try_open(self, status: DeploymentStatus) -> None:
         name = status.deployment.spec.deployment
-        try:
-            opened = await anyio.to_thread.run_sync(partial(self._opening.open, status))
-        except Exception as error:  # noqa: BLE001 a model's odd tokenizer must not end the node
-            said = error.message if isinstance(error, ShoalError) else f"{type(error).__name__}: {error}"
-            if self._closed.get(name) != said:  # tried twice a second, said once
-                self.log.warning("model.not_opened", deployment=name, error=said)
-            self._closed[name] = said
+        opened = await self._tried(name, lambda: self._opening.open(status))
+        current = self._status(name)
+        if opened is None or current is None:
             return
-        self._closed.pop(name, None)
-        current = self.view.find(name) if self.view is not None else None
-        if current is not None and _epoch(current) == _epoch(status) and current.phase is Phase.SERVING:
-            self._open[name] = self._last[name] = replace(opened, status=current)
+        if _epoch(current) == _epoch(status) and current.phase is Phase.SERVING:
+            self._open[name] = replace(opened, status=current)
+            self._known[name] = (_epoch(current)[0], opened.served)
             self._turn()
 
+    async def _tried(self, name: DeploymentId, work: Callable[[], T]) -> T | None:
+        """What *work* gives on a thread; None when it fails, which is said once though it is tried twice a second."""
+        try:
+            done = await anyio.to_thread.run_sync(work)
+        except Exception as error:  # noqa: BLE001 a model's odd tokenizer must not end the node
+            said = error.message if isinstance(error, ShoalError) else f"{type(error).__name__}: {error}"
+            if self._closed.get(name) != said:
+                self.log.warning("model.not_opened", deployment=name, error=said)
+            self._closed[name] = said
+            return None
+        self._closed.pop(name, None)
+        return done
 
-_ANSWERING = {Phase.SERVING, Phase.DRAINING, Phase.MOVING, Phase.MENDING}
+
+_ANSWERING = {Phase.SERVING, Phase.DRAINING, Phase.MOVING, Phase.MENDING, Phase.DROWSY}
+_COMING = {Phase.ASLEEP, Phase.DROWSY, Phase.PLANNING, Phase.LOADING}
+"""Where a model that is loaded on demand will answer whoever asks, after a while."""
 
 
 def _epoch(status: DeploymentStatus) -> tuple[int, int]:

@@ -89,6 +89,12 @@ class Drop(msgspec.Struct, frozen=True, kw_only=True):
     deployment: DeploymentId
 
 
+class Wake(msgspec.Struct, frozen=True, kw_only=True):
+    """Asked of the coordinator: have this deployment loaded, somebody asks for it."""
+
+    deployment: DeploymentId
+
+
 class Preview(msgspec.Struct, frozen=True, kw_only=True):
     """Asked of the coordinator: what plan would this deployment get?"""
 

@@ -1,6 +1,7 @@
 """From a deployment that serves to what a gateway answers with: its pipeline, its tokenizer, and what may be asked of it."""
 
 from collections.abc import Awaitable, Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -11,6 +12,7 @@ import msgspec
 from shoal.clock import Clock
 from shoal.errors import UnavailableError
 from shoal.fleet.report import ShardId
+from shoal.fleet.spec import DeploymentSpec
 from shoal.fleet.view import DeploymentStatus
 from shoal.ids import DeploymentId, Digest, RequestId
 from shoal.model.codec import ModelCodec
@@ -20,7 +22,7 @@ from shoal.node.foretold import Foretold
 from shoal.node.heap import give_back_memory
 from shoal.node.pipeline import AnswerDesk, Pipeline
 from shoal.node.routed import RoutedExecutor
-from shoal.plan.problem import Plan
+from shoal.plan.problem import Plan, RequestShape
 from shoal.runtime.executor.staged import StagedExecutor
 from shoal.serve.ports import EncoderIO, ServedModel
 from shoal.store.home import Store, read_file
@@ -40,7 +42,8 @@ class Opened:
 @dataclass(slots=True)
 class Opening:
     """Opens deployments, one at a time.  `way` gives the pipeline to ask when a request is sent,
-    `stands` says whether a deployment is wanted, `resumed` hears of answers that go on elsewhere; tokenizers are kept.
+    `stands` says whether a deployment is wanted, `resumed` hears of answers that go on elsewhere, `using` of requests;
+    tokenizers are kept.
     """
 
     store: Store
@@ -48,9 +51,10 @@ class Opening:
     desk: AnswerDesk
     clock: Clock
     unix_s: Callable[[], float]
-    way: Callable[[DeploymentId], Awaitable[StagedExecutor]]
+    way: Callable[[DeploymentId, float | None], Awaitable[StagedExecutor]]
     stands: Callable[[DeploymentId, int], bool]
     resumed: Callable[[RequestId, int], None]
+    using: Callable[[DeploymentId], AbstractContextManager[None]]
     codecs: dict[Digest, ModelCodec | None] = field(default_factory=dict)
 
     def open(self, status: DeploymentStatus) -> Opened:
@@ -59,16 +63,21 @@ class Opening:
         spec, answer = deployment.spec, deployment.answer
         if not isinstance(answer, Plan):
             raise UnavailableError(f"{spec.deployment} has no plan")
-        artifact = self.artifacts.open(spec.manifest)
+        served = self.served(spec, answer.shape)
         shard = ShardId(deployment=spec.deployment, plan_epoch=deployment.plan_epoch, stage=0)
         foretold = Foretold(answer, self.clock)
         pipeline = Pipeline(self.desk, spec.deployment, answer.stages[0].node, shard, foretold=foretold)
+        return Opened(status, pipeline, served, StagedExecutor(client=pipeline))
+
+    def served(self, spec: DeploymentSpec, shape: RequestShape) -> ServedModel:
+        """What may be asked of a deployment, loaded or not.  Blocks: run it on a thread."""
+        artifact = self.artifacts.open(spec.manifest)
         model = artifact.manifest.spec
         if model.kind is ModelKind.CAUSAL_LM:
             # Requests are checked against what the pipeline can hold, not against what the model was trained for.
-            context = min(model.context_tokens or answer.shape.context_tokens, answer.shape.context_tokens)
+            context = min(model.context_tokens or shape.context_tokens, shape.context_tokens)
             model = _with_context(artifact, context)
-        served = ServedModel(
+        return ServedModel(
             name=spec.deployment,
             spec=model,
             executor=RoutedExecutor(
@@ -76,12 +85,12 @@ class Opening:
                 self.clock,
                 partial(self.stands, spec.deployment, spec.generation),
                 self.resumed,
+                partial(self.using, spec.deployment),
             ),
             codec=self._codec(artifact),
             encoder=_encoder(artifact),
             created_unix_s=int(self.unix_s()),
         )
-        return Opened(status, pipeline, served, StagedExecutor(client=pipeline))
 
     async def keep_codecs(self, wanted: set[Digest]) -> None:
         """Forget the tokenizers of all other models."""

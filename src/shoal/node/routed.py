@@ -9,8 +9,8 @@ again, none is drawn again, and the stream goes on with the next position.  The 
 position alone (ADR 8), so the answer is the one that would have come.
 """
 
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from contextlib import AbstractContextManager, aclosing, nullcontext
 from dataclasses import dataclass, field
 
 import anyio
@@ -32,20 +32,33 @@ AGAIN_S = 0.25
 
 @dataclass(frozen=True, slots=True)
 class RoutedExecutor:
-    """See `Executor`.  *way* gives the pipeline to ask; raises UnavailableError when there is none in time.
+    """See `Executor`.  *way* gives the pipeline to ask, within so many seconds; raises UnavailableError when there is none in time.
 
-    *stands* says whether the deployment is still wanted; *resumed* is told when an answer goes on elsewhere.
+    *stands* says whether the deployment is still wanted; *resumed* is told when an answer goes on elsewhere, *using* of each
+    request for as long as it lasts.
     """
 
-    way: Callable[[], Awaitable[StagedExecutor]]
+    way: Callable[[float | None], Awaitable[StagedExecutor]]
     clock: Clock
     stands: Callable[[], bool] = lambda: True
     resumed: Callable[[RequestId, int], None] = lambda _request, _tokens: None
+    using: Callable[[], AbstractContextManager[None]] = nullcontext
 
     async def generate(self, request: GenerateRequest) -> AsyncIterator[OutputDelta]:
         """See `Executor.generate`."""
+        with self.using():
+            async with aclosing(self._generate(request)) as deltas:
+                async for delta in deltas:
+                    yield delta
+
+    async def infer(self, request: InferRequest) -> InferResult:
+        """See `Executor.infer`.  It has no state: it is run again where it was lost."""
+        with self.using():
+            return await self._infer(request)
+
+    async def _generate(self, request: GenerateRequest) -> AsyncGenerator[OutputDelta]:
         answer = _Answer(request)
-        executor = await self.way()
+        executor = await self.way(request.deadline_s)
         while True:
             try:
                 async with aclosing(executor.generate(answer.next_try())) as deltas:
@@ -59,10 +72,9 @@ class RoutedExecutor:
             else:
                 return
 
-    async def infer(self, request: InferRequest) -> InferResult:
-        """See `Executor.infer`.  It has no state: it is run again where it was lost."""
+    async def _infer(self, request: InferRequest) -> InferResult:
         lost_s: float | None = None
-        executor = await self.way()
+        executor = await self.way(None)
         while True:
             try:
                 return await executor.infer(request)
@@ -75,7 +87,7 @@ class RoutedExecutor:
         while self.stands() and self.clock.now_s() - lost_s < RESUME_S:
             await anyio.sleep(AGAIN_S)
             try:
-                return await self.way()
+                return await self.way(None)
             except UnavailableError:
                 continue
         raise error

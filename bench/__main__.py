@@ -4,6 +4,7 @@ import argparse
 import importlib
 import os
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -52,6 +53,8 @@ def arguments() -> argparse.Namespace:
 
 
 def main() -> None:
+    # Whoever is told to end takes along what was started, as with Ctrl-C.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     asked = arguments()
     unknown = set(asked.claims) - set(MODULES)
     if unknown:

@@ -15,6 +15,7 @@ from shoal.cli.main import app
 from shoal.cli.nodes import render_nodes
 from shoal.cli.plan_flags import parse_pin
 from shoal.cli.ps import missed_by, moved_lines, render_deployments
+from shoal.cli.serve import parse_keep_alive
 from shoal.cli.start import options_from, parse_size
 from shoal.errors import SettingsError
 from shoal.fleet.state import Standing
@@ -91,6 +92,27 @@ def test_a_deployment_shows_why_it_is_not_ready() -> None:
     )
 
     assert "degraded: node attic is gone" in shown(render_deployments([view], {}))
+
+
+def test_a_model_that_is_loaded_on_demand_shows_that_the_next_request_loads_it() -> None:
+    view = DeploymentView(
+        name=DeploymentId("chat"), model="m", state=DeploymentState.ASLEEP, detail="the next request loads it"
+    )
+
+    assert "asleep: the next request loads it" in shown(render_deployments([view], {}))
+
+
+@pytest.mark.parametrize(
+    ("text", "kept_s"), [("", 300.0), ("90", 90.0), ("0.5m", 30.0), ("2h", 7200.0), ("forever", None)]
+)
+def test_how_long_a_model_stays_is_said_in_seconds_minutes_or_hours(text: str, kept_s: float | None) -> None:
+    assert parse_keep_alive(text, on_demand=True) == kept_s
+
+
+@pytest.mark.parametrize(("text", "on_demand"), [("soon", True), ("-5m", True), ("5 m", True), ("5m", False)])
+def test_a_time_that_cannot_be_kept_is_refused_with_what_can(text: str, on_demand: bool) -> None:
+    with pytest.raises(SettingsError, match="--keep-alive"):
+        parse_keep_alive(text, on_demand=on_demand)
 
 
 def test_a_deployment_shows_how_far_its_plan_was_off() -> None:

@@ -103,7 +103,8 @@ def demo(
         console.print(Rule("3. the plan, before anything is loaded", align="left"))
         plan = show_plan(shoal, MODEL, wanted, console)
         console.print(Rule("4. an answer through the pipeline", align="left"))
-        deploy_and_wait(shoal, MODEL, MODEL, ServeOptions(speculation=OFF, **wanted), console)
+        served = ServeOptions(speculation=OFF, on_demand=False, keep_alive_s=None, **wanted)
+        deploy_and_wait(shoal, MODEL, MODEL, served, console)
         for _ in _ask(url, "Hello", []):
             pass  # the first request pays for cold caches; it is not the one that is measured
         _show_answer(console, url, question, plan)

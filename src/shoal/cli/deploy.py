@@ -44,7 +44,7 @@ def show_plan(shoal: Shoal, model: str, wanted: PlanOptions, console: Console) -
 
 
 def deploy_and_wait(shoal: Shoal, model: str, name: str, wanted: ServeOptions, console: Console) -> DeploymentView:
-    """Deploy and wait until it serves; raises UnavailableError or DeadlineExceededError."""
+    """Deploy and wait until it serves, or would when it is asked; raises UnavailableError or DeadlineExceededError."""
     made = shoal.deploy(model, name=name, **wanted)
     began_s = time.monotonic()
     with console.status("loading") as status:
@@ -52,6 +52,9 @@ def deploy_and_wait(shoal: Shoal, model: str, name: str, wanted: ServeOptions, c
             found = next((d for d in shoal.deployments() if d.name == made.name), None)
             if found is not None and found.state is DeploymentState.READY:
                 console.print(f"[green]{made.name} is ready[/] after {time.monotonic() - began_s:.1f} s")
+                return found
+            if found is not None and found.state is DeploymentState.ASLEEP:
+                console.print(f"[green]{made.name} is asleep[/]: the first request loads it")
                 return found
             if found is not None and found.state is DeploymentState.FAILED:
                 raise UnavailableError(f"{made.name} cannot be served: {found.detail}")

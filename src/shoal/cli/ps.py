@@ -13,7 +13,7 @@ from shoal.fleet.views import DeploymentState, DeploymentView, PredictionView
 from shoal.ids import NodeId
 from shoal.plan.problem import Stage
 
-_COLOURS = {DeploymentState.READY: "green", DeploymentState.FAILED: "red"}
+_COLOURS = {DeploymentState.READY: "green", DeploymentState.FAILED: "red", DeploymentState.ASLEEP: "blue"}
 
 
 def ps(

@@ -1,6 +1,7 @@
 """shoal serve: measure, plan, deploy a model; starts a node first when none runs here."""
 
 import os
+import re
 import threading
 from collections.abc import Callable
 from typing import Annotated
@@ -18,10 +19,14 @@ from shoal.cli.start import Stop, check_start, run
 from shoal.client import Shoal
 from shoal.client.calls import ServeOptions
 from shoal.errors import SettingsError
+from shoal.fleet.spec import KEEP_ALIVE_S
 from shoal.node.fleet_api import check_name
 from shoal.node.running import Running
 from shoal.node.settings import read_settings
 from shoal.runtime.speculate.speculator import ADAPTIVE, MOST_GUESSES, Speculation
+
+_SPAN = re.compile(r"(\d+(?:\.\d+)?)(s|m|h|)", re.ASCII)
+_UNITS_S = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0}
 
 
 @spread
@@ -35,6 +40,15 @@ def serve(
             help="Tokens guessed ahead and checked in one lap: auto (as many as pay), off, or always up to this many."
         ),
     ] = "auto",
+    on_demand: Annotated[
+        bool, typer.Option("--on-demand", help="Load it when somebody asks; unload it when it is idle.")
+    ] = False,
+    keep_alive: Annotated[
+        str,
+        typer.Option(
+            help="How long it stays idle after --on-demand: 90s, 5m, 2h, or forever (until its memory is needed)."
+        ),
+    ] = "",
     ask: AskFlags = ASK,
     here: HereFlags = HERE,
     demands: DemandFlags = DEMANDS,
@@ -43,7 +57,7 @@ def serve(
     """Measure, plan and deploy a model; shows the plan and its prediction before anything is loaded."""
     if name:
         check_name(name)  # a bad one would be refused too, after the plan
-    speculation = parse_speculation(speculate)
+    speculation, keep_alive_s = parse_speculation(speculate), parse_keep_alive(keep_alive, on_demand=on_demand)
     console = Console()
     remote = bool(url or os.environ.get("SHOAL_URL"))
     starts = _starts_a_node(here, remote=remote)
@@ -52,7 +66,8 @@ def serve(
     def deploy(shoal: Shoal, where: str) -> None:
         asked = options(ask, demands, shoal.nodes())
         show_plan(shoal, wanted, asked, console)
-        view = deploy_and_wait(shoal, wanted, name, ServeOptions(speculation=speculation, **asked), console)
+        told = ServeOptions(speculation=speculation, on_demand=on_demand, keep_alive_s=keep_alive_s, **asked)
+        view = deploy_and_wait(shoal, wanted, name, told, console)
         console.print(f"API at {where}/v1; try:")
         console.print(curl_line(where, view.name, view.kind), soft_wrap=True, highlight=False)
 
@@ -75,6 +90,20 @@ def parse_speculation(text: str) -> Speculation:
     raise SettingsError(
         f"--speculate {text} cannot be read", hint=f"say auto, off, or how many tokens: 1 to {MOST_GUESSES}"
     )
+
+
+def parse_keep_alive(text: str, *, on_demand: bool) -> float | None:
+    """Seconds, None for ever; raises SettingsError."""
+    if text and not on_demand:
+        raise SettingsError(
+            "--keep-alive is for models that are loaded on demand", hint="say --on-demand too, or leave it out"
+        )
+    if text == "forever":
+        return None
+    found = _SPAN.fullmatch(text or f"{KEEP_ALIVE_S:g}")
+    if found is None:
+        raise SettingsError(f"--keep-alive {text} cannot be read", hint="say 90s, 5m, 2h or forever")
+    return float(found[1]) * _UNITS_S[found[2]]
 
 
 def _starts_a_node(here: HereFlags, *, remote: bool) -> bool:

@@ -8,6 +8,7 @@ import msgspec
 
 from shoal.errors import MalformedFrameError, NodeUnreachableError, SettingsError, ShoalError
 from shoal.fleet.faults import Fault, FaultBody, restore
+from shoal.fleet.spec import KEEP_ALIVE_S
 from shoal.fleet.views import (
     DeploymentView,
     DeployRequest,
@@ -61,6 +62,8 @@ class ServeOptions(PlanOptions, total=False):
     """What one may say about a deployment besides the model and its name; see `DeployRequest`."""
 
     speculation: Speculation
+    on_demand: bool
+    keep_alive_s: float | None
 
 
 class Call(msgspec.Struct, Generic[T], frozen=True, kw_only=True):
@@ -95,9 +98,14 @@ def problem(model: str, options: PlanOptions) -> Call[Problem]:
 
 
 def deploy(model: str, name: str, options: ServeOptions) -> Call[DeploymentView]:
-    planned = cast("PlanOptions", {key: value for key, value in options.items() if key != "speculation"})
-    speculation = options.get("speculation", ADAPTIVE)
-    wanted = DeployRequest(plan=PlanRequest(model=model, **planned), name=name, speculation=speculation)
+    planned = cast("PlanOptions", {k: value for k, value in options.items() if k in PlanOptions.__annotations__})
+    wanted = DeployRequest(
+        plan=PlanRequest(model=model, **planned),
+        name=name,
+        speculation=options.get("speculation", ADAPTIVE),
+        on_demand=options.get("on_demand", False),
+        keep_alive_s=options.get("keep_alive_s", KEEP_ALIVE_S),
+    )
     return Call(method="POST", path="/shoal/v1/deployments", body=wanted, answer=DeploymentView, slow=True)
 
 

@@ -102,7 +102,7 @@ def _loading(state: FleetState, deployment: Deployment, reports: Mapping[NodeId,
     others = {n: d for n, d in state.deployments.items() if n in held and n != deployment.spec.deployment}
     going = sorted(name for name, other in others.items() if other.asleep or other.drowsy is not None)
     missing = unlinked(plan, shards_of(deployment, plan, reports))
-    return f"{missing}; {', '.join(going)} goes first" if going else missing
+    return f"{missing}; it waits for the memory of {', '.join(going)}" if going else missing
 
 
 def _reason(state: FleetState, deployment: Deployment, now_s: float) -> str:

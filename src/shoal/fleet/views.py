@@ -5,9 +5,11 @@ that it does not know; a struct that a caller receives tolerates them, so that a
 """
 
 from enum import StrEnum
+from typing import Annotated
 
 import msgspec
 
+from shoal.fleet.spec import KEEP_ALIVE_S
 from shoal.fleet.state import Standing
 from shoal.ids import DeploymentId, NodeId
 from shoal.plan.problem import Choose, Cloud, Limits, Objective, Pin, Plan, Relays, RequestShape, Residency
@@ -80,6 +82,8 @@ class DeploymentView(msgspec.Struct, frozen=True, kw_only=True):
     plan_epoch: int = 0
     moved: str = ""
     """Why this plan took the place of another that served; empty where it did not."""
+    on_demand: bool = False
+    """Loaded when somebody asks, and unloaded when it is idle."""
     busy: tuple[float | None, ...] = ()
     """Of each stage, the share of the last seconds that its engine has worked: the greatest is the bottleneck."""
     last_token_age_s: float | None = None
@@ -171,6 +175,10 @@ class DeployRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     name: str = ""
     speculation: Speculation = ADAPTIVE
     """Whether later tokens are guessed and checked in one lap, and how many at most."""
+    on_demand: bool = False
+    """Loaded when somebody asks, and unloaded when nobody has for `keep_alive_s`, or when its memory is needed."""
+    keep_alive_s: Annotated[float, msgspec.Meta(ge=0)] | None = KEEP_ALIVE_S
+    """Of one that is loaded on demand; null: until its memory is needed."""
 
 
 class ProfileRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

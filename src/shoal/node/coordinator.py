@@ -379,8 +379,8 @@ class Coordinator:
         """Whether *spec* asks for nothing but what *old* is, placed as it is now and in good order."""
         same = msgspec.structs.replace(spec, generation=old.spec.generation) == old.spec
         plan = old.answer
-        if same and old.asleep:
-            return True
+        if same and spec.on_demand:
+            return True  # it is placed whenever it is loaded
         if not same or previewed is None or not isinstance(plan, Plan):
             return False
         return self._sound(old) and _places(plan) == _places(previewed)

@@ -138,7 +138,9 @@ class FleetApi:
         name = DeploymentId(wanted.name or wanted.plan.model)
         check_name(name)
         spec = await self._spec(wanted.plan, name)
-        spec = msgspec.structs.replace(spec, speculation=wanted.speculation)
+        spec = msgspec.structs.replace(
+            spec, speculation=wanted.speculation, on_demand=wanted.on_demand, keep_alive_s=wanted.keep_alive_s
+        )
         coordinator = self._coordinator()
         told = await self.caller.call(coordinator, "preview", Preview(spec=spec), Previewed, timeout_s=_MEASURING_S)
         match told.answer:
@@ -147,7 +149,10 @@ class FleetApi:
             case Plan() as plan:
                 asked = Deploy(spec=spec, previewed=plan)
                 await self.caller.call(coordinator, "deploy", asked, Nothing, timeout_s=_QUICK_S)
-                return DeploymentView(name=name, model=wanted.plan.model, state=DeploymentState.PLANNED, plan=plan)
+                state = DeploymentState.ASLEEP if spec.on_demand else DeploymentState.PLANNED
+                return DeploymentView(
+                    name=name, model=wanted.plan.model, state=state, plan=plan, on_demand=spec.on_demand
+                )
 
     async def deployments(self) -> Sequence[DeploymentView]:
         """All that are wanted."""
@@ -253,10 +258,11 @@ class FleetApi:
             model=deployment.spec.model,
             kind=kinds[deployment.spec.model],
             state=state,
-            detail=status.reason,
+            detail=status.reason or ("the next request loads it" if status.phase is Phase.ASLEEP else ""),
             plan=deployment.answer if isinstance(deployment.answer, Plan) else None,
             plan_epoch=deployment.plan_epoch,
             moved=deployment.moved,
+            on_demand=deployment.spec.on_demand,
             busy=status.busy,
             last_token_age_s=self.last_token_age_s(name),
             prediction=self.prediction(name),

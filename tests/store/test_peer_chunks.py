@@ -140,7 +140,7 @@ def test_garbage_answers_are_errors_of_ours(room: Room, answer: bytes) -> None:
     bus = room.attach("garbage")
     bus.answer(pattern_of(ChunkTopic, fleet=FLEET, node=NodeId("garbage")), lambda _: answer)
 
-    with pytest.raises(MalformedFrameError, match="answered with"):
+    with pytest.raises(MalformedFrameError, match="answer"):
         room.fetcher().chunks([ref_of(DATA)], [NodeId("garbage")])
 
 
@@ -151,7 +151,7 @@ def test_a_question_for_too_much_is_refused(room: Room) -> None:
     for offset, size in ((-1, 10), (0, PIECE_BYTES + 1), (0, 0)):
         with pytest.raises(MalformedFrameError, match="cannot be asked for"):
             room.bus.query(key, msgspec.msgpack.encode(Wanted(offset=offset, size_bytes=size)), timeout_s=5)
-    with pytest.raises(MalformedFrameError, match="does not parse"):
+    with pytest.raises(MalformedFrameError, match="no question"):
         room.bus.query(key, b"\xc1", timeout_s=5)
 
 

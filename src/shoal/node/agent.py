@@ -8,9 +8,10 @@ import anyio
 import anyio.to_thread
 import msgspec
 import psutil
+from msgspec.msgpack import Decoder
 from structlog.typing import FilteringBoundLogger
 
-from shoal.errors import MalformedFrameError, ShoalError
+from shoal.errors import ShoalError, UnsupportedVersionError, UntrustedError
 from shoal.fleet.order import Order, Refused, Reply
 from shoal.fleet.report import NodeFacts, NodeReport, ShardReport, Use
 from shoal.fleet.state import LOST_AFTER_S
@@ -36,6 +37,7 @@ from shoal.transport.keys import (
     pattern_of,
     topic_of,
 )
+from shoal.transport.parse import parse
 
 HEARTBEAT_S = 0.2
 LEAVE_S = 30.0
@@ -44,6 +46,9 @@ LEAVE_S = 30.0
 Heard = NodeReport | CoordinatorView | ShardReport
 Item = Heard | AliveTopic
 """What is heard, or whose process was seen to end."""
+
+
+_ORDER: Decoder[Order] = Decoder(Order)
 
 
 @dataclass(slots=True)
@@ -130,10 +135,12 @@ class Agent:
 
     def _listen(self, heard: Mailbox[Item]) -> list[Closable]:
         def into(kind: type[Heard]) -> Callable[[Sample], None]:
+            decoder: Decoder[Heard] = Decoder(kind)
+
             def deliver(sample: Sample) -> None:
                 try:
-                    heard.post(msgspec.msgpack.decode(sample.payload, type=kind))
-                except msgspec.MsgspecError as error:
+                    heard.post(parse(sample.payload, decoder, kind.__name__))
+                except UntrustedError as error:
                     self._drop(sample, error)
 
             return deliver
@@ -158,21 +165,17 @@ class Agent:
         """On a thread of the bus."""
         reply: Reply
         try:
-            reply = self.keeper.offer(msgspec.msgpack.decode(sample.payload, type=Order))
-        except msgspec.ValidationError as error:
-            reply = Refused(
-                code="unsupported_version", text=f"unknown order: {error}", fencing_epoch=self.keeper.fencing_epoch
-            )
-        except msgspec.DecodeError as error:
-            raise MalformedFrameError(f"{len(sample.payload)} bytes are no order: {error}") from error
+            reply = self.keeper.offer(parse(sample.payload, _ORDER, "known order", unknown=UnsupportedVersionError))
+        except UnsupportedVersionError as error:
+            reply = Refused(code=error.code, text=error.message, fencing_epoch=self.keeper.fencing_epoch)
         return msgspec.msgpack.encode(reply)
 
-    def _drop(self, sample: Sample, error: Exception) -> None:
+    def _drop(self, sample: Sample, error: UntrustedError) -> None:
         # A node of another version, or garbage: dropped and counted, said once per thousand (values that travel tolerate
         # unknown fields, so only real strangers end here).
         self._dropped += 1
         if self._dropped % 1000 == 1:
-            self.log.warning("message.dropped", key=sample.key, error=str(error), dropped=self._dropped)
+            self.log.warning("message.dropped", key=sample.key, error=error.message, dropped=self._dropped)
 
     async def _hear(self, heard: Mailbox[Item]) -> None:
         async for item in heard:

@@ -4,22 +4,24 @@ A query of the fabric must be answered at once, and an answer put to somebody wh
 the first query starts the work, repeated ones find it pending or done, and a lost message costs one more round (ADR 4).
 """
 
+import logging
 from collections.abc import Awaitable, Callable
 from functools import partial
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import anyio
 import anyio.abc
 import anyio.to_thread
 import msgspec
+from msgspec.msgpack import Decoder
 
-from shoal import errors
-from shoal.errors import DeadlineExceededError, MalformedFrameError, NodeUnreachableError, ShoalError
+from shoal.errors import DeadlineExceededError, NodeUnreachableError, ShoalError, UnsupportedVersionError
 from shoal.fleet.faults import Fault, describe, restore
 from shoal.ids import NodeId
 from shoal.node.mailbox import Mailbox
 from shoal.transport.bus import Bus, Closable, Sample
 from shoal.transport.keys import ControlTopic, key_of, pattern_of
+from shoal.transport.parse import parse, shown
 
 T = TypeVar("T")
 Handler = Callable[[bytes], Awaitable[bytes]]
@@ -56,6 +58,9 @@ class Failed(msgspec.Struct, frozen=True, kw_only=True, tag="failed"):
 
 Answer = Pending | Done | Failed
 
+_ANSWER: Decoder[Answer] = Decoder(Answer)
+_CALL = Decoder(Call)
+
 
 class Caller:
     """The asking side."""
@@ -84,24 +89,15 @@ class Caller:
                     await anyio.sleep(_POLL_S)
                     continue
                 heard_s = anyio.current_time()
-                said: Answer = _decoded(raw, Answer, node)
+                said = parse(raw, _ANSWER, f"answer of node {node}")
                 match said:
                     case Done(body=body):
-                        return _decoded(body, answer, node)
+                        return parse(body, Decoder(answer), f"{answer.__name__} of node {node}")
                     case Failed(fault=fault):
                         raise restore(fault)
                     case Pending():
                         await anyio.sleep(_POLL_S)
         raise DeadlineExceededError(f"node {node} did not finish {verb!r} within {timeout_s:.0f} s")
-
-
-def _decoded(data: bytes, kind: type[T] | Any, node: NodeId) -> T:  # noqa: ANN401 a union is no type
-    try:
-        return msgspec.msgpack.decode(data, type=kind)
-    except msgspec.MsgspecError as error:
-        raise MalformedFrameError(
-            f"node {node} answers with something that is not known here: {error}", hint="is it of another version?"
-        ) from error
 
 
 class CallDesk:
@@ -116,7 +112,7 @@ class CallDesk:
 
     def _reply(self, sample: Sample) -> bytes:
         # On a thread of the bus; dictionary operations are atomic, and only this thread adds a Pending.
-        call = msgspec.msgpack.decode(sample.payload, type=Call)
+        call = parse(sample.payload, _CALL, "call")
         if call.id not in self._answers:
             self._answers[call.id] = Pending()
             self._inbox.post(call)
@@ -132,18 +128,21 @@ class CallDesk:
             self._answer.close()
             self._inbox.discard()
 
+    def _handler(self, verb: str) -> Handler:
+        handler = self._handlers.get(verb)
+        if handler is None:
+            raise UnsupportedVersionError(f"this node does not know the question {shown(verb)!r}", hint="upgrade it")
+        return handler
+
     async def _work(self, call: Call) -> None:
         try:
-            handler = self._handlers.get(call.verb)
-            if handler is None:
-                raise errors.UnsupportedVersionError(
-                    f"this node does not know the question {call.verb!r}", hint="upgrade it"
-                )
-            self._answers[call.id] = Done(body=await handler(call.body))
+            self._answers[call.id] = Done(body=await self._handler(call.verb)(call.body))
         except ShoalError as error:
             self._answers[call.id] = Failed(fault=describe(error))
-        except (OSError, ValueError, msgspec.MsgspecError) as error:
-            self._answers[call.id] = Failed(fault=Fault(message=f"{call.verb}: {error}", code="internal_error"))
+        except Exception as error:
+            logging.getLogger(__name__).warning("the call %s failed", call.verb, exc_info=True)
+            said = f"{call.verb}: {type(error).__name__}: {error}"
+            self._answers[call.id] = Failed(fault=Fault(message=said, code=ShoalError.code))
         finished = [i for i, a in self._answers.items() if not isinstance(a, Pending)]
         for old in finished[:-_KEPT_ANSWERS]:
             del self._answers[old]

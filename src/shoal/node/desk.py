@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import msgspec
+from msgspec.msgpack import Decoder
 
 from shoal.errors import NodeUnreachableError
 from shoal.fleet.report import NodeReport
@@ -32,15 +33,17 @@ from shoal.node.messages import (
 from shoal.node.planning import FleetPlanner
 from shoal.plan.problem import Infeasible, Problem
 from shoal.profile.fleet import FleetProfile
+from shoal.transport.parse import parse
 
 Q = TypeVar("Q", bound=msgspec.Struct)
 
 
 def handler(question: type[Q], answer: Callable[[Q], Awaitable[msgspec.Struct]]) -> Handler:
     """*answer* behind the wire format of `calls`."""
+    decoder = Decoder(question)
 
     async def handle(body: bytes) -> bytes:
-        return msgspec.msgpack.encode(await answer(msgspec.msgpack.decode(body, type=question)))
+        return msgspec.msgpack.encode(await answer(parse(body, decoder, question.__name__)))
 
     return handle
 

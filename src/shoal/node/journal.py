@@ -14,7 +14,7 @@ from typing import TypeVar
 
 import msgspec
 
-from shoal.errors import CorruptFileError, SettingsError, ShoalError, StorageFullError
+from shoal.errors import CorruptFileError, InvalidRequestError, SettingsError, ShoalError, StorageFullError
 
 T = TypeVar("T")
 
@@ -30,6 +30,7 @@ WHERE excluded.generation >= record.generation
 """
 
 
+_MOST = 2**63 - 1
 _NO_ROOM = frozenset({sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR})
 """A shared memory file that finds no room is an I/O error."""
 _NOT_OURS = frozenset({sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_PERM})
@@ -39,7 +40,7 @@ class _Write(msgspec.Struct):
     statement: str
     arguments: tuple[object, ...]
     done: threading.Event
-    error: sqlite3.Error | None = None
+    error: Exception | None = None
 
 
 class Journal:
@@ -66,7 +67,12 @@ class Journal:
         self._writer.start()
 
     def put(self, kind: str, key: str, value: msgspec.Struct, *, generation: int = 0) -> None:
-        """Store *value*, durably, before returning; raises StorageFullError when the disk does not take it."""
+        """Store *value*, durably, before returning; raises StorageFullError when the disk does not take it.
+
+        Raises InvalidRequestError for a number that no database holds: others say numbers too.
+        """
+        if abs(generation) > _MOST:
+            raise InvalidRequestError(f"{kind} {generation} is out of range", hint=f"at most {_MOST} can be kept")
         self._submit(_UPSERT, (kind, key, generation, msgspec.json.encode(value)))
 
     def remove(self, kind: str, key: str) -> None:
@@ -130,15 +136,15 @@ class Journal:
                 write.error = error
                 write.done.set()
 
-    def _commit(self, batch: Sequence[_Write]) -> sqlite3.Error | None:
+    def _commit(self, batch: Sequence[_Write]) -> Exception | None:
         try:
             self._connection.execute("BEGIN IMMEDIATE")
             for write in batch:
                 self._connection.execute(write.statement, write.arguments)
             self._connection.execute("COMMIT")
-        except sqlite3.Error as error:
+        except Exception as error:  # noqa: BLE001 this thread must live: others wait for what it writes
             if self._connection.in_transaction:
-                with contextlib.suppress(sqlite3.Error):  # this thread must live: others wait for what it writes
+                with contextlib.suppress(sqlite3.Error):
                     self._connection.execute("ROLLBACK")
             return error
         return None

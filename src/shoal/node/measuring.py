@@ -12,9 +12,10 @@ import anyio
 import anyio.from_thread
 import anyio.to_thread
 import msgspec
+from msgspec.msgpack import Decoder
 
 from shoal.clock import Clock
-from shoal.errors import DeadlineExceededError, UnavailableError
+from shoal.errors import DeadlineExceededError, MalformedFrameError, UnavailableError
 from shoal.fleet.faults import restore
 from shoal.fleet.report import NodeFacts
 from shoal.ids import Digest, NodeId
@@ -25,9 +26,11 @@ from shoal.node.probe import Dial, measure_links
 from shoal.node.trials import METHOD, TrialResult, TrialSpec, trial_spans
 from shoal.node.weather import slowdown_of
 from shoal.profile.fleet import DeviceProfile
+from shoal.store.chunk import parse_digest
 from shoal.store.disk import home_named
 from shoal.store.fetch import Fetcher
 from shoal.store.home import Store
+from shoal.transport.parse import parse, shown
 
 _TRIALS_TIMEOUT_S = 150.0
 SAMPLES_TURN_WITHIN_S = 10.0
@@ -53,7 +56,9 @@ class Measurer:
 
     async def profile(self, body: bytes) -> bytes:
         """Trials of a model's blocks here: cached by the machine's fingerprint and the model."""
-        wanted = msgspec.msgpack.decode(body, type=ProfileModel)
+        wanted = parse(body, Decoder(ProfileModel), "ProfileModel")
+        if parse_digest(wanted.manifest) is None:  # it becomes part of a file's name
+            raise MalformedFrameError(f"{shown(wanted.manifest)!r} is no digest of a model")
         path = self.store.home / "profiles" / f"{self.facts().fingerprint}-{wanted.manifest[:32]}.json"
         cached = None if wanted.again else _cached(path)
         if cached is not None:
@@ -65,13 +70,13 @@ class Measurer:
 
     async def links(self, body: bytes) -> bytes:
         """Direct links from here to the nodes that are asked for."""
-        wanted = msgspec.msgpack.decode(body, type=ProbeLinks)
+        wanted = parse(body, Decoder(ProbeLinks), "ProbeLinks")
         links = await measure_links(self.dial, self.fleet, self.me, wanted.targets, self.clock)
         return msgspec.msgpack.encode(Links(links=links))
 
     async def blocks(self, body: bytes) -> bytes:
         """The blocks of a model that this node has."""
-        wanted = msgspec.msgpack.decode(body, type=ModelBlocks)
+        wanted = parse(body, Decoder(ModelBlocks), "ModelBlocks")
         artifact = await anyio.to_thread.run_sync(self.artifacts.open, wanted.manifest)
         return msgspec.msgpack.encode(BlocksOf(spec=artifact.manifest.spec, blocks=artifact.blocks))
 

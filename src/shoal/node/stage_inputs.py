@@ -15,6 +15,7 @@ from shoal.runtime.effects import (
 )
 from shoal.transport.frame import unpack
 from shoal.transport.keys import check_key
+from shoal.transport.parse import shown
 
 FromStage = BatchArrived | TokensArrived | CreditArrived | SentArrived | frames.HelloFrame
 FromGateway = SubmitArrived | InferArrived | CancelArrived
@@ -65,4 +66,4 @@ def _check_reply_to(key: str) -> None:
     try:
         check_key(key)
     except InvalidRequestError as error:
-        raise MalformedFrameError(f"an answer cannot be sent to {key!r}: {error.message}") from error
+        raise MalformedFrameError(f"an answer cannot be sent to {shown(key)!r}: {shown(error.message)}") from error

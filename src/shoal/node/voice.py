@@ -7,8 +7,8 @@ from functools import partial
 import anyio
 import anyio.to_thread
 import msgspec
+from msgspec.msgpack import Decoder
 
-from shoal.errors import MalformedFrameError
 from shoal.fleet.order import Reply
 from shoal.fleet.reconcile import Addressed
 from shoal.fleet.view import CoordinatorView
@@ -17,8 +17,10 @@ from shoal.node.messages import VIEW, WIRE
 from shoal.node.worker_spec import Wiring
 from shoal.transport.bus import Bus
 from shoal.transport.keys import ControlTopic, EventTopic, WorkerTopic, key_of
+from shoal.transport.parse import parse
 
 ORDER_TIMEOUT_S = 1.0
+_REPLY: Decoder[Reply] = Decoder(Reply)
 
 
 @dataclass(slots=True)
@@ -70,8 +72,4 @@ class Voice:
         payload = msgspec.msgpack.encode(addressed.order)
         query = partial(self.bus.query, key, payload, timeout_s=ORDER_TIMEOUT_S)
         raw = await anyio.to_thread.run_sync(query, abandon_on_cancel=True)
-        try:
-            reply: Reply = msgspec.msgpack.decode(raw, type=Reply)
-        except msgspec.MsgspecError as error:
-            raise MalformedFrameError(f"node {addressed.node} gave no reply that is known here: {error}") from error
-        return reply
+        return parse(raw, _REPLY, f"reply of node {addressed.node}")

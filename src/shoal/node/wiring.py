@@ -18,13 +18,15 @@ from queue import Empty, SimpleQueue
 
 import msgspec
 import numpy as np
+from msgspec.msgpack import Decoder
 from structlog.typing import FilteringBoundLogger
 
-from shoal.errors import NodeUnreachableError, ShoalError
+from shoal.errors import NodeUnreachableError, ShoalError, UntrustedError
 from shoal.node.stage_loop import StageLoop, Wired
 from shoal.node.worker_spec import Wiring, WorkerSpec
 from shoal.threads import Running, Threads
 from shoal.transport.bus import Bus, Closable, Sample
+from shoal.transport.parse import parse
 
 UNREACHED_S = 10.0
 RETRY_S = 0.5
@@ -32,6 +34,9 @@ HELLO_TIMEOUT_S = 3.0
 PING_S = 1.0
 PING_BYTES = 4096
 """A row of hidden numbers, as steps of an answer send it."""
+
+
+_WIRING = Decoder(Wiring)
 
 
 class Outcome(msgspec.Struct, frozen=True, kw_only=True):
@@ -86,9 +91,9 @@ class Wirer:
     def on_wire(self, sample: Sample) -> None:
         """Follow a wiring unless it is followed already."""
         try:
-            wiring = msgspec.msgpack.decode(sample.payload, type=Wiring)
-        except msgspec.MsgspecError as error:
-            self.log.warning("wiring.dropped", shard=str(self.spec.shard), error=str(error))
+            wiring = parse(sample.payload, _WIRING, "wiring")
+        except UntrustedError as error:
+            self.log.warning("wiring.dropped", shard=str(self.spec.shard), error=error.message)
             return
         if wiring.birth in {0, self.spec.birth}:  # else for a worker of this shard before us
             self._inbox.put(wiring)

@@ -10,16 +10,14 @@ Steps are counted by the first stage, from 0 in each *run* of it: a first stage 
 whatever belongs to an older one is over.
 """
 
-from typing import TypeVar
-
 import msgspec
 from msgspec.msgpack import Decoder
 
-from shoal.errors import MalformedFrameError
 from shoal.ids import DeploymentId, RequestId
 from shoal.runtime.grammar import Bound, Grammar
 from shoal.runtime.ports import SequenceStep
 from shoal.runtime.request import GenerateRequest, OutputDelta, SampledToken, SamplingParams
+from shoal.transport.parse import parse
 
 
 class OpenedSequence(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -179,8 +177,6 @@ GatewayMessage = Submit | SubmitInfer | Cancel | Delta | InferDone
 _stage_frames: Decoder[StageFrame] = Decoder(StageFrame)
 _gateway_messages: Decoder[GatewayMessage] = Decoder(GatewayMessage)
 
-_T = TypeVar("_T")
-
 
 def encode(message: StageFrame | GatewayMessage) -> bytes:
     """The message as msgpack."""
@@ -189,16 +185,9 @@ def encode(message: StageFrame | GatewayMessage) -> bytes:
 
 def decode_stage_frame(payload: bytes) -> StageFrame:
     """Parse what another stage sent; raises MalformedFrameError."""
-    return _decode(payload, _stage_frames)
+    return parse(payload, _stage_frames, "message of ours")
 
 
 def decode_gateway_message(payload: bytes) -> GatewayMessage:
     """Parse what a gateway or a first stage sent; raises MalformedFrameError."""
-    return _decode(payload, _gateway_messages)
-
-
-def _decode(payload: bytes, decoder: Decoder[_T]) -> _T:
-    try:
-        return decoder.decode(payload)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-        raise MalformedFrameError(f"{len(payload)} bytes are no message of ours: {error}") from error
+    return parse(payload, _gateway_messages, "message of ours")

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from shoal.errors import SettingsError, StorageFullError
+from shoal.errors import InvalidRequestError, SettingsError, StorageFullError
 from shoal.ids import Digest
 from shoal.store.chunk import Data, check, parse_digest, size_of
 from shoal.store.quota import Quota
@@ -177,4 +177,6 @@ class DiskTier:
         return {digest: path.stat().st_size for digest, path in found if digest is not None}
 
     def _path(self, digest: Digest) -> Path:
+        if parse_digest(digest) is None:  # others name chunks too, and this name becomes a path of this machine
+            raise InvalidRequestError(f"{digest[:80]!r} is no digest", hint="one has 64 hexadecimal digits, 0 to f")
         return self._root / digest[:2] / digest

@@ -6,13 +6,16 @@ dropped where it lies; the others are not, for that would read a gigabyte to sen
 """
 
 import msgspec
+from msgspec.msgpack import Decoder
 
 from shoal.errors import MalformedFrameError
 from shoal.ids import NodeId
+from shoal.store.chunk import parse_digest
 from shoal.store.pace import PIECE_BYTES
 from shoal.store.tier import Tier
 from shoal.transport.bus import Bus, Closable, Sample
 from shoal.transport.keys import ChunkTopic, key_of, pattern_of, topic_of
+from shoal.transport.parse import parse, shown
 
 UNKNOWN_MAX_BYTES = 64 * 1024 * 1024
 """Bound on a chunk whose size the asker does not know, which is a manifest."""
@@ -36,6 +39,10 @@ class Absent(msgspec.Struct, frozen=True, kw_only=True, tag="absent", array_like
     """This node does not have the chunk."""
 
 
+_WANTED = Decoder(Wanted)
+_ANSWER: Decoder[Piece | Absent] = Decoder(Piece | Absent)
+
+
 def serve_chunks(bus: Bus, fleet: str, node: NodeId, tier: Tier, *, first: Tier | None = None) -> Closable:
     """Answer pieces of the chunks in *tier* until closed; those at offset 0 from *first*, the same chunks but verified."""
 
@@ -52,11 +59,10 @@ def serve_chunks(bus: Bus, fleet: str, node: NodeId, tier: Tier, *, first: Tier 
 
 def _parsed(sample: Sample) -> tuple[ChunkTopic, Wanted]:
     topic = topic_of(sample.key)
-    try:
-        wanted = msgspec.msgpack.decode(sample.payload, type=Wanted)
-    except msgspec.MsgspecError as error:
-        raise MalformedFrameError(f"a question for a chunk does not parse: {error}") from error
-    if not isinstance(topic, ChunkTopic) or wanted.offset < 0 or not 0 < wanted.size_bytes <= PIECE_BYTES:
+    wanted = parse(sample.payload, _WANTED, "question for a chunk")
+    if not isinstance(topic, ChunkTopic) or parse_digest(topic.digest) is None:
+        raise MalformedFrameError(f"{shown(sample.key)} names no chunk")
+    if wanted.offset < 0 or not 0 < wanted.size_bytes <= PIECE_BYTES:
         raise MalformedFrameError(f"bytes {wanted.offset} + {wanted.size_bytes} of {sample.key} cannot be asked for")
     return topic, wanted
 
@@ -68,10 +74,7 @@ def ask(bus: Bus, topic: ChunkTopic, wanted: Wanted, total_bytes: int, *, timeou
     """
     key = key_of(topic)
     data = bus.query(key, msgspec.msgpack.encode(wanted), timeout_s=timeout_s)
-    try:
-        answer: Piece | Absent = msgspec.msgpack.decode(data, type=Piece | Absent)
-    except msgspec.MsgspecError as error:
-        raise MalformedFrameError(f"{key} was answered with {len(data)} bytes that do not parse: {error}") from error
+    answer = parse(data, _ANSWER, f"answer to {key}")
     if isinstance(answer, Piece):
         _check_piece(key, answer, wanted, total_bytes)
     return answer

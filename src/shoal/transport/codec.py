@@ -21,6 +21,7 @@ import zstandard
 from numpy.typing import NDArray
 
 from shoal.errors import InvalidRequestError, MalformedFrameError
+from shoal.transport.parse import shown
 
 Array = NDArray[np.generic]
 Buffer = bytes | memoryview
@@ -91,7 +92,7 @@ def dtype_of(name: str) -> np.dtype[np.generic]:
     """The little-endian dtype called *name*; raises MalformedFrameError for one that does not travel."""
     kind = _DTYPES.get(name)
     if kind is None:
-        raise MalformedFrameError(f"dtype {name!r} does not travel; known are {', '.join(_DTYPES)}")
+        raise MalformedFrameError(f"dtype {shown(name)!r} does not travel; known are {', '.join(_DTYPES)}")
     return kind
 
 

@@ -7,8 +7,10 @@ does not know becomes a plain ShoalError with the message kept.
 from collections.abc import Iterator
 
 import msgspec
+from msgspec.msgpack import Decoder
 
-from shoal.errors import InvalidRequestError, MalformedFrameError, ShoalError, UnavailableError
+from shoal.errors import InvalidRequestError, ShoalError, UnavailableError
+from shoal.transport.parse import parse
 
 
 class Fault(msgspec.Struct, frozen=True, kw_only=True, tag="fault"):
@@ -19,6 +21,9 @@ class Fault(msgspec.Struct, frozen=True, kw_only=True, tag="fault"):
     hint: str = ""
     param: str | None = None
     retry_after_s: float | None = None
+
+
+_FAULT = Decoder(Fault)
 
 
 def pack_error(error: Exception) -> bytes:
@@ -37,10 +42,7 @@ def pack_error(error: Exception) -> bytes:
 
 def unpack_error(data: bytes) -> ShoalError:
     """The error to raise; raises MalformedFrameError when *data* is not one of ours."""
-    try:
-        fault = msgspec.msgpack.decode(data, type=Fault)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise MalformedFrameError(f"{len(data)} bytes came as an error reply, but are none of ours: {error}") from error
+    fault = parse(data, _FAULT, "error reply")
     kind = next((cls for cls in _tree(ShoalError) if cls.code == fault.code), ShoalError)
     if issubclass(kind, InvalidRequestError):
         return kind(fault.message, hint=fault.hint, param=fault.param)

@@ -16,12 +16,15 @@ import msgspec
 
 from shoal.errors import MalformedFrameError, RequestTooLargeError, UnsupportedVersionError
 from shoal.transport.codec import Array, Buffer, Codec, applied, decode, encode, name_of
+from shoal.transport.parse import parse, shown
 
 MAGIC = b"SHFR"
 WIRE_VERSION = 1
 ALIGN_BYTES = 64
 MAX_FRAME_BYTES = 64 << 20
 """What the fabric accepts as one message."""
+MAX_HEADER_BYTES = 16 << 20
+"""Of a header, and of the table: parsed, they take up to thirty times the room."""
 MAX_TENSORS_BYTES = 256 << 20
 """All tensors of one frame after decoding."""
 
@@ -63,6 +66,9 @@ def pack(header: bytes, tensors: Mapping[str, Array], *, codec: Codec = Codec.RA
     table = msgspec.msgpack.encode(slots)
     head = _HEAD.pack(MAGIC, WIRE_VERSION, len(header), len(table), offset)
     before = _FIXED_BYTES + len(header) + len(table)
+    if max(len(header), len(table)) > MAX_HEADER_BYTES:
+        message = f"a header of {len(header)} bytes and a table of {len(table)}: each may have {MAX_HEADER_BYTES}"
+        raise RequestTooLargeError(message, hint="shorten the prompt or the grammar")
     if _aligned(before) + offset > MAX_FRAME_BYTES:
         message = f"a frame of {_aligned(before) + offset} bytes is above the limit of {MAX_FRAME_BYTES}"
         raise RequestTooLargeError(message, hint="send fewer rows at once")
@@ -86,7 +92,7 @@ def unpack(data: bytes | memoryview) -> tuple[bytes, dict[str, Array]]:
     header, table = view[_FIXED_BYTES:table_at], view[table_at : table_at + table_bytes]
     if view[_HEAD.size : _FIXED_BYTES] != _CHECK.pack(_crc(view[: _HEAD.size], header, table)):
         raise MalformedFrameError(f"the check sum of a frame of {len(view)} bytes is wrong")
-    return bytes(header), _tensors(_slots(table), view[body_at:])
+    return bytes(header), _tensors(parse(table, _TABLE, "tensor table of a frame"), view[body_at:])
 
 
 def _sizes(view: memoryview) -> tuple[int, int, int]:
@@ -96,14 +102,10 @@ def _sizes(view: memoryview) -> tuple[int, int, int]:
     if version != WIRE_VERSION:
         message = f"a frame of wire version {version} came, this node speaks {WIRE_VERSION}"
         raise UnsupportedVersionError(message, hint="run the same version of shoal on every node")
+    if max(header_bytes, table_bytes) > MAX_HEADER_BYTES:
+        message = f"a header of {header_bytes} bytes and a table of {table_bytes}: each may have {MAX_HEADER_BYTES}"
+        raise MalformedFrameError(message)
     return header_bytes, table_bytes, body_bytes
-
-
-def _slots(table: memoryview) -> list[TensorSlot]:
-    try:
-        return _TABLE.decode(table)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise MalformedFrameError(f"the tensor table of a frame does not parse: {error}") from error
 
 
 def _tensors(slots: list[TensorSlot], body: memoryview) -> dict[str, Array]:
@@ -112,7 +114,7 @@ def _tensors(slots: list[TensorSlot], body: memoryview) -> dict[str, Array]:
     for slot in slots:
         if slot.offset != offset or slot.size < 0 or offset + slot.size > len(body) or slot.name in tensors:
             raise MalformedFrameError(
-                f"tensor {slot.name!r} at [{slot.offset}, +{slot.size}) is not where it must be ({offset})"
+                f"tensor {shown(slot.name)!r} at [{slot.offset}, +{slot.size}) is not where it must be ({offset})"
             )
         payload = body[offset : offset + slot.size]
         tensor = tensors[slot.name] = decode(payload, slot.codec, slot.dtype, slot.shape, max_bytes=left)

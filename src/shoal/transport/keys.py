@@ -14,6 +14,7 @@ import msgspec
 
 from shoal.errors import InvalidRequestError, MalformedFrameError
 from shoal.ids import DeploymentId, Digest, NodeId
+from shoal.transport.parse import shown
 
 ROOT = "shoal"
 
@@ -139,16 +140,16 @@ def topic_of(key: str) -> Topic:
             kind, fleet, fields = None, "", []
     if kind is None or len(fields) != len(kind.__struct_fields__) - 1:
         raise MalformedFrameError(
-            f"key {key!r} is not of the fleet's scheme", hint="look for a node of another version"
+            f"key {shown(key)!r} is not of the fleet's scheme", hint="look for a node of another version"
         )
     try:
         values = dict(zip(kind.__struct_fields__, map(unquote, (fleet, *fields)), strict=True))
         topic: Topic = msgspec.convert(values, kind, strict=False)
         exact = key_of(topic) == key
     except (msgspec.ValidationError, InvalidRequestError) as error:
-        raise MalformedFrameError(f"key {key!r}: {error}") from error
+        raise MalformedFrameError(f"key {shown(key)!r}: {shown(str(error))}") from error
     if not exact:
-        raise MalformedFrameError(f"key {key!r} is not in its canonical form {key_of(topic)!r}")
+        raise MalformedFrameError(f"key {shown(key)!r} is not in its canonical form {shown(key_of(topic))!r}")
     return topic
 
 

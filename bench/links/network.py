@@ -23,6 +23,7 @@ from bench.measure import ROOT, SkippedError, ended
 PREFIX = "shoalbench"
 _NETWORK = "10.78.0"
 _CAPABILITIES = {12: "CAP_NET_ADMIN", 21: "CAP_SYS_ADMIN"}
+_TUN = "/dev/net/tun"
 _QUEUE_S = 0.1
 """What a link buffers before it drops, in seconds of its rate."""
 
@@ -82,12 +83,14 @@ def cores_of(hosts: int, cores: Sequence[int]) -> list[tuple[int, ...]]:
 
 
 def missing() -> str:
-    """What a network of namespaces needs and this machine has not; empty: nothing."""
+    """What a network of namespaces needs and is not here; empty: nothing."""
     lacking = [f"`{tool}` (iproute2)" for tool in ("ip", "tc") if shutil.which(tool) is None]
     lacking += [name for bit, name in _CAPABILITIES.items() if not _capabilities() >> bit & 1]
-    if not Path("/dev/net/tun").exists():
-        lacking.append("/dev/net/tun")
-    return f"needs root on Linux: {', '.join(lacking)} missing" if lacking else ""
+    return (
+        f"{', '.join(lacking)} missing: needs Linux, iproute2, and root or a namespace (see bench/README.md)"
+        if lacking
+        else ""
+    )
 
 
 def _capabilities() -> int:
@@ -153,6 +156,8 @@ def shaping(device: str, link: Link, netem_delay_s: float) -> list[list[str]]:
 
 @contextmanager
 def _wire(namespace: str, switch: str, port: str, delay_s: float) -> Iterator[None]:
+    if not os.access(_TUN, os.R_OK | os.W_OK):
+        raise SkippedError(f"the kernel has no netem, and {_TUN} cannot be opened")
     command = [sys.executable, "-m", "bench.links.wire", namespace, "eth0", switch, port, f"{delay_s:.9f}"]
     with (
         subprocess.Popen(

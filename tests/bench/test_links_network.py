@@ -1,6 +1,7 @@
 """The network that `bench/links` measures on: how long it holds frames back, and that nothing of it stays behind."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,14 @@ from bench.links.sounding import sounded
 from bench.links.wire import Line, namespace_path
 
 LINK = Link(rtt_s=0.02, bits_per_s=50e6)
+UNSHARE = ("unshare", "--user", "--map-root-user", "--net", "--mount")
+
+
+def _user_namespaces() -> bool:
+    tools = all(shutil.which(tool) for tool in ("ip", "tc", "unshare"))
+    return tools and subprocess.run([*UNSHARE, "true"], capture_output=True, check=False).returncode == 0
+
+
 privileged = pytest.mark.skipif(bool(missing()), reason=f"a network of namespaces {missing()}")
 
 
@@ -57,6 +66,19 @@ def test_only_namespaces_of_ended_runs_are_stale() -> None:
     names = [f"shoalbench-{os.getpid()}-h0", f"shoalbench-{ended.pid}-sw", "shoalbench-x-h0", f"other-{ended.pid}-h0"]
 
     assert stale(names) == [f"shoalbench-{ended.pid}-sw"]
+
+
+@pytest.mark.skipif(not _user_namespaces(), reason="no iproute2, or no user namespaces here")
+def test_a_user_namespace_does_instead_of_root() -> None:
+    script = (
+        "from bench.links.network import Link, network\n"
+        "with network(2, Link(rtt_s=0.0, bits_per_s=1e9)) as hosts: print([host.address for host in hosts])"
+    )
+    command = f"mount -t tmpfs none /run && exec {sys.executable} -c '{script}'"
+
+    done = subprocess.run([*UNSHARE, "sh", "-c", command], capture_output=True, text=True, check=False)
+
+    assert done.stdout.strip() == "['10.78.0.1', '10.78.0.2']", done.stderr
 
 
 @privileged

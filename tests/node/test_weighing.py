@@ -3,10 +3,10 @@
 from msgspec.structs import replace
 
 from shoal.ids import NodeId
-from shoal.node.weighing import repriced
 from shoal.plan.budget import StepBudget
 from shoal.plan.placement import place
 from shoal.plan.problem import BlockSpec, DeviceSpec, LinkSpec, Plan, Problem, RequestShape
+from shoal.plan.written import repriced
 
 A, B, C = (NodeId(name) for name in "abc")
 PROCESS = 7

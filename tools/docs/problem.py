@@ -16,6 +16,7 @@ from shoal.plan import problem as values
 from shoal.plan.dag import problem as graph_values
 from shoal.plan.dag.problem import GraphAnswer, GraphProblem
 from shoal.plan.problem import Answer, Problem
+from shoal.transport import codec as codecs
 
 FOLDER = Path(__file__).resolve().parents[2] / "docs" / "reference"
 
@@ -35,7 +36,7 @@ def pages() -> dict[str, str]:
     asked = [Problem, Answer, GraphProblem, GraphAnswer]
     _, schemas = msgspec.json.schema_components(asked, ref_template="#/$defs/{name}")
     sections = []
-    for module, first in ((values, "Problem"), (graph_values, "GraphProblem")):
+    for module, first in ((values, "Problem"), (graph_values, "GraphProblem"), (codecs, "Codec")):
         tree = ast.parse(inspect.getsource(module))
         classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef) and node.name in schemas}
         order = [first, *(name for name in classes if name != first)]

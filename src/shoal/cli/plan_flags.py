@@ -22,14 +22,20 @@ BATCHES = (1, 2, 4, 8)
 
 
 class Activations(StrEnum):
-    """Codecs by what they mean for an answer."""
+    """Codecs by what they mean for an answer; `auto` leaves it to the plan, for each cut."""
 
     EXACT = "exact"
     FP16 = "fp16"
     INT8 = "int8"
+    AUTO = "auto"
 
 
-_CODECS = {Activations.EXACT: Codec.RAW, Activations.FP16: Codec.FP16, Activations.INT8: Codec.INT8}
+_CODECS = {
+    Activations.EXACT: Codec.RAW,
+    Activations.FP16: Codec.FP16,
+    Activations.INT8: Codec.INT8,
+    Activations.AUTO: Codec.INT8,
+}
 
 
 class AskFlags(msgspec.Struct, frozen=True, kw_only=True):
@@ -104,7 +110,8 @@ class DemandFlags(msgspec.Struct, frozen=True, kw_only=True):
     activations: Annotated[
         Activations,
         typer.Option(
-            help="What passes from stage to stage: bit for bit, in half precision, or as 8-bit integers per token."
+            help="What passes from stage to stage: bit for bit, in half precision, or as 8-bit integers per token; "
+            "auto: as the plan finds worth its loss for each link."
         ),
     ] = Activations.EXACT
 
@@ -141,6 +148,7 @@ def options(ask: AskFlags, demands: DemandFlags, nodes: Sequence[NodeView]) -> P
         residency=demands.residency(),
         relays=demands.relays,
         activations=_CODECS[demands.activations],
+        activations_per_cut=demands.activations is Activations.AUTO,
     )
 
 

@@ -20,6 +20,7 @@ from shoal.plan.problem import (
     Stage,
     Weighed,
 )
+from shoal.plan.written import nodes_of
 
 Names = Mapping[NodeId, str]
 
@@ -42,6 +43,7 @@ def _plan(plan: Plan, names: Names) -> Group:
         _others(plan, names),
         *_cloud(plan),
         Text(),
+        *_written(plan, names),
         *(reason_text(reason, names) for reason in plan.reasons),
     )
 
@@ -169,6 +171,15 @@ def _cloud(plan: Plan) -> list[Text]:
         f"{estimate.price:.3g} of money a request (declared, not measured)"
     )
     return [Text(), Text.assemble((f"cloud {cloud.name}  ", "bold"), f"{figures}; {verdict}")]
+
+
+def _written(plan: Plan, names: Names) -> list[Text]:
+    """How activations are written from stage to stage, where the plan chose that."""
+    found = []
+    for one in plan.written:
+        here, there = (_name(node, names) for node in nodes_of(plan.stages, one.stage))
+        found.append(Text.assemble((f"{here} to {there}: ", "green"), f"activations {one.text}"))
+    return [*found, Text()] if found else []
 
 
 def reason_text(reason: Reason, names: Names) -> Text:

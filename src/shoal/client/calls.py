@@ -56,6 +56,7 @@ class PlanOptions(TypedDict, total=False):
     cloud: Cloud | None
     relays: Relays
     activations: Codec
+    activations_per_cut: bool
 
 
 class ServeOptions(PlanOptions, total=False):

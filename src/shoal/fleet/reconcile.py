@@ -257,7 +257,7 @@ def hold_order(
         attempt=deployment.attempt_of(index),
         recovery=spec.recovery,
         speculation=spec.speculation,
-        activations=spec.activations,
+        activations=stage.writes if spec.activations_per_cut else spec.activations,
     )
 
 

@@ -43,6 +43,8 @@ class DeploymentSpec(msgspec.Struct, frozen=True, kw_only=True):
     cloud: Cloud | None = None
     relays: Relays = Relays.IF_NEEDED
     activations: Codec = Codec.RAW
+    activations_per_cut: bool = False
+    """The plan says for each cut, and loses no more than `activations` does."""
     recovery: Recovery = Recovery.EXACT
     standbys: Standbys = Standbys.TENSORS
     speculation: Speculation = Speculation()

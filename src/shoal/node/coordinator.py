@@ -53,6 +53,7 @@ from shoal.node.weighing import Weighing
 from shoal.plan.problem import Answer, Infeasible, Plan, Problem
 from shoal.plan.replan import RULES, Rules
 from shoal.profile.fleet import FleetProfile
+from shoal.transport.codec import Codec
 
 TICK_S = 0.1
 VIEW_EVERY_S = 0.5
@@ -430,5 +431,5 @@ class Coordinator:
             )
 
 
-def _places(plan: Plan) -> list[tuple[NodeId, int, int]]:
-    return [(stage.node, stage.start, stage.stop) for stage in plan.stages]
+def _places(plan: Plan) -> list[tuple[NodeId, int, int, Codec]]:
+    return [(stage.node, stage.start, stage.stop, stage.writes) for stage in plan.stages]

@@ -230,6 +230,7 @@ class FleetApi:
             cloud=wanted.cloud,
             relays=wanted.relays,
             activations=wanted.activations,
+            activations_per_cut=wanted.activations_per_cut,
         )
 
     def _kind(self, model: str) -> str:

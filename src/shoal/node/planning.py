@@ -146,6 +146,7 @@ class FleetPlanner:
             cloud=spec.cloud,
             relays=spec.relays,
             activations=spec.activations,
+            activations_per_cut=spec.activations_per_cut,
         )
         setting = Setting(objective=spec.objective, promised_bytes=dict(promised), demands=demands)
         return problem(known.blocks, fleet, spec.shape, spec.source, setting)

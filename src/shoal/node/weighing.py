@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import anyio.to_thread
-import msgspec
 
 from shoal.clock import Clock
 from shoal.errors import InfeasibleError
@@ -22,12 +21,11 @@ from shoal.fleet.state import FleetState, Standing, standing
 from shoal.ids import DeploymentId, NodeId
 from shoal.node.placing import Placing
 from shoal.plan.budget import DeadlineBudget
-from shoal.plan.choosing import as_chosen
-from shoal.plan.cost import Span, price
 from shoal.plan.losses import prepare
 from shoal.plan.problem import Answer, Infeasible, Plan, Problem
 from shoal.plan.replan import Candidate, Current, Move, Rules, Settling, alike, in_vain, move_cost, settle
 from shoal.plan.transition import Progress, pieces_of
+from shoal.plan.written import repriced
 
 LOOK_EVERY_S = 2.0
 PREPARE_BUDGET_S = 5.0
@@ -172,18 +170,6 @@ class Weighing:
             since_s = known.settling.since_s if known is not None and deployment.moved else None
             known = self._watched[name] = Watch(plan_epoch=deployment.plan_epoch, settling=Settling(since_s=since_s))
         return known
-
-
-def repriced(problem: Problem, plan: Plan) -> Plan:
-    """*plan* with the figures that *problem* gives it now; raises InfeasibleError when a link of it is not there.
-
-    One with relays was made as if relays were always allowed: its shards leave room for them, now as then.
-    """
-    stated = as_chosen(problem, plan.shape)
-    if any(stage.is_relay for stage in plan.stages):
-        stated = msgspec.structs.replace(stated, relay=True)
-    priced = price(stated, [Span(stage.node, stage.start, stage.stop) for stage in plan.stages])
-    return msgspec.structs.replace(plan, stages=priced.stages, estimate=priced.estimate)
 
 
 def on_disk(

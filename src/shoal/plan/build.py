@@ -22,6 +22,7 @@ from shoal.plan.problem import (
     Limits,
     LinkSpec,
     Objective,
+    OutputBytes,
     Pin,
     Problem,
     Relays,
@@ -29,6 +30,7 @@ from shoal.plan.problem import (
     Residency,
     SharedTensor,
 )
+from shoal.plan.written import allowed
 from shoal.profile.fit import KindFit, fit
 from shoal.profile.fleet import BlockTrial, Declared, DeviceProfile, FleetProfile, LinkProfile
 from shoal.transport.codec import Codec, applied, encoded_bytes
@@ -65,6 +67,8 @@ class Demands(msgspec.Struct, frozen=True, kw_only=True):
     relays: Relays = Relays.NEVER
     activations: Codec = Codec.RAW
     """How float32 tensors are written between stages."""
+    activations_per_cut: bool = False
+    """It is chosen for each cut, and loses no more than `activations` does."""
 
 
 class Setting(msgspec.Struct, frozen=True, kw_only=True):
@@ -89,7 +93,7 @@ def problem(
     demands = chosen.demands
     declared = {device.node: device.declared for device in fleet.devices}
     return Problem(
-        blocks=tuple(_block(block, shape, chosen.memory, demands.activations) for block in blocks),
+        blocks=tuple(_block(block, shape, chosen) for block in blocks),
         devices=tuple(_device(blocks, fleet, device, shape, chosen) for device in fleet.devices),
         links=tuple(_link(link, declared) for link in fleet.links),
         shape=shape,
@@ -139,16 +143,29 @@ def block_name(block: Block) -> str:
     return f"block {block.index}"
 
 
-def _block(block: Block, shape: RequestShape, memory: MemoryModel, activations: Codec) -> BlockSpec:
+def _block(block: Block, shape: RequestShape, setting: Setting) -> BlockSpec:
     largest = max((tensor.size_bytes for tensor in block.tensors), default=0)
+    demands, memory = setting.demands, setting.memory
+    said = _output(block, Codec.RAW if demands.activations_per_cut else demands.activations)
     return BlockSpec(
         name=block_name(block),
         weights_bytes=block.weights_bytes,
         kv_bytes_per_token=block.kv_bytes_per_token,
-        output_bytes_per_token=sum(_written(b.bytes_per_token, b.dtype, activations) for b in block.outputs),
-        output_bytes_fixed=sum(_written(b.bytes_fixed, b.dtype, activations) for b in block.outputs),
+        output_bytes_per_token=said.bytes_per_token,
+        output_bytes_fixed=said.bytes_fixed,
+        smaller=tuple(_output(block, codec) for codec in allowed(demands.activations))
+        if demands.activations_per_cut
+        else (),
         load_peak_bytes=int(memory.load_peak_factor * largest),
         workspace_bytes=memory.workspace_bytes_per_row * min(shape.prefill_chunk_tokens, shape.tokens_in),
+    )
+
+
+def _output(block: Block, codec: Codec) -> OutputBytes:
+    return OutputBytes(
+        codec=codec,
+        bytes_per_token=sum(_written(b.bytes_per_token, b.dtype, codec) for b in block.outputs),
+        bytes_fixed=sum(_written(b.bytes_fixed, b.dtype, codec) for b in block.outputs),
     )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from shoal.errors import InvalidRequestError
 from shoal.plan.problem import (
     BatchTimes,
+    BlockSpec,
     Choose,
     Cloud,
     DeviceSpec,
@@ -16,6 +17,7 @@ from shoal.plan.problem import (
     RequestShape,
     SharedTensor,
 )
+from shoal.plan.written import WORTH
 
 LARGEST = 1e18
 """No figure is larger: beyond that sums lose their seconds, and products leave the numbers that there are."""
@@ -37,7 +39,9 @@ def check(problem: Problem) -> None:
     for index, block in enumerate(problem.blocks):
         sizes = (block.weights_bytes, block.kv_bytes_per_token, block.output_bytes_per_token, block.output_bytes_fixed,
                  block.load_peak_bytes, block.workspace_bytes)  # fmt: skip
-        not_negative(sizes, f"blocks[{index}]", f"a size of block {index} ({block.name})")
+        smaller = (size for one in block.smaller for size in (one.bytes_per_token, one.bytes_fixed))
+        not_negative((*sizes, *smaller), f"blocks[{index}]", f"a size of block {index} ({block.name})")
+        _check_smaller(block, index)
     for tensor in problem.shared:
         _check_shared(problem, tensor)
     for device in problem.devices:
@@ -53,6 +57,17 @@ def check(problem: Problem) -> None:
     _check_pins(problem)
     _check_counts(problem)
     _check_size(problem)
+
+
+def _check_smaller(block: BlockSpec, index: int) -> None:
+    """Only what is known to lose how much may be chosen, and in that order."""
+    codecs = [one.codec for one in block.smaller]
+    if codecs != [codec for codec in WORTH if codec in codecs]:
+        raise fault(
+            f"block {index} ({block.name}) may be written as {', '.join(codecs)}",
+            f"blocks[{index}].smaller",
+            hint=f"those that may be chosen are, in this order, {', '.join(WORTH)}",
+        )
 
 
 def _check_shape(shape: RequestShape) -> None:

@@ -19,6 +19,7 @@ from shoal.plan.limited import best, blocked
 from shoal.plan.problem import Answer, Infeasible, Limits, Objective, Plan, Problem
 from shoal.plan.search import NOTHING, demanded, solve
 from shoal.plan.tables import Tables, build_tables
+from shoal.plan.written import written
 
 SEARCH, WHY, WHY_NOT = 0.9, 0.4, 0.6
 """Parts of what is left to plan: for the plan itself, for the reasons of its devices, for what stands in the way of one."""
@@ -32,14 +33,14 @@ def place(problem: Problem, budget: Budget) -> Answer:
 
     Exact (gap 0) for up to a dozen devices, and for more where the budget allows; else, or when several chunks of a prompt are in
     flight (`shoal.plan.cost`), the best found with its gap stated; never worse than a named baseline (`shoal.plan.baselines`).
-    Where relays are for need, it is the best without any, if there is one.
+    Where relays are for need, it is the best without any, if there is one.  How activations are written is chosen last.
     """
     check(problem)
     answer = _place(problem, budget)
     if isinstance(answer, Infeasible) and problem.relay_if_needed and not problem.relay:
         relayed = _place(replace(problem, relay=True), budget)
-        return relayed if isinstance(relayed, Plan) else answer
-    return answer
+        answer = relayed if isinstance(relayed, Plan) else answer
+    return written(problem, answer) if isinstance(answer, Plan) else answer
 
 
 def _place(problem: Problem, budget: Budget) -> Answer:

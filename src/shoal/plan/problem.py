@@ -9,6 +9,7 @@ from enum import StrEnum
 import msgspec
 
 from shoal.ids import NodeId
+from shoal.transport.codec import Codec
 
 PROBLEM_VERSION = 2
 
@@ -26,6 +27,14 @@ class Objective(StrEnum):
     """Money of a request."""
 
 
+class OutputBytes(msgspec.Struct, frozen=True, kw_only=True):
+    """What leaves a block when it is written smaller, with a loss."""
+
+    codec: Codec
+    bytes_per_token: int
+    bytes_fixed: int = 0
+
+
 class BlockSpec(msgspec.Struct, frozen=True, kw_only=True):
     """What a block needs and sends, whoever runs it."""
 
@@ -35,6 +44,8 @@ class BlockSpec(msgspec.Struct, frozen=True, kw_only=True):
     output_bytes_per_token: int = 0
     """Boundary bytes that leave the block for each row of a step."""
     output_bytes_fixed: int = 0
+    smaller: tuple[OutputBytes, ...] = ()
+    """The same output in the ways that may be chosen for a cut behind the block, the one that loses least first."""
     load_peak_bytes: int = 0
     """Memory beyond the packed weights that loading needs for a moment; a shard needs the largest of its blocks'."""
     workspace_bytes: int = 0
@@ -261,6 +272,8 @@ class Stage(msgspec.Struct, frozen=True, kw_only=True):
     first_block: str = ""
     last_block: str = ""
     """Names of the blocks `start` and `stop` - 1."""
+    writes: Codec = Codec.RAW
+    """How it writes what it sends, where that was chosen for each cut (`Plan.written`); else the deployment says it."""
 
     @property
     def is_relay(self) -> bool:
@@ -336,6 +349,17 @@ class Weighed(msgspec.Struct, frozen=True, kw_only=True):
     tokens_per_s: float
 
 
+class Written(msgspec.Struct, frozen=True, kw_only=True):
+    """How the output of a stage is written, and why."""
+
+    stage: int
+    """From 0."""
+    codec: Codec
+    saved_s: float
+    """Of a request, over exact activations, with all other cuts exact."""
+    text: str
+
+
 class Plan(msgspec.Struct, frozen=True, kw_only=True, tag="plan"):
     """A placement with its certificate."""
 
@@ -354,6 +378,9 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, tag="plan"):
     cloud: CloudAlternative | None = None
     weighed: tuple[Weighed, ...] = ()
     """Sizes of micro-batches that were searched, where the problem leaves them open; bounds ruled out the others."""
+    written: tuple[Written, ...] = ()
+    """For each cut how activations are written, where that was left to the plan.  The lower bound and the gap are then those of
+    the same plan with exact activations: how they are written is chosen last."""
 
 
 Answer = Plan | Infeasible

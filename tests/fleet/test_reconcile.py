@@ -148,6 +148,15 @@ def test_lost_orders_delay_a_deployment_but_do_not_derail_it(seed: int) -> None:
     assert all(len(mine) == 1 for mine in nodes.shards.values())
 
 
+def test_workers_are_told_what_their_slots_share() -> None:
+    def told(shape: RequestShape) -> list[int]:
+        state = SimulatedNodes().tell(wanted(msgspec.structs.replace(plan(*NODES[:2]), shape=shape)), 0.0)
+        return [a.order.cache_tokens for a in missing_orders(state, 1, 0.0) if isinstance(a.order, Hold)]
+
+    assert told(RequestShape(context_tokens=2048, slots=8)) == [8 * 2048] * 2
+    assert told(RequestShape(context_tokens=2048, slots=8, cache_tokens=4096)) == [4096] * 2
+
+
 def test_a_new_plan_retires_the_shards_of_the_old_one() -> None:
     nodes = SimulatedNodes()
     state = settle(wanted(plan(*NODES)), nodes)

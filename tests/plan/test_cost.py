@@ -111,6 +111,16 @@ def test_memory_is_packed_weights_and_the_greater_of_serving_and_loading(problem
     assert both.total == 50 + 2250 + max(240 + 7, 900)
 
 
+def test_slots_that_share_a_cache_take_what_they_share_and_one_context_at_least(problem: Problem) -> None:
+    def kv(slots: int, shared: int, context: int = 200) -> int:
+        shape = replace(problem.shape, context_tokens=context, slots=slots, cache_tokens=shared)
+        return shard_memory(replace(problem, shape=shape), problem.devices[0], 0, 1).kv // 3
+
+    assert kv(4, 0) == kv(4, 10_000) == 800
+    assert kv(4, 600) == 600
+    assert kv(4, 200) == 200 + 3 * 64, "each slot may be touched"
+
+
 def test_a_tensor_of_several_blocks_is_held_once_per_shard(problem: Problem) -> None:
     tied = replace(problem, shared=(SharedTensor(size_bytes=400, blocks=(0, 1)),))
 

@@ -63,6 +63,12 @@ def broken(raw: dict[str, Any], path: str, value: object) -> bytes:
         ("shape.in_flight", 9, "9 micro-batches of 1 in flight need 9 slots"),
         ("shape.tokens_out", 0, "shape.tokens_out is 0"),
         ("shape.context_tokens", 1, "do not fit in a context of 1"),
+        (
+            "shape",
+            {"tokens_in": 1, "tokens_out": 1, "context_tokens": 8, "cache_tokens": 4},
+            "a cache of 4 tokens does not hold one context of 8",
+        ),
+        ("shape.cache_tokens", -1, "shape.cache_tokens is -1"),
         ("blocks.0.weights_bytes", -1, "a size of block 0 .block 0. is -1"),
         ("blocks.0.weights_bytes", "many", "Expected `int`, got `str`"),
         ("blocks", [], "no blocks"),

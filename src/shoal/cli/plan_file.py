@@ -50,6 +50,7 @@ def _asked(stated: Problem, ask: AskFlags) -> Problem:
     shape, choose = stated.shape, stated.choose
     said = {"batch": ask.batch, "in_flight": ask.in_flight, "slots": ask.slots}
     shape = replace(shape, **{name: number for name, number in said.items() if number})
+    shape = replace(shape, cache_tokens=ask.cache_tokens or shape.cache_tokens)
     if choose != Choose():  # what is said is not to be chosen
         fixed = {"batch": (), "in_flight": 0, "slots": 0}
         choose = replace(choose, **{name: none for name, none in fixed.items() if said[name]})

@@ -48,6 +48,14 @@ class AskFlags(msgspec.Struct, frozen=True, kw_only=True):
         int,
         typer.Option(help="Requests whose cache is held at once; 0: 2, and for throughput as many as pay off.", min=0),
     ] = 0
+    cache_tokens: Annotated[
+        int,
+        typer.Option(
+            "--cache-tokens",
+            help="Positions of cache that all slots share; 0: a whole context for each. Requests wait until theirs fit.",
+            min=0,
+        ),
+    ] = 0
     batch: Annotated[
         int, typer.Option(help="Sequences stepped together; 0: 1, and for throughput the planner decides.", min=0)
     ] = 0
@@ -72,7 +80,13 @@ class AskFlags(msgspec.Struct, frozen=True, kw_only=True):
         """A typical request, with what was not said at its least."""
         batch, in_flight = self.batch or 1, self.in_flight or 1
         slots = self.slots or max(SLOTS, batch * in_flight)
-        return RequestShape(context_tokens=self.context or CONTEXT, slots=slots, batch=batch, in_flight=in_flight)
+        return RequestShape(
+            context_tokens=self.context or CONTEXT,
+            slots=slots,
+            cache_tokens=self.cache_tokens,
+            batch=batch,
+            in_flight=in_flight,
+        )
 
     def choose(self) -> Choose:
         """For throughput, what was not said is to be chosen."""

@@ -88,9 +88,10 @@ def _blocks(stage: Stage) -> str:
 
 def _prediction(plan: Plan) -> Text:
     shape = plan.shape
+    shared = f" sharing a cache of {shape.cache_tokens} tokens" if shape.cache_tokens else ""
     asked = (
         f"for {shape.tokens_in} tokens in, {shape.tokens_out} out, a context of {shape.context_tokens}, "
-        f"{shape.slots} slot{'s' * (shape.slots > 1)}, {streams_text(shape)}"
+        f"{shape.slots} slot{'s' * (shape.slots > 1)}{shared}, {streams_text(shape)}"
     )
     chosen = f"           {_weighed(plan.weighed)}\n" if plan.weighed else ""
     value = _bound(plan)

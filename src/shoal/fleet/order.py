@@ -43,6 +43,8 @@ class Hold(msgspec.Struct, frozen=True, kw_only=True, tag="hold"):
     """How a worker that is new in a plan that serves is brought to where the one before it was."""
     speculation: Speculation = Speculation()
     activations: Codec = Codec.RAW
+    cache_tokens: int = 0
+    """Positions that all slots together may commit; 0: a whole context each."""
 
     @property
     def is_relay(self) -> bool:

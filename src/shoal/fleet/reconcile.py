@@ -14,6 +14,7 @@ from shoal.fleet.order import Hold, Order, Retire, Wire
 from shoal.fleet.report import NodeReport, ShardId, ShardReport, ShardState
 from shoal.fleet.state import FleetState, Standing, drained, standing
 from shoal.ids import DeploymentId, Digest, NodeId
+from shoal.plan.cost import kv_positions
 from shoal.plan.problem import Infeasible, Plan
 
 
@@ -258,6 +259,7 @@ def hold_order(
         recovery=spec.recovery,
         speculation=spec.speculation,
         activations=stage.writes if spec.activations_per_cut else spec.activations,
+        cache_tokens=kv_positions(plan.shape),
     )
 
 

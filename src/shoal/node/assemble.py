@@ -336,6 +336,7 @@ async def launch_hold(parts: _Parts, crews: Crews, hold: Hold, birth: int) -> Wo
         recovery=hold.recovery,
         speculation=hold.speculation,
         activations=hold.activations,
+        cache_tokens=hold.cache_tokens,
         slowdown=options.slowdown,
         links=options.links,
     )

@@ -53,6 +53,7 @@ def stage_settings(spec: WorkerSpec, artifact: Artifact, takes: tuple[TensorForm
         recovery=spec.recovery,
         speculation=spec.speculation,
         activations=spec.activations,
+        cache_tokens=spec.cache_tokens,
         scheduler=SchedulerSettings(in_flight=spec.in_flight),
     )
 

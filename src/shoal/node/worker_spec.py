@@ -39,6 +39,7 @@ class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
     recovery: Recovery = Recovery.EXACT
     speculation: Speculation = Speculation()
     activations: Codec = Codec.RAW
+    cache_tokens: int = 0
     slowdown: float = 1.0
     links: tuple[LinkShape, ...] = ()
 

@@ -76,6 +76,13 @@ def _check_shape(shape: RequestShape) -> None:
             raise fault(f"shape.{name} is {getattr(shape, name)}; it must be at least 1", f"shape.{name}")
         not_negative((getattr(shape, name),), f"shape.{name}", f"shape.{name}")
     not_negative((shape.context_tokens,), "shape.context_tokens", "shape.context_tokens")
+    not_negative((shape.cache_tokens,), "shape.cache_tokens", "shape.cache_tokens")
+    if 0 < shape.cache_tokens < shape.context_tokens:
+        raise fault(
+            f"a cache of {shape.cache_tokens} tokens does not hold one context of {shape.context_tokens}",
+            "shape.cache_tokens",
+            hint=f"set it to {shape.context_tokens} or more, or to 0 for a whole context in each slot",
+        )
     live = shape.in_flight * shape.batch
     if live > shape.slots:
         raise fault(

@@ -34,6 +34,7 @@ import msgspec
 
 from shoal.errors import InfeasibleError
 from shoal.ids import NodeId
+from shoal.model.cache import cache_tokens
 from shoal.plan.problem import (
     DeviceSpec,
     Estimate,
@@ -201,7 +202,7 @@ def free_bytes(device: DeviceSpec) -> int:
 
 def kv_positions(shape: RequestShape) -> int:
     """Positions whose keys and values are held at once."""
-    return shape.context_tokens * shape.slots
+    return cache_tokens(shape.context_tokens, shape.slots, shape.cache_tokens)
 
 
 def prefill_steps(shape: RequestShape) -> int:

@@ -121,6 +121,8 @@ class RequestShape(msgspec.Struct, frozen=True, kw_only=True):
     context_tokens: int = 2048
     slots: int = 2
     """Sequences whose cache is held at once."""
+    cache_tokens: int = 0
+    """Positions whose cache all slots hold together; 0: a whole context for each.  Requests wait until theirs fit."""
     in_flight: int = 1
     """Micro-batches in the pipeline at once."""
     batch: int = 1

@@ -104,7 +104,8 @@ def fits_together(problem: Problem, pipelines: Sequence[Way]) -> bool:
     devices = {device.node: device for device in problem.devices}
     need = dict.fromkeys(devices, 0)
     for span, count in uses.items():
-        shape = msgspec.structs.replace(problem.shape, slots=count * problem.shape.slots)
+        slots, shared = problem.shape.slots, problem.shape.cache_tokens
+        shape = msgspec.structs.replace(problem.shape, slots=count * slots, cache_tokens=count * shared)
         held = msgspec.structs.replace(problem, shape=shape)
         need[span.node] += shard_memory(held, devices[span.node], span.start, span.stop).total
     return all(size_bytes <= free_bytes(devices[node]) for node, size_bytes in need.items())

@@ -1,8 +1,9 @@
 """What only the first stage does: admit, schedule, and decide when an answer ends.
 
 Admission is in the order of the line (`waiting`) into free slots, of which batch requests leave a quarter to those that somebody
-waits for.  A finished or cancelled request gives up its slot immediately; `closing` holds what the other stages still have to be
-told.  A request whose time has passed ends, in line or in the middle of its answer.
+waits for; where the cache is smaller than its slots would fill, also into what is left of it (`room`).  A finished or
+cancelled request gives up its slot immediately; `closing` holds what the other stages still have to be told.  A request whose
+time has passed ends, in line or in the middle of its answer.
 """
 
 from collections import deque
@@ -34,9 +35,10 @@ from shoal.runtime.frames import (
 )
 from shoal.runtime.judge import judge
 from shoal.runtime.ports import SequenceStep
-from shoal.runtime.prefix import LEAST, KeptSlots, Reuse, best
+from shoal.runtime.prefix import LEAST, Cached, KeptSlots, Reuse, best
 from shoal.runtime.refusal import check_request, error_delta, failed, infer_failed, refusal
 from shoal.runtime.request import FinishReason, OutputDelta, Priority
+from shoal.runtime.room import CacheRoom
 from shoal.runtime.scheduler import Pace, chunk_rows, is_prefill, next_batch, next_chunk
 from shoal.runtime.sequence import LiveSequence
 from shoal.runtime.settings import StageSettings
@@ -64,12 +66,15 @@ class FirstStage:
     speculator: Speculator = field(init=False)
     kept: KeptSlots = field(default_factory=KeptSlots)
     pace: Pace = field(default_factory=Pace)
+    room: CacheRoom = field(init=False)
 
     def __post_init__(self) -> None:
         rules = self.settings.scheduler
         self.waiting = WaitingLine(rules.queue_limit, rules.batch_patience_s, rules.queue_s)
         self.flights = Flights(lost_s=self.settings.lost_s, probe_s=self.settings.probe_s)
         given = self.settings
+        total = given.cache_tokens or given.slots * given.context_tokens
+        self.room = CacheRoom(given.slots, given.context_tokens, total)
         ahead = Ahead(given.draft_tokens, given.slots, given.vocabulary)
         self.speculator = Speculator(given.speculation, self.drafter, given.context_tokens, ahead)
 
@@ -119,7 +124,8 @@ class FirstStage:
         """End what has had its time, waiting or running."""
         now_s = self.flights.now_s
         effects: list[Effect] = [refusal(*late) for late in self.waiting.overdue(now_s, len(self.live))]
-        self.closing += [ClosedSequence(request=gone.request, slot=gone.slot) for gone in self.kept.expired(now_s)]
+        for gone in self.kept.expired(now_s):
+            self._forget(gone)
         for sequence in [s for s in self.live.values() if s.deadline_s <= now_s]:
             error = DeadlineExceededError(
                 f"the answer was not complete after the {sequence.request.deadline_s:g} s that were given: "
@@ -145,6 +151,7 @@ class FirstStage:
         effects = self.abandon(code, text)
         self.closing.clear()
         self.kept.held.clear()
+        self.room.clear()
         # Runs are drawn at random: the next number is as good as any.
         self.settings = msgspec.structs.replace(self.settings, run=(self.settings.run + 1) % 2**32)
         return effects
@@ -279,9 +286,33 @@ class FirstStage:
             waiter = self.waiting.first(batch=self._room_for_batch())
             if waiter is None:
                 return
-            self.waiting.take(waiter)
             request = waiter.submit.request
-            self._open(waiter, self.kept.choose(free, request.prompt, reproducible=request.reproducible))
+            slot = self.kept.choose(free, request.prompt, reproducible=request.reproducible)
+            if not self._make_room(slot, len(request.prompt) + request.max_tokens):
+                return  # whoever comes later and needs less does not overtake: nobody would starve for being long
+            self.waiting.take(waiter)
+            self._open(waiter, slot)
+
+    def _make_room(self, slot: int, length: int) -> bool:
+        """Whether a request that may come to *length* positions can begin in *slot*, once others' old caches are forgotten."""
+        if not self.room.scarce or self.room.fits(slot, length):
+            return True
+        if not self.room.ever_fits(slot, length):
+            return False
+        oldest = sorted(
+            self.kept.held.values(), key=lambda held: (held.slot == slot, held.since_s)
+        )  # its own goes last
+        for held in oldest:
+            self.kept.take(held.slot)
+            self._forget(held)
+            if self.room.fits(slot, length):
+                return True
+        return False
+
+    def _forget(self, held: Cached) -> None:
+        """What a slot holds that nobody uses is no more, here and on the other stages."""
+        self.room.release(held.slot)
+        self.closing.append(ClosedSequence(request=held.request, slot=held.slot))
 
     def _room_for_batch(self) -> bool:
         """Batch work leaves a quarter of the slots to those that somebody waits for."""
@@ -292,6 +323,7 @@ class FirstStage:
         request = waiter.submit.request
         stops = () if request.ignore_eos else (*request.stop_token_ids, *self.settings.eos_token_ids)
         self.slots.reserve(slot, request.request)
+        self.room.promise(slot, len(request.prompt) + request.max_tokens)
         # Newcomers wait for whoever was served before they came.
         self.live[request.request] = LiveSequence(
             request,
@@ -331,6 +363,7 @@ class FirstStage:
         """Its slot is free; what is in it may serve others, unless something went wrong with it."""
         if not (sequence.opened or sequence.began_step >= 0):  # no stage has heard of it: the slot is as it was
             self.slots.give_up(sequence.slot)
+            self.room.withdraw(sequence.slot)
             if sequence.own is not None:
                 self.kept.keep(sequence.own)
             return
@@ -341,6 +374,9 @@ class FirstStage:
         self.slots.close(closed)
         if keep:
             self.kept.keep(held)
+            self.room.end(held.slot, keep)
+        else:
+            self.room.release(held.slot)
         self.closing.append(closed)
 
     def _fail_step(self, failure: Failure, step: int) -> list[Effect]:

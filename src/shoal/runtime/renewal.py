@@ -7,9 +7,9 @@ a probe finds that out, and the slots of those answers would stay taken as long.
 """
 
 from shoal.errors import ShardLostError
-from shoal.runtime.effects import Effect, FollowerMet, ReleaseSlot, SendCredit
+from shoal.runtime.effects import Effect, FollowerMet, SendCredit
 from shoal.runtime.frames import CreditFrame
-from shoal.runtime.stage_state import StageState
+from shoal.runtime.stage_state import StageState, release
 
 
 def meet(state: StageState, met: FollowerMet) -> list[Effect]:
@@ -34,11 +34,10 @@ def _renewed(state: StageState) -> list[Effect]:
     state.renewals += 1
     if state.first is None:
         return [SendCredit(frame=state.credit(-1))]
-    slots = sorted({*state.slots.held, *state.slots.kept})
+    slots = {*state.slots.held, *state.slots.kept}
     ended = state.first.begin_again(ShardLostError.code, "a stage of the pipeline was lost and started anew")
     state.run = state.first.settings.run
     state.slots.clear()
     state.edge.renew()
     state.edge.outbox.append((state.first.empty_frame(), {}))  # the others forget at once, not with the next request
-    # As for a stage that is told of another run: what runs now keeps its cache, and its slot is opened again first.
-    return ended if state.running is not None else [*ended, *(ReleaseSlot(slot=slot) for slot in slots)]
+    return [*ended, *release(state, slots)]

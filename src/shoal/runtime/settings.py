@@ -29,7 +29,8 @@ class TensorForm(msgspec.Struct, frozen=True, kw_only=True):
 class StageSettings(msgspec.Struct, frozen=True, kw_only=True):
     """Stage `index` of `stages` in the pipeline of one plan epoch.
 
-    `slots` and `context_tokens` size the cache; both are 0 for a model that only infers.  `sends` names the tensors that the next
+    `slots` and `context_tokens` size the cache; both are 0 for a model that only infers.  All slots together commit at most
+    `cache_tokens` positions of it (0: a whole context each).  `sends` names the tensors that the next
     stage needs (empty: exactly the shard's outputs); those that the shard does not make are passed on from its input.
     `run` tells this start of a first stage from others, for the stages that outlive it.
     `takes` says what must come with a frame (empty: whatever comes).
@@ -46,6 +47,7 @@ class StageSettings(msgspec.Struct, frozen=True, kw_only=True):
     stages: int
     slots: int = 0
     context_tokens: int = 0
+    cache_tokens: int = 0
     vocabulary: int = 0
     eos_token_ids: tuple[int, ...] = ()
     run: int = 0

@@ -57,7 +57,7 @@ from shoal.runtime.frames import BatchFrame, CreditFrame, Failure, InferDone, Se
 from shoal.runtime.last import LastStage
 from shoal.runtime.renewal import hear_of, meet
 from shoal.runtime.rows import missing, outgoing, without_gaps, without_garbage
-from shoal.runtime.stage_state import StageState
+from shoal.runtime.stage_state import StageState, release
 from shoal.runtime.watch import watch
 
 
@@ -147,8 +147,7 @@ def _follow(state: StageState, run: int) -> list[Effect]:
     slots = state.slots.clear()
     if state.last is not None:
         state.last.samplers.clear()
-    # What runs now keeps its cache; its slot is opened again before anybody else uses it.
-    return [] if state.running is not None else [ReleaseSlot(slot=slot) for slot in slots]
+    return release(state, slots)
 
 
 def _reminded(state: StageState, frame: SentFrame) -> list[Effect]:
@@ -189,6 +188,8 @@ def _step_done(state: StageState, outputs: Tensors) -> list[Effect]:
         state.discarded += 1
         return []
     frame, inputs = state.running
+    if frame.run != state.run:
+        return _orphaned(state)
     lacking = missing(state.settings, frame, inputs, outputs)
     if lacking:
         return _step_failed(
@@ -204,6 +205,8 @@ def _step_failed(state: StageState, code: str, text: str) -> list[Effect]:
     if state.running is None:
         state.discarded += 1
         return []
+    if state.running[0].run != state.run:
+        return _orphaned(state)
     (frame, _), state.running = state.running, None
     for rows in frame.sequences:
         state.slots.cut(rows.slot, rows.request, rows.start)
@@ -213,11 +216,16 @@ def _step_failed(state: StageState, code: str, text: str) -> list[Effect]:
     return _complete(state, hollow, {}, {})
 
 
+def _orphaned(state: StageState) -> list[Effect]:
+    """A step of an earlier run is over: nobody wants what it made, and what its slots hold is nobody's."""
+    assert state.running is not None
+    (frame, _), state.running = state.running, None
+    return release(state, {rows.slot for rows in frame.sequences})
+
+
 def _complete(state: StageState, frame: BatchFrame, inputs: Tensors, outputs: Tensors) -> list[Effect]:
     """Pass a frame's results on: to the next stage, or back to the first as tokens."""
     effects: list[Effect] = []
-    if frame.run != state.run:
-        return effects
     if state.last is not None:
         effects += _answer(state, state.last, frame, outputs)
     else:

@@ -1,9 +1,11 @@
 """What a stage machine remembers between two inputs."""
 
 from collections import deque
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from shoal.runtime.edge import Edge, Work
+from shoal.runtime.effects import Effect, ReleaseSlot
 from shoal.runtime.first import FirstStage
 from shoal.runtime.frames import CreditFrame
 from shoal.runtime.grammar import Grammars, NoGrammars
@@ -59,6 +61,12 @@ class StageState:
         self.now_s = now_s - self.began_s
         if self.first is not None:
             self.first.flights.now_s = self.now_s
+
+
+def release(state: StageState, slots: Collection[int]) -> list[Effect]:
+    """Give back what *slots* hold, which is nobody's any more; what runs now keeps its cache until it is over."""
+    busy = {rows.slot for rows in state.running[0].sequences} if state.running is not None else set()
+    return [ReleaseSlot(slot=slot) for slot in sorted(slots) if slot not in busy]
 
 
 def start(settings: StageSettings, grammars: Grammars | None = None, drafter: Drafter | None = None) -> StageState:

@@ -55,10 +55,10 @@ test: check models
 	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target tests-alone scenarios
 
 tests-alone:
-	@$(BIN)/python -m pytest -q --ignore=tests/scenarios
+	@$(BIN)/python -m pytest -q --ignore=tests/scenarios --ignore=tests/rehearsals
 
 scenarios:
-	@$(BIN)/python -m pytest -q tests/scenarios
+	@$(BIN)/python -m pytest -q tests/scenarios tests/rehearsals
 
 size: $(VENV)/test.stamp
 	@$(BIN)/python tools/size.py

@@ -229,9 +229,12 @@ class Models:
         return self._heard_s is None or self.clock.now_s() - self._heard_s > LEASE_S
 
     def _stands(self, name: DeploymentId, generation: int) -> bool:
-        """Whether an answer may wait for the next pipeline: what it came from is still wanted as it was, and can be had."""
+        """Whether an answer may wait for the next pipeline: what it came from is still wanted as it was.
+
+        That no plan fits now does not end it: nodes that were cut off come back, and it waits for so long and no longer.
+        """
         status = self._status(name)
-        return status is not None and status.phase is not Phase.REFUSED and _epoch(status)[0] == generation
+        return status is not None and _epoch(status)[0] == generation
 
     def _resumed(self, request: RequestId, tokens: int) -> None:
         self.log.info("answer.resumed", request=request, tokens=tokens)

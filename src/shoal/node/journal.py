@@ -46,8 +46,11 @@ class _Write(msgspec.Struct):
 class Journal:
     """Durable records of one node; safe to use from several threads.  Values are frozen Structs, stored as JSON."""
 
-    def __init__(self, path: Path) -> None:
-        """Open or create; raises CorruptFileError when the file is not a journal, else what ails its folder."""
+    def __init__(self, path: Path, *, durable: bool = True) -> None:
+        """Open or create; raises CorruptFileError when the file is not a journal, else what ails its folder.
+
+        One that is not *durable* survives the end of a process and not of the machine: for rehearsals.
+        """
         path.parent.mkdir(parents=True, exist_ok=True)
         self._path = path
         self._lock = threading.Lock()
@@ -59,7 +62,7 @@ class Journal:
         try:
             self._connection = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
             self._connection.execute("PRAGMA journal_mode=WAL")
-            self._connection.execute("PRAGMA synchronous=FULL")
+            self._connection.execute(f"PRAGMA synchronous={'FULL' if durable else 'OFF'}")
             self._connection.execute(_SCHEMA)
         except sqlite3.DatabaseError as error:
             raise _unopened(path, error) from error

@@ -17,7 +17,7 @@ import anyio
 import msgspec
 
 from shoal.clock import Clock
-from shoal.errors import ShardLostError, UnavailableError
+from shoal.errors import InfeasibleError, ShardLostError, UnavailableError
 from shoal.ids import RequestId
 from shoal.runtime.executor.staged import StagedExecutor
 from shoal.runtime.request import GenerateRequest, InferRequest, InferResult, OutputDelta, SampledToken
@@ -88,7 +88,7 @@ class RoutedExecutor:
             await anyio.sleep(AGAIN_S)
             try:
                 return await self.way(None)
-            except UnavailableError:
+            except (UnavailableError, InfeasibleError):  # nodes that were cut off may come back
                 continue
         raise error
 

@@ -1,7 +1,8 @@
 """A fleet's fabric in one process: the fake that passes the port's contract, with weather.
 
 Each attachment has a thread for deliveries and one for answers, so a callback never runs on the sender's stack, as on the real
-fabric.  Delay, loss and partition are set per direction of a pair of attachments.  A message is aimed at the subscriptions
+fabric.  Delay, loss and partition are set per direction of a pair of hosts; an attachment is a host of its own unless it says on
+which it is.  A message is aimed at the subscriptions
 that match when it is sent; delay never reorders what one sender sends to one receiver.
 """
 
@@ -90,12 +91,12 @@ class MemoryFabric:
         self._dice = random.Random(seed)  # noqa: S311 loss in tests wants repeatable dice, not secrets
         self._threads = threads or SystemThreads()
 
-    def attach(self, name: str) -> "MemoryBus":
-        """A new bus called *name*; raises InvalidRequestError while one of that name is open."""
+    def attach(self, name: str, *, host: str = "", threads: Threads | None = None) -> "MemoryBus":
+        """A new bus called *name*, whose threads are *threads*; raises InvalidRequestError while one of that name is open."""
         with self._lock:
             if name in self._buses:
                 raise InvalidRequestError(f"{name!r} is attached already", hint="close its bus first")
-            bus = self._buses[name] = MemoryBus(self, name, self._threads)
+            bus = self._buses[name] = MemoryBus(self, name, host or name, threads or self._threads)
             return bus
 
     def detach(self, name: str) -> None:
@@ -104,7 +105,7 @@ class MemoryFabric:
             self._buses.pop(name, None)
 
     def partition(self, a: str, b: str) -> None:
-        """Let nothing pass between *a* and *b* in either direction, silently."""
+        """Let nothing pass between hosts *a* and *b* in either direction, silently."""
         with self._lock:
             self._cut.add(frozenset((a, b)))
 
@@ -113,69 +114,74 @@ class MemoryFabric:
         with self._lock:
             self._cut.discard(frozenset((a, b)))
 
+    def reaches(self, a: str, b: str) -> bool:
+        """Whether there is a way between hosts *a* and *b*."""
+        return frozenset((a, b)) not in self._cut
+
     def weather(self, source: str, target: str, weather: Weather) -> None:
         """Set what happens from *source* to *target* from now on."""
         with self._lock:
             self._weather[source, target] = weather
 
-    def carry(self, source: str, sample: Sample) -> None:
+    def carry(self, source: "MemoryBus", sample: Sample) -> None:
         """Hand *sample* to every reachable bus that has a subscription for it."""
         with self._lock:
-            for target, bus in self._buses.items():
+            for bus in self._buses.values():
                 wanted = bus.subscriptions(sample.key)
-                due_s = self._due_s(source, target) if wanted else None
+                due_s = self._due_s(source, bus) if wanted else None
                 if due_s is not None:
                     for subscription in wanted:
                         bus.deliveries.submit(due_s, partial(bus.deliver, subscription, sample))
 
-    def bury(self, source: str, key: str) -> None:
+    def bury(self, source: "MemoryBus", key: str) -> None:
         """Tell every reachable bus that watches *key* that nobody is alive under it.  A partition alone tells nobody."""
         with self._lock:
-            for target, bus in self._buses.items():
+            for bus in self._buses.values():
                 watchers = bus.watchers(key)
-                due_s = self._due_s(source, target) if watchers else None
+                due_s = self._due_s(source, bus) if watchers else None
                 if due_s is not None:
                     for watcher in watchers:
                         bus.deliveries.submit(due_s, partial(watcher.hand, Sample(key=key, payload=b"")))
 
-    def ask(self, source: str, sample: Sample, replies: Replies) -> bool:
+    def ask(self, source: "MemoryBus", sample: Sample, replies: Replies) -> bool:
         """Send a query to one bus that answers it, a reachable one if there is; False when nobody answers it at all."""
         with self._lock:
             able = [
                 (bus, answerer) for bus in self._buses.values() if (answerer := bus.answerer(sample.key)) is not None
             ]
-            able.sort(key=lambda entry: frozenset((source, entry[0].name)) in self._cut)
+            able.sort(key=lambda entry: not self.reaches(source.host, entry[0].host))
             if not able:
                 return False
             bus, answerer = able[0]
-            due_s = self._due_s(source, bus.name)
+            due_s = self._due_s(source, bus)
             if due_s is not None:
                 bus.answers.submit(due_s, partial(bus.respond, answerer, sample, (source, replies)))
             return True
 
-    def give_back(self, source: str, target: str, deliver: Callable[[], None]) -> None:
+    def give_back(self, source: "MemoryBus", target: "MemoryBus", deliver: Callable[[], None]) -> None:
         """Carry an answer from *source*, whose thread waits for nothing meanwhile."""
         with self._lock:
             due_s = self._due_s(source, target)
-            bus = self._buses.get(source)
-            if due_s is not None and bus is not None:
-                bus.deliveries.submit(due_s, deliver)
+            if due_s is not None and source.name in self._buses:
+                source.deliveries.submit(due_s, deliver)
 
-    def _due_s(self, source: str, target: str) -> float | None:
+    def _due_s(self, source: "MemoryBus", target: "MemoryBus") -> float | None:
         """When a message sent now arrives; None when it does not."""
-        weather = self._weather.get((source, target), Weather())
-        if frozenset((source, target)) in self._cut or self._dice.random() < weather.loss:
+        weather = self._weather.get((source.host, target.host), Weather())
+        if not self.reaches(source.host, target.host) or self._dice.random() < weather.loss:
             return None
-        due_s = max(self._threads.now_s() + weather.delay_s, self._last_due_s.get((source, target), 0.0))
-        self._last_due_s[source, target] = due_s
+        edge = (source.name, target.name)
+        due_s = max(self._threads.now_s() + weather.delay_s, self._last_due_s.get(edge, 0.0))
+        self._last_due_s[edge] = due_s
         return due_s
 
 
 class MemoryBus:
     """One node's attachment to a MemoryFabric."""
 
-    def __init__(self, fabric: MemoryFabric, name: str, threads: Threads) -> None:
+    def __init__(self, fabric: MemoryFabric, name: str, host: str, threads: Threads) -> None:
         self.name = name
+        self.host = host
         self.deliveries = TimedThread(f"memory-bus-{name}", threads)
         self.answers = TimedThread(f"memory-bus-{name}-answers", threads)
         self._threads = threads
@@ -193,7 +199,7 @@ class MemoryBus:
         check_key(key)
         self._check_open()
         self._tally.add(messages_sent=1, bytes_sent=len(payload))
-        self._fabric.carry(self.name, Sample(key=key, payload=bytes(payload)))
+        self._fabric.carry(self, Sample(key=key, payload=bytes(payload)))
 
     def subscribe(self, pattern: str, deliver: Callable[[Sample], None]) -> Closable:
         """See the port; raises NodeUnreachableError once closed."""
@@ -284,19 +290,19 @@ class MemoryBus:
             self._tally.add(deliver_errors=1)
             raise
 
-    def respond(self, answerer: Answerer, sample: Sample, asker: tuple[str, Replies]) -> None:
+    def respond(self, answerer: Answerer, sample: Sample, asker: tuple["MemoryBus", Replies]) -> None:
         """Answer one query, on the answering thread; errors travel as on the real fabric."""
-        name, replies = asker
+        bus, replies = asker
         try:
             outcome: bytes | ShoalError = answerer.reply(sample)
             self._tally.add(queries_answered=1)
         except Exception as error:  # noqa: BLE001 whatever it is, the asker must hear of it
             outcome = unpack_error(pack_error(error))
-        self._fabric.give_back(self.name, name, partial(replies.put, outcome))
+        self._fabric.give_back(self, bus, partial(replies.put, outcome))
 
     def _ask(self, sample: Sample, timeout_s: float) -> bytes:
         replies: Replies = SimpleQueue()
-        if not self._fabric.ask(self.name, sample, replies):
+        if not self._fabric.ask(self, sample, replies):
             raise NodeUnreachableError(f"nobody answers {sample.key}", hint="is that node up, and in this fleet?")
         try:
             outcome = self._threads.take(replies, timeout_s)
@@ -323,7 +329,7 @@ class MemoryBus:
         with self._lock:
             lived, self._tokens = token in self._tokens, tuple(t for t in self._tokens if t is not token)
         if lived:
-            self._fabric.bury(self.name, token.key)
+            self._fabric.bury(self, token.key)
 
     def _unanswer(self, answerer: Answerer) -> None:
         with self._lock:

@@ -115,7 +115,7 @@ async def node(home: Path, bus: MemoryBus, log: FilteringBoundLogger) -> AsyncIt
     agent = Agent(
         me=ME, fleet=FLEET, incarnation=1, facts=lambda: FACTS, bus=bus, coordinator=mine, bell=Bell(), journal=journal,
         keeper=ShardKeeper(journal, fetch, launch, lambda _: None, lambda: None, log), handlers={"nodes": handler(AskNodes, nodes)},
-        complete_manifests=tuple, on_view=lambda _: None, stand_in=lambda _: None, log=log,
+        complete_manifests=tuple, uses=tuple, on_view=lambda _: None, stand_in=lambda _: None, log=log,
     )  # fmt: skip
     async with running(agent.run), running(mine.run):
         await until(lambda: mine.leading)

@@ -109,14 +109,14 @@ def test_activations_that_are_written_smaller_send_fewer_bytes() -> None:
 
 def test_what_is_chosen_for_each_cut_is_sized_exactly_and_loses_no_more_than_is_allowed() -> None:
     found = {}
-    for most in (Codec.RAW, Codec.FP16, Codec.INT8):
+    for most in (Codec.RAW, Codec.FP16, Codec.INT8_PEAKS):
         setting = Setting(demands=Demands(activations=most, activations_per_cut=True))
         layer = problem(BLOCKS, fleet(device(A, ALL, "x")), SHAPE, A, setting).blocks[1]
         assert (layer.output_bytes_per_token, layer.output_bytes_fixed) == (64, 8)
         found[most] = [(size.codec, size.bytes_per_token, size.bytes_fixed) for size in layer.smaller]
 
-    half, quarter = (Codec.FP16, 32, 4), (Codec.INT8, 16 + 8, 2 + 8)
-    assert found == {Codec.RAW: [], Codec.FP16: [half], Codec.INT8: [half, quarter]}
+    half, apart = (Codec.FP16, 32, 4), (Codec.INT8_PEAKS, 16 + 2 * (4 + 4 * 6), 2 + 2 * (4 + 6))
+    assert found == {Codec.RAW: [], Codec.FP16: [half], Codec.INT8_PEAKS: [half, apart]}
 
 
 def test_links_memory_promises_and_demands_are_carried_over() -> None:

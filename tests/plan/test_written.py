@@ -16,7 +16,7 @@ from shoal.plan.budget import StepBudget
 from shoal.plan.placement import place
 from shoal.plan.problem import BlockSpec, LinkSpec, Objective, OutputBytes, Plan, Problem, RequestShape
 from shoal.plan.written import LOSS_NATS, WORTH, allowed, repriced, written
-from shoal.transport.codec import Codec
+from shoal.transport.codec import Codec, encoded_bytes
 
 Chain = Callable[..., Problem]
 WIDTH = 576
@@ -24,7 +24,7 @@ LADDER = [Codec.RAW, *WORTH]
 
 
 def outputs(most: Codec) -> tuple[OutputBytes, ...]:
-    sizes = {Codec.FP16: 2 * WIDTH, Codec.INT8: WIDTH + 4}
+    sizes = {codec: encoded_bytes(codec, 4, (1, WIDTH)) for codec in WORTH}
     return tuple(OutputBytes(codec=codec, bytes_per_token=sizes[codec]) for codec in allowed(most))
 
 
@@ -58,12 +58,16 @@ def mbit(rate: float) -> float:
 
 @pytest.mark.parametrize(
     ("rate_mbit", "expected"),
-    [(1000, Codec.RAW), (50, Codec.RAW), (2, Codec.FP16), (0.05, Codec.INT8)],
+    [(1000, Codec.RAW), (50, Codec.RAW), (4, Codec.INT8_PEAKS), (1, Codec.INT8_PEAKS), (0.05, Codec.INT8_PEAKS)],
 )
 def test_the_slower_the_link_the_smaller_activations_are_written(
     chain: Chain, rate_mbit: float, expected: Codec
 ) -> None:
     assert codecs(problem_of(chain, mbit(rate_mbit))) == [expected]
+
+
+def test_where_no_more_loss_is_allowed_a_slow_link_gets_half_precision(chain: Chain) -> None:
+    assert codecs(problem_of(chain, mbit(1), most=Codec.FP16)) == [Codec.FP16]
 
 
 def test_a_long_round_trip_keeps_activations_exact_for_bytes_are_not_what_costs(chain: Chain) -> None:
@@ -93,6 +97,7 @@ def test_no_cut_loses_more_than_is_allowed_and_every_loss_saves_its_share(
         (s.node, s.start, s.stop, s.memory_bytes) for s in exact.stages
     ]
     for one in plan.written if most is not Codec.RAW else ():
+        assert one.codec in {Codec.RAW, *allowed(most)}
         assert LOSS_NATS[one.codec] <= LOSS_NATS[most.base]
         assert plan.stages[one.stage].writes is one.codec
         share = one.saved_s / exact.estimate.latency_s
@@ -122,7 +127,7 @@ def test_only_the_slow_one_of_two_links_is_written_smaller(chain: Chain) -> None
 
     first, second = planned(problem).written
 
-    assert (first.codec, second.codec) == (Codec.RAW, Codec.INT8)
+    assert (first.codec, second.codec) == (Codec.RAW, Codec.INT8_PEAKS)
     assert "fp16 would save" in first.text
     assert "nats a token" in second.text
 
@@ -147,7 +152,11 @@ def test_a_relay_writes_what_passes_through_it_as_it_came(chain: Chain) -> None:
     plan = planned(replace(made, blocks=sized.blocks, links=(*onward, back), shape=sized.shape))
 
     assert [(stage.node, stage.is_relay) for stage in plan.stages[:3]] == [("n0", False), ("n1", True), ("n2", False)]
-    assert [stage.writes for stage in plan.stages] == [Codec.INT8, Codec.INT8, *[Codec.RAW] * (len(plan.stages) - 2)]
+    assert [stage.writes for stage in plan.stages] == [
+        Codec.INT8_PEAKS,
+        Codec.INT8_PEAKS,
+        *[Codec.RAW] * (len(plan.stages) - 2),
+    ]
     assert [one.stage for one in plan.written] == [0]
 
 
@@ -168,12 +177,20 @@ def test_a_plan_says_for_each_cut_how_it_is_written_and_why(chain: Chain) -> Non
     said = [line for line in stream.getvalue().splitlines() if line.startswith("desk to shed")]
     assert said[0].startswith("desk to shed: activations exact; fp16 would save 0.")
     assert said[0].endswith("%, 5.0% is asked")
-    assert said[1].startswith("desk to shed: activations int8: saves ")
+    assert said[1].startswith("desk to shed: activations int8+peaks: saves ")
 
 
 @pytest.mark.parametrize("objective", Objective)
 def test_whatever_a_plan_is_judged_by_it_is_written(chain: Chain, objective: Objective) -> None:
-    assert codecs(replace(problem_of(chain, mbit(0.05)), objective=objective)) == [Codec.INT8]
+    assert codecs(replace(problem_of(chain, mbit(0.05)), objective=objective)) == [Codec.INT8_PEAKS]
+
+
+@pytest.mark.parametrize(
+    ("most", "expected"),
+    [(Codec.RAW, ()), (Codec.FP16, (Codec.FP16,)), (Codec.INT8_PEAKS, tuple(WORTH)), (Codec.INT8, tuple(WORTH))],
+)
+def test_what_may_be_chosen_ends_where_it_is_said_to(most: Codec, expected: tuple[Codec, ...]) -> None:
+    assert allowed(most) == expected
 
 
 def test_codecs_whose_loss_is_not_known_cannot_be_chosen(chain: Chain) -> None:

@@ -45,6 +45,49 @@ def test_int8_keeps_each_row_within_half_a_step_of_its_scale(array: NDArray[np.f
         assert np.all(np.abs(got - exact) <= 0.5001 * step + 1e-30)
 
 
+@given(activations)
+@example(np.array([3.4028235e38, -1.0, 1.0, 2.0, -3.0, 0.1], np.float32))
+def test_the_four_largest_of_a_row_are_exact_and_the_rest_is_as_fine_as_it_needs(array: NDArray[np.float32]) -> None:
+    got = through(array, Codec.INT8_PEAKS)
+
+    assert (got.dtype, got.shape) == (array.dtype, array.shape)
+    if array.size:
+        rows = np.atleast_1d(array).reshape(-1, array.shape[-1] if array.ndim else 1).astype(np.float64)
+        ranked = np.sort(np.abs(rows), axis=1)[:, ::-1]
+        fifth = ranked[:, 4] if rows.shape[1] > 4 else np.zeros(len(rows))
+        error = np.abs(got.reshape(rows.shape) - rows)
+        assert np.all(error <= 0.5001 * fifth[:, None] / 127 + 1e-30)
+        assert np.all(np.count_nonzero(error == 0, axis=1) >= min(4, rows.shape[1]))
+
+
+def test_one_channel_that_is_far_larger_costs_the_others_nothing() -> None:
+    row = np.linspace(-1, 1, 64).astype(np.float32)
+    row[17] = 1000.0
+
+    plain, kept_apart = (np.delete(np.abs(through(row[None], c)[0] - row), 17) for c in (Codec.INT8, Codec.INT8_PEAKS))
+
+    assert plain.max() > 0.9
+    assert kept_apart.max() < 0.005
+
+
+def test_a_peak_outside_of_its_row_is_malformed() -> None:
+    data = bytearray(b"".join(encode(np.arange(8, dtype=np.float32)[None], Codec.INT8_PEAKS)))
+    data[4 + 4 * 4 : 4 + 4 * 4 + 2] = b"\x08\x00"
+
+    with pytest.raises(MalformedFrameError, match="a peak at 8 of a row of 8"):
+        decode(bytes(data), Codec.INT8_PEAKS, "float32", (1, 8), max_bytes=MAX_BYTES)
+
+
+@pytest.mark.parametrize("width", [65536, 65537])
+def test_rows_of_any_width_keep_their_peaks(width: int) -> None:
+    row = np.ones((1, width), np.float32)
+    row[0, -1] = 50.0
+
+    got = through(row, Codec.INT8_PEAKS)
+
+    assert got[0, -1] == 50.0
+
+
 def test_the_scale_belongs_to_the_token() -> None:
     quiet, loud = np.linspace(-1e-3, 1e-3, 64), np.linspace(-1e3, 1e3, 64)
     rows = np.stack([quiet, loud]).astype(np.float32)
@@ -54,12 +97,14 @@ def test_the_scale_belongs_to_the_token() -> None:
     assert np.abs(got[0] - rows[0]).max() < 1e-5
 
 
+@pytest.mark.parametrize("codec", [Codec.INT8, Codec.INT8_PEAKS])
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_int8_shows_a_row_that_is_not_finite_and_spares_the_others(bad: float) -> None:
-    rows = np.ones((2, 3), np.float32)
+@pytest.mark.parametrize("width", [3, 9])
+def test_int8_shows_a_row_that_is_not_finite_and_spares_the_others(bad: float, codec: Codec, width: int) -> None:
+    rows = np.ones((2, width), np.float32)
     rows[0, 1] = bad
 
-    got = through(rows, Codec.INT8)
+    got = through(rows, codec)
 
     assert np.all(np.isnan(got[0]))
     np.testing.assert_array_equal(got[1], rows[1])

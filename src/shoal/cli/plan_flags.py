@@ -26,6 +26,7 @@ class Activations(StrEnum):
 
     EXACT = "exact"
     FP16 = "fp16"
+    INT8_PEAKS = "int8+peaks"
     INT8 = "int8"
     AUTO = "auto"
 
@@ -33,6 +34,7 @@ class Activations(StrEnum):
 _CODECS = {
     Activations.EXACT: Codec.RAW,
     Activations.FP16: Codec.FP16,
+    Activations.INT8_PEAKS: Codec.INT8_PEAKS,
     Activations.INT8: Codec.INT8,
     Activations.AUTO: Codec.INT8,
 }
@@ -124,7 +126,8 @@ class DemandFlags(msgspec.Struct, frozen=True, kw_only=True):
     activations: Annotated[
         Activations,
         typer.Option(
-            help="What passes from stage to stage: bit for bit, in half precision, or as 8-bit integers per token; "
+            help="What passes from stage to stage: bit for bit, in half precision, or as 8-bit integers per token, with or "
+            "without its four largest values apart; "
             "auto: as the plan finds worth its loss for each link."
         ),
     ] = Activations.EXACT

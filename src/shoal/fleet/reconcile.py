@@ -11,6 +11,7 @@ from shoal.errors import NodeUnreachableError
 from shoal.fleet.deployment import Deployment
 from shoal.fleet.losses import leads_to, losses, shard_of, shards_of
 from shoal.fleet.order import Hold, Order, Retire, Wire
+from shoal.fleet.reading import readable
 from shoal.fleet.report import NodeReport, ShardId, ShardReport, ShardState
 from shoal.fleet.state import FleetState, Standing, drained, standing
 from shoal.ids import DeploymentId, Digest, NodeId
@@ -242,6 +243,8 @@ def hold_order(
 ) -> Hold:
     """Have stage *index* of the plan of *deployment* fetched and loaded."""
     stage, spec = plan.stages[index], deployment.spec
+    ends = {stage.node, plan.stages[(index + 1) % len(plan.stages)].node}
+    facts = [report.facts for node, report in reports.items() if node in ends]
     return Hold(
         fencing_epoch=fencing_epoch,
         shard=ShardId(deployment=spec.deployment, plan_epoch=deployment.plan_epoch, stage=index),
@@ -258,7 +261,7 @@ def hold_order(
         attempt=deployment.attempt_of(index),
         recovery=spec.recovery,
         speculation=spec.speculation,
-        activations=stage.writes if spec.activations_per_cut else spec.activations,
+        activations=readable(stage.writes if spec.activations_per_cut else spec.activations, facts),
         cache_tokens=kv_positions(plan.shape),
     )
 

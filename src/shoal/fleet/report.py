@@ -134,6 +134,8 @@ class NodeFacts(msgspec.Struct, frozen=True, kw_only=True):
     slowdown: float = 1.0
     """Factor by which an emulated device is slower than this machine; 1 on real ones."""
     declared: Declared = Declared()
+    codecs: tuple[str, ...] = ()
+    """Ways of writing activations that this node reads beside those that every release does."""
     mends: bool = False
     """Can start a shard of a plan that serves anew (`Hold.attempt`)."""
 

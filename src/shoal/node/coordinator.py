@@ -18,6 +18,7 @@ from shoal.errors import InvalidRequestError, ShoalError, UnknownModelError
 from shoal.fleet.deployment import Deployment, resumed
 from shoal.fleet.moves import move_orders
 from shoal.fleet.order import Refused, Reply
+from shoal.fleet.reading import check_readable
 from shoal.fleet.reconcile import Addressed, Phase, missing_orders
 from shoal.fleet.report import NodeReport
 from shoal.fleet.sleep import RoomAwaited, Woken
@@ -158,6 +159,7 @@ class Coordinator:
         What is wanted already, and would be placed as it is (*previewed*), stays as it is: nothing is loaded again.
         """
         self._must_lead()
+        check_readable(spec, (member.report.facts for member in self.state.members.values()))
         name = spec.deployment
         old = self.state.deployments.get(name)
         if old is not None and self._stands(old, spec, previewed):

@@ -3,6 +3,7 @@
 from importlib.metadata import version
 
 from shoal import __version__
+from shoal.fleet.reading import HERE
 from shoal.fleet.report import NodeFacts
 from shoal.node.options import NodeOptions
 from shoal.profile.device import device_facts, fingerprint
@@ -33,4 +34,5 @@ def node_facts(options: NodeOptions, fabric: ZenohBus, gateway: str) -> NodeFact
         coordinates=options.coordinates,
         slowdown=options.slowdown,
         declared=options.declared,
+        codecs=HERE,
     )

@@ -13,6 +13,7 @@ import msgspec
 
 from shoal.clock import Clock
 from shoal.errors import NodeUnreachableError
+from shoal.fleet.reading import for_all
 from shoal.fleet.reconcile import heard, promised_bytes
 from shoal.fleet.report import NodeReport
 from shoal.fleet.spec import DeploymentSpec
@@ -72,15 +73,18 @@ class Placing:
         self, spec: DeploymentSpec, surveyed: FleetProfile, *, without: Collection[DeploymentId] = ()
     ) -> Answer:
         """The plan, counting on what no other deployment holds now, but for those *without* which it is thought out."""
-        answer = await self.planner.plan(spec, surveyed, self._promised(spec, without))
+        answer = await self.planner.plan(self._readable(spec), surveyed, self._promised(spec, without))
         return self._with_names(answer) if isinstance(answer, Infeasible) else answer
 
     async def problem(
         self, spec: DeploymentSpec, surveyed: FleetProfile, *, without: Collection[DeploymentId] = ()
     ) -> Problem | Infeasible:
         """What `place` would answer."""
-        stated = await self.planner.state(spec, surveyed, self._promised(spec, without))
+        stated = await self.planner.state(self._readable(spec), surveyed, self._promised(spec, without))
         return self._with_names(stated) if isinstance(stated, Infeasible) else stated
+
+    def _readable(self, spec: DeploymentSpec) -> DeploymentSpec:
+        return for_all(spec, (member.report.facts for member in self.state().members.values()))
 
     def _promised(self, spec: DeploymentSpec, without: Collection[DeploymentId]) -> Mapping[NodeId, int]:
         """Nodes to plan on, and what others hold of them."""

@@ -107,6 +107,27 @@ def test_a_model_goes_when_nobody_has_asked_for_it_for_its_keep_alive(fleet: Fle
     assert ask(fleet, "chat")
 
 
+@pytest.mark.slow
+def test_a_model_that_sleeps_is_woken_by_another_coordinator_while_whoever_asks_waits(fleet: Fleet) -> None:
+    a = fleet.up("a")
+    a.wait_up()
+    b = fleet.join("b", "--standby", "--gateway", "127.0.0.1:0", models=("tiny",))
+    b.wait_up()
+    fleet.wait_alive("a", "b")
+    fleet.wait(lambda: fleet.nodes(b), "b's gateway hears the coordinator")
+    with fleet.asking(b) as client:
+        client.deploy("tiny", name="chat", shape=SHAPE, on_demand=True)
+    fleet.wait(lambda: fleet.openai(b).models.list().data, "it is listed")
+
+    a.kill()
+    fleet.machines = [b, a]
+    text = ask(fleet, "chat")
+
+    assert text
+    assert states(fleet) == {"chat": DeploymentState.READY}
+    assert any(e.kind == "coordinator.leads" and e.node == b.id for e in fleet.events(b))
+
+
 def _busy(fleet: Fleet) -> bool:
     text = httpx.get(f"{fleet.machines[0].url}/metrics").text
     return any(line.startswith("shoal_requests_running") and not line.endswith(" 0.0") for line in text.splitlines())

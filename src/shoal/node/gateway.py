@@ -224,9 +224,9 @@ class Models:
         statuses = self.view.deployments if self.view is not None else ()
         return [status for status in statuses if status.deployment.spec.source == self.me]
 
-    def _silent(self) -> bool:
-        """Whether no coordinator is heard."""
-        return self._heard_s is None or self.clock.now_s() - self._heard_s > LEASE_S
+    def _silent(self, for_s: float = LEASE_S) -> bool:
+        """Whether no coordinator has been heard for so long."""
+        return self._heard_s is None or self.clock.now_s() - self._heard_s > for_s
 
     def _stands(self, name: DeploymentId, generation: int) -> bool:
         """Whether an answer may wait for the next pipeline: what it came from is still wanted as it was.
@@ -250,7 +250,8 @@ class Models:
         if status is None or name not in self._known or name in self._closed:
             return False
         if status.deployment.spec.on_demand:
-            return status.phase not in {Phase.REFUSED, Phase.DRAINING} and not self._silent()
+            # A standby takes the lease over when it has heard nobody for as long as one lasts.
+            return status.phase not in {Phase.REFUSED, Phase.DRAINING} and not self._silent(2 * LEASE_S)
         return status.phase in {Phase.MOVING, Phase.MENDING} or (
             status.phase is Phase.SERVING and name not in self._open
         )

@@ -15,6 +15,7 @@ import msgspec
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from msgspec.msgpack import Decoder
 from structlog.typing import FilteringBoundLogger
 from tests.node.test_full_disk import FACTS, ME, OTHER, NoPlanner, fetch, launch, obey, running, until
 from tests.node.test_stage_loop import FLEET, NODE, M, asked, stages_of, tokens, use
@@ -37,6 +38,7 @@ from shoal.node.pipeline import Pipeline
 from shoal.node.shards import ShardKeeper
 from shoal.node.stage_keys import submit_topic
 from shoal.node.voice import Bell
+from shoal.plan.problem import Plan
 from shoal.runtime.executor.staged import StagedExecutor
 from shoal.runtime.frames import GatewayMessage, StageFrame
 from shoal.store.home import open_store
@@ -54,6 +56,7 @@ from shoal.transport.keys import (
     key_of,
 )
 from shoal.transport.memory import MemoryBus, MemoryFabric
+from shoal.transport.parse import parse
 
 few = settings(
     max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
@@ -199,3 +202,8 @@ def test_a_number_that_no_disk_can_keep_is_refused_and_the_next_record_is_writte
 
     journal.put("fence", "epoch", Wanted(offset=3, size_bytes=0), generation=3)
     assert journal.get("fence", "epoch", Wanted) == Wanted(offset=3, size_bytes=0)
+
+
+def test_a_plan_without_a_stage_is_no_plan_wherever_it_comes_from() -> None:
+    with pytest.raises(MalformedFrameError, match=r"length >= 1 - at `\$\.stages`"):
+        parse(msgspec.msgpack.encode({"type": "plan", "stages": []}), Decoder(Plan), "plan")

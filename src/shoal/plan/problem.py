@@ -5,6 +5,7 @@ How these values become seconds and bytes of a plan is stated once, in `shoal.pl
 """
 
 from enum import StrEnum
+from typing import Annotated
 
 import msgspec
 
@@ -365,7 +366,7 @@ class Written(msgspec.Struct, frozen=True, kw_only=True):
 class Plan(msgspec.Struct, frozen=True, kw_only=True, tag="plan"):
     """A placement with its certificate."""
 
-    stages: tuple[Stage, ...]
+    stages: Annotated[tuple[Stage, ...], msgspec.Meta(min_length=1)]
     objective: Objective
     shape: RequestShape
     """The problem's, with what was chosen of it."""

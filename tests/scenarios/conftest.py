@@ -286,12 +286,18 @@ class Fleet:
     def _workers(self) -> int:
         return sum(len(m.workers()) for m in self.machines)
 
-    def wait_ready(self, name: str, *, after_epoch: int = 0, at: Machine | None = None) -> DeploymentView:
+    def wait_ready(
+        self, name: str, *, after: DeploymentView | None = None, at: Machine | None = None
+    ) -> DeploymentView:
+        """Until it is ready: planned, or mended, once more than in *after*."""
+        before = (after.plan_epoch, after.mends) if after is not None else (0, -1)
+
         def ready() -> DeploymentView | None:
             view = self.deployment(name, at)
-            return view if view and view.state is DeploymentState.READY and view.plan_epoch > after_epoch else None
+            is_new = view is not None and (view.plan_epoch, view.mends) > before
+            return view if view and view.state is DeploymentState.READY and is_new else None
 
-        return self.wait(ready, f"deployment {name} is ready with an epoch above {after_epoch}")
+        return self.wait(ready, f"deployment {name} is ready with an epoch and mends above {before}")
 
     def dismiss(self, machine: Machine) -> None:
         """End a node for good."""

@@ -46,7 +46,7 @@ def test_a_node_that_leaves_ends_its_answers_first_then_its_stage_moves_and_it_m
 
     assert chunks[-1].choices[0].finish_reason == "length"
     assert text + "".join(c.choices[0].delta.content or "" for c in chunks) == whole
-    view = site.wait_ready("two", after_epoch=plan.plan_epoch)
+    view = site.wait_ready("two", after=plan)
     assert leaver.id not in {s.node for s in view.plan.stages}
     assert leaver.process.wait(timeout=20) == 0
     assert client.chat.completions.create(**ASKED, max_tokens=600).choices[0].message.content == whole

@@ -99,7 +99,7 @@ def heartbeats(of: Machine, at: Machine) -> Iterator["SimpleQueue[NodeReport]"]:
 
 @pytest.mark.parametrize("stage", [0, 1])
 def test_when_a_worker_is_killed_the_stream_goes_on_with_the_same_text(site: Fleet, stage: int) -> None:
-    before, whole, epoch = text_of(site), whole_answer(site), site.deployment("two").plan_epoch
+    before, whole, deployed = text_of(site), whole_answer(site), site.deployment("two")
     machine = site.machines[0] if stage == 0 else second_of(site)
 
     with long_answer(site) as answer:
@@ -107,13 +107,13 @@ def test_when_a_worker_is_killed_the_stream_goes_on_with_the_same_text(site: Fle
             worker.kill()
         assert answer() == whole
 
-    site.wait_ready("two", after_epoch=epoch)
+    site.wait_ready("two", after=deployed)
     assert text_of(site) == before
 
 
 @pytest.mark.slow
 def test_when_only_the_last_worker_freezes_the_stream_goes_on_with_the_same_text(site: Fleet) -> None:
-    whole, epoch = whole_answer(site), site.deployment("two").plan_epoch
+    whole, deployed = whole_answer(site), site.deployment("two")
     workers = second_of(site).workers()
 
     with long_answer(site) as answer:
@@ -121,13 +121,13 @@ def test_when_only_the_last_worker_freezes_the_stream_goes_on_with_the_same_text
             worker.suspend()
         assert answer() == whole
 
-    site.wait_ready("two", after_epoch=epoch)
+    site.wait_ready("two", after=deployed)
     assert not psutil.wait_procs(workers, timeout=6)[1], "a frozen worker does not keep its memory"
 
 
 @pytest.mark.slow
 def test_a_killed_node_is_seen_to_end_its_stage_moves_and_the_stream_goes_on(site: Fleet) -> None:
-    before, whole, epoch = text_of(site), whole_answer(site), site.deployment("two").plan_epoch
+    before, whole, deployed = text_of(site), whole_answer(site), site.deployment("two")
     lost = second_of(site)
     orphans = lost.workers()
 
@@ -138,7 +138,7 @@ def test_a_killed_node_is_seen_to_end_its_stage_moves_and_the_stream_goes_on(sit
 
     assert "its process or link ended" in site.wait(lambda: told_after(site, "node.suspect", lost.id, past), "suspect")
     assert "its process or link ended" in site.wait(lambda: told_after(site, "node.lost", lost.id, past), "lost")
-    view = site.wait_ready("two", after_epoch=epoch)
+    view = site.wait_ready("two", after=deployed)
     assert lost.id not in {s.node for s in view.plan.stages}
     assert text_of(site) == before
     assert not psutil.wait_procs(orphans, timeout=6)[1], "workers do not outlive their agent"
@@ -165,7 +165,7 @@ def test_a_node_that_was_killed_comes_back_as_itself(site: Fleet) -> None:
 
 @pytest.mark.slow
 def test_a_frozen_node_is_given_up_and_is_itself_again_afterwards(site: Fleet) -> None:
-    before, epoch = text_of(site), site.deployment("two").plan_epoch
+    before, deployed = text_of(site), site.deployment("two")
     frozen = second_of(site)
     workers = frozen.workers()
 
@@ -175,7 +175,7 @@ def test_a_frozen_node_is_given_up_and_is_itself_again_afterwards(site: Fleet) -
     try:
         assert "silent" in site.wait(lambda: told_after(site, "node.suspect", frozen.id, past), "the node is suspect")
         site.wait(lambda: told_after(site, "node.lost", frozen.id, past), "the node is lost")
-        view = site.wait_ready("two", after_epoch=epoch)
+        view = site.wait_ready("two", after=deployed)
     finally:
         for process in (frozen.process.pid, *(w.pid for w in workers)):
             psutil.Process(process).resume()

@@ -20,7 +20,7 @@ def test_a_served_model_survives_rm_and_gc(fleet: Fleet) -> None:
     open_store(a.home).library.remove("tiny")  # as a pull of something else under this name would
     collected = shoal("gc", home=a.home)
     a.workers()[0].kill()
-    fleet.wait_ready("chat", after_epoch=before.plan_epoch)
+    fleet.wait_ready("chat", after=before)
 
     assert refused.returncode == 2
     assert "tiny is served here, as chat" in refused.stderr

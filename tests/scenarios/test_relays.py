@@ -88,7 +88,7 @@ def test_a_pipeline_through_a_relay_answers_like_one_node_and_outlives_the_relay
         assert text_of(site, "cut", **sampling) == text_of(site, alone, **sampling)
 
     process.kill()
-    again = site.wait_ready("cut", after_epoch=view.plan_epoch)
+    again = site.wait_ready("cut", after=view)
     assert chain(site, again) == ["a", "b", "(a)", "c"]
     assert text_of(site, "cut", temperature=0) == text_of(site, alone, temperature=0)
 

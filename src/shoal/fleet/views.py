@@ -82,6 +82,8 @@ class DeploymentView(msgspec.Struct, frozen=True, kw_only=True):
     plan_epoch: int = 0
     moved: str = ""
     """Why this plan took the place of another that served; empty where it did not."""
+    mends: int = 0
+    """How often a lost stage of this plan was given to another worker, while the others stayed as they were."""
     on_demand: bool = False
     """Loaded when somebody asks, and unloaded when it is idle."""
     busy: tuple[float | None, ...] = ()

@@ -263,6 +263,7 @@ class FleetApi:
             plan=deployment.answer if isinstance(deployment.answer, Plan) else None,
             plan_epoch=deployment.plan_epoch,
             moved=deployment.moved,
+            mends=deployment.mends,
             on_demand=deployment.spec.on_demand,
             busy=status.busy,
             last_token_age_s=self.last_token_age_s(name),

@@ -1,46 +1,98 @@
-"""The coordinator's hand in mending: what has served and has lost a stage goes on with another worker for it.
+"""The coordinator's hand in mending: what has served and has lost a stage goes on with another worker for it (`fleet.mends`).
 
-Not all of it is here yet: what is lost is left to another plan.
+All other stages keep their workers and weights.  They keep no cache of the one that is gone, so the first stage ends what it
+answers, and gateways send it again with the tokens so far; what is saved is the loading of every other shard.
 """
 
-from collections.abc import Callable, Coroutine, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass, field
 from typing import Any
 
+import anyio
 import anyio.abc
 
-from shoal.fleet.deployment import Deployment, MendingEnded, PlanServed
-from shoal.fleet.losses import losses
+from shoal.errors import ShoalError
+from shoal.fleet.deployment import Deployment, MendEvent, MendingEnded, PlanServed
+from shoal.fleet.mends import Beyond, Mend, mended_plan, next_mend, step, wish
 from shoal.fleet.reconcile import Phase, heard, mendable, phase
-from shoal.fleet.report import NodeReport
 from shoal.fleet.state import Event, FleetState
-from shoal.ids import DeploymentId, NodeId
+from shoal.ids import DeploymentId
+from shoal.node.moving import Note
+from shoal.node.placing import Placing
+from shoal.plan.problem import Infeasible, Plan
 
 
 @dataclass(slots=True)
 class Mending:
     """Belongs to the event loop.  `apply` changes the coordinator's state; `keep` has a deployment on disk, sooner or later."""
 
+    placing: Placing
     state: Callable[[], FleetState]
+    now_s: Callable[[], float]
     apply: Callable[[Event], None]
     keep: Callable[[DeploymentId], Coroutine[Any, Any, None]]
+    note: Note
+    one_plan: anyio.Lock
+    _under_way: set[DeploymentId] = field(default_factory=set)
 
     def tick(self, now_s: float, group: anyio.abc.TaskGroup) -> None:
-        """Note what serves, and look at what is lost."""
+        """Note what serves, and begin to mend what is lost."""
         reports = heard(self.state(), now_s)
         for name, deployment in self.state().deployments.items():
-            event = self._due(name, deployment, reports)
-            if event is not None:
-                self.apply(event)
-                group.start_soon(self.keep, name)
+            if name in self._under_way:
+                continue
+            if not deployment.served or deployment.beyond_mending:
+                if phase(deployment, reports) is Phase.SERVING:
+                    self._take(PlanServed(deployment=name, plan_epoch=deployment.plan_epoch), group)
+            elif mendable(deployment, reports):
+                match next_mend(deployment, reports):
+                    case Beyond(why=why):
+                        self._take(_ended(deployment, why), group)
+                    case Mend(elsewhere=()) as mend:
+                        assert isinstance(deployment.answer, Plan)
+                        self._take(step(deployment, mend, deployment.answer), group)
+                    case Mend() as mend:
+                        self._under_way.add(name)
+                        group.start_soon(self._elsewhere, deployment, mend, group)
 
-    def _due(
-        self, name: DeploymentId, deployment: Deployment, reports: Mapping[NodeId, NodeReport]
-    ) -> PlanServed | MendingEnded | None:
-        if not deployment.served or deployment.beyond_mending:
-            serves = phase(deployment, reports) is Phase.SERVING
-            return PlanServed(deployment=name, plan_epoch=deployment.plan_epoch) if serves else None
-        if not mendable(deployment, reports):
-            return None
-        why = losses(deployment, reports)[0].why
-        return MendingEnded(deployment=name, plan_epoch=deployment.plan_epoch, mends=deployment.mends, why=why)
+    def _take(self, event: MendEvent, group: anyio.abc.TaskGroup) -> None:
+        before = self.state()
+        self.apply(event)
+        if self.state() is not before:
+            if not isinstance(event, (PlanServed, MendingEnded)):
+                self.note("plan.mended", self.state().deployments[event.deployment].mended, deployment=event.deployment)
+            group.start_soon(self.keep, event.deployment)
+
+    async def _elsewhere(self, deployment: Deployment, mend: Mend, group: anyio.abc.TaskGroup) -> None:
+        """Find nodes for stages that theirs must not have again."""
+        name = deployment.spec.deployment
+        try:
+            async with self.one_plan:
+                event = await self._found(deployment, mend)
+                # What was lost meanwhile, or came back, is looked at anew.
+                reports = heard(self.state(), self.now_s())
+                current = self.state().deployments.get(name)
+                if current == deployment and mendable(current, reports) and next_mend(current, reports) == mend:
+                    self._take(event, group)
+        finally:
+            self._under_way.discard(name)
+
+    async def _found(self, deployment: Deployment, mend: Mend) -> MendEvent:
+        wished = wish(deployment, mend)
+        try:
+            surveyed = await self.placing.survey(wished)
+            answer = await self.placing.place(wished, surveyed)
+        except ShoalError as error:
+            return _ended(deployment, f"{mend.why}; {error.message}")
+        except Exception as error:  # noqa: BLE001 a fault in planning one model must not end the service of the others
+            return _ended(deployment, f"{mend.why}; {type(error).__name__}: {error}")
+        if isinstance(answer, Infeasible):
+            return _ended(deployment, f"{mend.why}; {answer.reason}")
+        event = mended_plan(deployment, mend, answer)
+        return _ended(deployment, event.why) if isinstance(event, Beyond) else event
+
+
+def _ended(deployment: Deployment, why: str) -> MendingEnded:
+    return MendingEnded(
+        deployment=deployment.spec.deployment, plan_epoch=deployment.plan_epoch, mends=deployment.mends, why=why
+    )

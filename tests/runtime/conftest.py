@@ -11,7 +11,7 @@ from shoal.runtime.backend.passing import PassingSession
 from shoal.runtime.pipeline import LocalPipeline, LocalStage
 from shoal.runtime.request import FinishReason, GenerateRequest, SamplingParams
 from shoal.runtime.scheduler import SchedulerSettings
-from shoal.runtime.settings import StageSettings
+from shoal.runtime.settings import CREDITS, StageSettings
 
 LAYERS = 6
 VOCABULARY = 64
@@ -59,6 +59,7 @@ def make_pipeline() -> Callable[..., LocalPipeline]:
         chunk: int = 128,
         in_flight: int = 4,
         queue: int = 64,
+        frames_out: int = CREDITS,
         **timing: object,
     ) -> LocalPipeline:
         edges = [0, *cuts, LAYERS]
@@ -75,6 +76,7 @@ def make_pipeline() -> Callable[..., LocalPipeline]:
                 slots=slots,
                 context_tokens=context,
                 vocabulary=VOCABULARY,
+                credits=frames_out,
                 scheduler=SchedulerSettings(in_flight=in_flight, chunk_rows=chunk, queue_limit=queue),
             )
             relays = begin == end and 0 < index < len(cuts)

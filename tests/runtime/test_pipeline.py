@@ -16,7 +16,7 @@ from shoal.runtime.pipeline import LocalPipeline, LocalStage
 from shoal.runtime.ports import SequenceStep
 from shoal.runtime.request import FinishReason, GenerateRequest, SamplingParams
 from shoal.runtime.sampling import sample
-from shoal.runtime.settings import StageSettings
+from shoal.runtime.settings import StageSettings, credits_for
 
 Pipelines = Callable[..., LocalPipeline]
 Requests = Callable[..., GenerateRequest]
@@ -277,6 +277,24 @@ def test_never_more_frames_than_credits_are_on_their_way(make_pipeline: Pipeline
 
     assert most == 4
     assert len(pipeline.tokens(RequestId("a"))) == 2
+
+
+def test_a_long_link_takes_all_frames_that_may_be_in_the_pipeline_in_one_round_trip(
+    make_pipeline: Pipelines, make_request: Requests
+) -> None:
+    """Eight answers, a frame each, over 50 ms each way: a lap is a round trip and two steps, not two round trips."""
+
+    def seconds(frames_out: int) -> float:
+        pipeline = make_pipeline(
+            (3,), slots=8, in_flight=8, frames_out=frames_out, step_s=lambda *_: 0.005, hop_s=lambda *_: 0.05
+        )
+        for number in range(8):
+            pipeline.submit(make_request("abcdefgh"[number] * (number + 1), max_tokens=21))
+        pipeline.run()
+        return pipeline.clock.now_s()
+
+    assert seconds(credits_for(8)) < 2.5
+    assert seconds(4) > 4.5
 
 
 @pytest.mark.parametrize(("cuts", "with_credits"), [((3,), False), ((2, 4), True)])

@@ -26,6 +26,18 @@ class TensorForm(msgspec.Struct, frozen=True, kw_only=True):
     shape: tuple[int | None, ...]
 
 
+CREDITS = 4
+
+
+def credits_for(in_flight: int) -> int:
+    """Frames that may be on their way to the next stage where *in_flight* of them may be in the pipeline.
+
+    On a long link the answer to the first comes when the last has been sent: with fewer, each lap would take several round
+    trips.  Closings, which hold no rows, come on top.
+    """
+    return max(CREDITS, in_flight + 2)
+
+
 class StageSettings(msgspec.Struct, frozen=True, kw_only=True):
     """Stage `index` of `stages` in the pipeline of one plan epoch.
 
@@ -55,7 +67,7 @@ class StageSettings(msgspec.Struct, frozen=True, kw_only=True):
     recovery: Recovery = Recovery.EXACT
     sends: tuple[str, ...] = ()
     takes: tuple[TensorForm, ...] = ()
-    credits: int = 4
+    credits: int = CREDITS
     remind_s: float = 2.0
     probe_s: float = 5.0
     overdue_s: float = 10.0

@@ -111,6 +111,30 @@ def test_a_node_that_loses_a_stage_again_and_again_does_not_keep_it(play: Play) 
     play(scenario)
 
 
+def test_a_stage_whose_numbers_are_broken_is_replaced_and_the_answers_go_on(
+    play: Play, undisturbed: dict[int, list[int]]
+) -> None:
+    async def scenario(site: Site) -> None:
+        before = births(site)
+        async with anyio.create_task_group() as group:
+
+            async def ask(seed: int) -> None:
+                assert await site.answer(seed) == undisturbed[seed]
+
+            group.start_soon(ask, 1)
+            group.start_soon(ask, 2)
+            await anyio.sleep(1.0)
+            broken = site.worker(1)
+            assert broken is not None
+            broken.spoils = True
+        await mended(site, 1)
+
+        assert [i for i in range(STAGES) if before[i] != births(site)[i]] == [1]
+        assert "numbers that are not finite" in status(site).deployment.mended
+
+    play(scenario)
+
+
 def test_where_nobody_can_take_a_stage_the_answer_waits_for_its_node(
     play: Play, undisturbed: dict[int, list[int]]
 ) -> None:

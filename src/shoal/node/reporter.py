@@ -90,8 +90,15 @@ class Reporter:
         where = f"; the next stage is on node {self.next_node}" if self.next_node else ""
         return ShardLostError(f"{self.loop.trouble}{where}")
 
+    def _spoiled(self) -> ShoalError | None:
+        """What the stage before sends cannot be read, whatever it is asked."""
+        if self.loop is None or self.loop.spoiled_by is None:
+            return None
+        return ShardLostError(f"stage {self.spec.shard.stage - 1} sends numbers that are not finite, of every request")
+
     def _send(self) -> None:
-        loop, error = self.loop, self.error or self._trouble()
+        loop, error, spoiled = self.loop, self.error or self._trouble(), self._spoiled()
+        error = error or spoiled
         if loop is not None and self.spec.start < self.spec.stop:  # a relay's steps tell nothing of its device's blocks
             # The last that is known goes on being said: agents pass on only the newest report.
             self._step_times = loop.live.take_steps() or self._step_times
@@ -109,6 +116,8 @@ class Reporter:
             rtt_s=self.rtt_s,
             error_code=error.code if error else "",
             error=error.message if error else "",
+            blames=self.spec.shard.stage - 1 if error is not None and error is spoiled else None,
+            blamed_birth=(loop.spoiled_by or 0) if loop is not None else 0,
             steps=loop.steps if loop else 0,
             busy_s=loop.busy_s if loop else 0.0,
             busy_share=self._busy.seen(self.threads.now_s(), loop.worked_s) if loop else None,

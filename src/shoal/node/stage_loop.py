@@ -120,7 +120,11 @@ class StageLoop:
     """Pieces of answers that could not be said to whoever asked."""
     trouble: str = ""
     """Why the pipeline does not work as seen from here; empty while it does."""
+    spoiled_by: int | None = None
+    """The birth of the worker before this stage whose frames nobody can read (0: it did not say); None while they can be read."""
     _behind: str = ""
+    _before_birth: int = 0
+    """Of the worker of the stage before, as it said in its last hello."""
     _heard_s: float | None = None
     _credit: tuple[int, int] = (0, -1)
     """Run and step of the last one."""
@@ -223,6 +227,10 @@ class StageLoop:
     def _show(self, state: StageState) -> None:
         """Leave what others may read of the machine."""
         self.trouble, self._behind = state.trouble, state.behind
+        if not state.garbage.proven:
+            self.spoiled_by = None
+        elif self.spoiled_by is None:  # of that worker, whoever sends by the time that this is read
+            self.spoiled_by = self._before_birth
         if state.first is not None:
             self.live_requests, self.waiting_requests = _requests(state.first)
 
@@ -353,6 +361,7 @@ class StageLoop:
             case frames.HelloFrame(number=number, back=True, birth=birth):
                 self._greeted(sample, number, birth)
             case frames.HelloFrame():
+                self._before_birth = heard.birth
                 answer = msgspec.structs.replace(heard, back=True, birth=self.settings.birth)
                 self.inbound.put(self._keys.credits_out, pack(frames.encode(answer), {}))
             case CreditArrived():

@@ -143,6 +143,7 @@ def _follow(state: StageState, run: int) -> list[Effect]:
         return []
     state.run, state.last_step = run, -1
     state.inbox.clear()
+    state.garbage.forget()
     state.edge.renew()
     slots = state.slots.clear()
     if state.last is not None:
@@ -303,7 +304,8 @@ def _begin(state: StageState, frame: BatchFrame, tensors: Tensors) -> list[Effec
             state.last.open(opened)
     frame, tensors = without_gaps(state.slots, frame, tensors)
     if state.first is None:
-        frame, tensors = without_garbage(frame, tensors, state.settings.index)
+        sent, (frame, tensors) = frame, without_garbage(frame, tensors, state.settings.index)
+        state.garbage.saw(sent, frame)
     for rows in frame.sequences:
         state.slots.extend(rows.slot, rows.start + rows.count)
     if not (frame.sequences or frame.infer):

@@ -8,6 +8,7 @@ from shoal.runtime.edge import Edge, Work
 from shoal.runtime.effects import Effect, ReleaseSlot
 from shoal.runtime.first import FirstStage
 from shoal.runtime.frames import CreditFrame
+from shoal.runtime.garbage import Garbage
 from shoal.runtime.grammar import Grammars, NoGrammars
 from shoal.runtime.last import LastStage
 from shoal.runtime.settings import StageSettings
@@ -44,6 +45,8 @@ class StageState:
     """How many stages behind this one were started anew since it was."""
     renewals_behind: int | None = None
     """The same, as the next stage said last; None before it said anything."""
+    garbage: Garbage = field(default_factory=Garbage)
+    """What came from the stage before that nobody can read."""
     edge: Edge = field(init=False)
 
     def __post_init__(self) -> None:

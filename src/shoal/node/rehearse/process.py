@@ -1,11 +1,12 @@
 """A worker of a rehearsed fleet: what `shoal.node.worker` runs as a process, as threads that can be frozen and killed."""
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import anyio
 import msgspec
+import numpy as np
 from structlog.typing import FilteringBoundLogger
 
 from shoal.errors import NodeUnreachableError, ShoalError
@@ -20,6 +21,8 @@ from shoal.node.worker import stage_settings
 from shoal.node.worker_spec import WorkerSpec
 from shoal.runtime.backend.null import NullBackend, NullSession, StepCost, null_shard
 from shoal.runtime.backend.roles import forms_of
+from shoal.runtime.ports import SequenceStep
+from shoal.runtime.request import Array
 from shoal.transport.bus import Bus
 from shoal.transport.memory import MemoryBus
 
@@ -41,6 +44,8 @@ class RehearsedWorker:
     loop: StageLoop | None = None
     session: NullSession | None = None
     why: str = ""
+    spoils: bool = False
+    """Its engine is broken: all numbers that it computes are not finite."""
     _buses: list[MemoryBus] = field(default_factory=list)
     _inbound: Listening = field(init=False)
     _ended: anyio.Event = field(default_factory=anyio.Event)
@@ -133,7 +138,7 @@ class RehearsedWorker:
         bench = Bench(spec=spec, control=control, reporter=reporter, log=self.log, dial=self._dial, threads=threads)
         inbound = _Inbound(self._inbound)
         try:
-            work(bench, self.session, settings, inbound, self._begun)
+            work(bench, _Spoilable(self.session, self), settings, inbound, self._begun)
         except ShoalError as error:
             reporter.tell(ShardState.FAILED, error)
             raise
@@ -147,6 +152,31 @@ class RehearsedWorker:
         bus = self.network.dial(self.host, locators[0], self.threads)
         self._buses.append(bus)
         return bus
+
+
+@dataclass(frozen=True, slots=True)
+class _Spoilable:
+    """A session whose numbers are broken while its worker `spoils`."""
+
+    session: NullSession
+    worker: RehearsedWorker
+
+    def step(self, sequences: Sequence[SequenceStep], tensors: Mapping[str, Array]) -> dict[str, Array]:
+        """See `Session.step`."""
+        outputs = self.session.step(sequences, tensors)
+        return {name: np.full_like(array, np.nan) for name, array in outputs.items()} if self.worker.spoils else outputs
+
+    def copy(self, source: int, target: int, count: int) -> None:
+        """See `Session.copy`."""
+        self.session.copy(source, target, count)
+
+    def release(self, slot: int) -> None:
+        """See `Session.release`."""
+        self.session.release(slot)
+
+    def close(self) -> None:
+        """See `Session.close`."""
+        self.session.close()
 
 
 class _Inbound:

@@ -152,6 +152,7 @@ class Script:
             self.closed.append(request.request)
 
     async def infer(self, request: InferRequest) -> InferResult:
+        self.executor.pace_s, self.executor.failure = self.pace_s, self.failure
         return await self.executor.infer(request)
 
 

@@ -26,6 +26,7 @@ MODULES = {
     "prediction": "bench.prediction.claim",
     "speculation": "bench.speculation.claim",
     "links": "bench.links.claim",
+    "bulk": "bench.bulk.claim",
     "stall": "bench.stall.claim",
     "overload": "bench.overload.claim",
     "soak": "bench.soak.claim",

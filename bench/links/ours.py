@@ -24,8 +24,8 @@ CONTEXT_TOKENS = 1024
 CUTS = {2: (39,), 3: (25, 51)}
 """Blocks before which the model is cut: attention and feed-forward of 30 layers, with the embedding before and the head behind
 them.  The head counts as much as eight layers, so these are equal shares of the work."""
-_PORT = 7400
-_NAMES = ("first", "second", "third")
+PORT = 7400
+NAMES = ("first", "second", "third")
 _MEMORY = "3GiB"
 _START_LIMIT_S = 90.0
 _BATCHES = (1, 2, 4, 8)
@@ -97,14 +97,14 @@ def _said(view: DeploymentView) -> Values:
 @contextmanager
 def fleet(options: Options, hosts: Sequence[Host]) -> Iterator[Fleet]:
     """A node on each host; the caller is on the first host meanwhile, as whoever asks the gateway must be."""
-    first = imported_home(options, f"links/{_NAMES[0]}")
-    homes = [first.with_name(name) for name in _NAMES[: len(hosts)]]
+    first = imported_home(options, f"links/{NAMES[0]}")
+    homes = [first.with_name(name) for name in NAMES[: len(hosts)]]
     with ExitStack() as stack:
         pids: list[int] = []
         ids: dict[str, NodeId] = {}
         for number, (host, home) in enumerate(zip(hosts, homes, strict=True)):
-            listen = ["--listen", f"{host.address}:{_PORT}", "--expose", "--memory", _MEMORY]
-            entry = ["join", f"{hosts[0].address}:{_PORT}"] if number else ["up", "--port", "0"]
+            listen = ["--listen", f"{host.address}:{PORT}", "--expose", "--memory", _MEMORY]
+            entry = ["join", f"{hosts[0].address}:{PORT}"] if number else ["up", "--port", "0"]
             home.mkdir(parents=True, exist_ok=True)
             forget_deployments(home)
             with host.inside(pinned=True):

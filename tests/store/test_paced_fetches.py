@@ -98,7 +98,7 @@ def test_nothing_is_held_back_while_nobody_is_served_and_no_limit_is_set(room: R
 def test_a_fetch_turns_gentle_when_a_model_begins_to_be_served_and_back(room: Room) -> None:
     clock, served = ManualClock(), [False]
     pacer = Pacer(yields=lambda: served[0], clock=clock, sleep=clock.advance)
-    data = bytes(range(256)) * (PIECE_BYTES // 64)  # four full pieces
+    data = bytes(range(256)) * (PIECE_BYTES // 32)  # eight full pieces
     node, arrived = room.serve("full", holding(data)), []
 
     def note(size_bytes: int) -> None:
@@ -107,6 +107,50 @@ def test_a_fetch_turns_gentle_when_a_model_begins_to_be_served_and_back(room: Ro
 
     room.fetcher(SlowBus(room.bus, clock), pacer).chunks([ref_of(data)], [node], arrived=note)
 
-    assert arrived[:4] == [PIECE_BYTES, PIECE_BYTES, GENTLE.piece_bytes, GENTLE.piece_bytes]
+    assert arrived[:4] == [16 << 10, 16 << 10, 8 << 10, 16 << 10]
     assert max(arrived[4:]) == FAST.piece_bytes
     assert sum(arrived) == len(data)
+
+
+class Wire:
+    """A link of a rate and a round trip, that one piece after another takes."""
+
+    def __init__(self, bus: Bus, clock: ManualClock, bytes_per_s: float, rtt_s: float) -> None:
+        self._bus = bus
+        self._clock = clock
+        self._bytes_per_s = bytes_per_s
+        self._rtt_s = rtt_s
+        self.wire_s: list[float] = []
+
+    def query(self, key: str, payload: bytes, *, timeout_s: float) -> bytes:
+        answer = self._bus.query(key, payload, timeout_s=timeout_s)
+        self.wire_s.append(len(answer) / self._bytes_per_s)
+        self._clock.advance(self._rtt_s + self.wire_s[-1])
+        return answer
+
+
+@pytest.mark.parametrize("rtt_s", [0.001, 0.02, 0.2])
+@pytest.mark.parametrize("mbit", [1, 10, 50, 1000])
+def test_beside_a_served_model_a_piece_is_as_long_on_the_wire_on_any_link(room: Room, mbit: int, rtt_s: float) -> None:
+    clock = ManualClock()
+    wire = Wire(room.bus, clock, mbit * 1e6 / 8, rtt_s)
+    data = bytes(range(256)) * (PIECE_BYTES // 64)
+    node = room.serve("full", holding(data))
+
+    room.fetcher(wire, Pacer(yields=lambda: True, clock=clock, sleep=clock.advance)).chunks([ref_of(data)], [node])
+
+    assert max(wire.wire_s) < 0.07
+    assert mbit == 1 or sum(wire.wire_s) / len(wire.wire_s) > min(0.006, GENTLE.piece_bytes * 8 / mbit / 1e6 / 2)
+
+
+def test_a_source_that_is_further_away_than_the_last_one_is_not_taken_for_slow(room: Room) -> None:
+    clock = ManualClock()
+    near, far = (Wire(room.bus, clock, 1e9, rtt_s) for rtt_s in (0.001, 0.3))
+    pacer = Pacer(yields=lambda: True, clock=clock, sleep=clock.advance)
+    first, second = (bytes([n]) * (1 << 20) for n in (1, 2))
+    node = room.serve("full", holding(first, second))
+
+    room.fetcher(near, pacer).chunks([ref_of(first)], [node])
+    room.fetcher(far, pacer).chunks([ref_of(second)], [node])
+
+    assert pacer.window() == GENTLE

@@ -223,7 +223,7 @@ class _Errand:
             self.silent.add(node)
         else:
             self.silent.discard(node)
-            self.pacer.arrived(question.asked_s)
+            self.pacer.arrived(question.asked_s, question.size_bytes)
         if question.attempt != chunk.attempt:
             return  # that node was given up for this chunk while the answer was on its way
         match outcome:

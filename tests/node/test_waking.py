@@ -28,9 +28,12 @@ class OneNode(Nodes):
     """A node with memory for one of the models at a time, whose gateway says what it is asked."""
 
     asked: dict[DeploymentId, Use] = field(default_factory=dict)
+    gone: Infeasible | None = None
     sizes: dict[DeploymentId, int] = field(default_factory=lambda: {CHAT: 6, CODE: 7, HUGE: 20})
 
     async def plan(self, spec: DeploymentSpec, surveyed: FleetProfile, promised: Mapping[NodeId, int]) -> Answer:
+        if self.gone is not None:
+            return self.gone
         needed, free = self.sizes[spec.deployment], BUDGET - promised[A]
         if needed > free:
             return Infeasible(reason=f"{needed} needed, {free} free", needed_bytes=needed, available_bytes=free)
@@ -193,6 +196,22 @@ def test_an_idle_model_is_unloaded_and_another_coordinator_knows_who_sleeps(jour
 
     nodes.fence = 0
     run(journal, after, nodes=nodes)
+
+
+def test_what_lacks_a_node_is_looked_after_for_as_long_as_somebody_waits(journal: Journal, nodes: OneNode) -> None:
+    async def use(office: Office) -> None:
+        await declared(office, CHAT)
+        nodes.gone = Infeasible(reason="a node is not there", needed_bytes=0, available_bytes=0)
+        nodes.asks(CHAT, in_flight=1)
+        await office.coordinator.wake(CHAT)
+        await office.pass_s(30)
+        assert at(office, CHAT, Phase.PLANNING)()
+        assert reason(office, CHAT) == "a node is not there"
+
+        nodes.gone = None
+        await office.see(at(office, CHAT, Phase.SERVING))
+
+    run(journal, use, nodes=nodes)
 
 
 def test_only_what_was_declared_can_be_woken(journal: Journal, nodes: OneNode) -> None:

@@ -21,7 +21,7 @@ from shoal.fleet.order import Hold
 from shoal.fleet.report import NodeFacts
 from shoal.fleet.statuses import named
 from shoal.fleet.views import JoinView
-from shoal.ids import DeploymentId, NodeId
+from shoal.ids import NodeId
 from shoal.node.agent import Agent
 from shoal.node.artifacts import Artifacts
 from shoal.node.calls import Caller, Handler
@@ -40,11 +40,11 @@ from shoal.node.journal import Journal
 from shoal.node.last_plan import kept_port
 from shoal.node.launch import RELAY, launch
 from shoal.node.measuring import Measurer
-from shoal.node.messages import Nothing, Wake
 from shoal.node.options import NodeOptions
 from shoal.node.pipeline import AnswerDesk
 from shoal.node.planning import FleetPlanner
 from shoal.node.probe import answer_echoes
+from shoal.node.rousing import wake_by_call
 from shoal.node.running import Running, lock_file, running_file
 from shoal.node.shards import ShardKeeper, WorkerHandle
 from shoal.node.voice import Bell, Voice
@@ -68,8 +68,6 @@ from shoal.transport.zenoh import ZenohBus, open_agent
 from shoal.trust.identity import load_or_create, node_id
 
 UNHEARD_S = 5.0
-WAKE_S = 5.0
-"""For the coordinator to note that somebody asks for a model; what comes of it, its view says."""
 
 
 async def run_node(options: NodeOptions, log: FilteringBoundLogger, started: Callable[[Running], None]) -> None:
@@ -163,7 +161,15 @@ async def _run(parts: _Parts, gateway: _Gateway | None, started: Callable[[Runni
     options, fleet, me = parts.options, parts.options.fleet, parts.me
     desk = AnswerDesk(parts.bus, fleet, me, parts.clock, parts.log)
     models = Models(
-        me, parts.store, parts.artifacts, desk, parts.clock, time.time, new_id, parts.log, partial(_wake, parts.caller)
+        me,
+        parts.store,
+        parts.artifacts,
+        desk,
+        parts.clock,
+        time.time,
+        new_id,
+        parts.log,
+        partial(wake_by_call, parts.caller),
     )
     voice, bell = Voice(parts.bus, fleet, me, models.hear), Bell()
     agent = _agent(parts, voice, bell, models)
@@ -300,10 +306,6 @@ def _served(parts: _Parts, models: Models, agent: Agent) -> Node:
         unix_s=time.time,
         draw=lambda: secrets.randbits(63),
     )
-
-
-async def _wake(caller: Caller, coordinator: NodeId, name: DeploymentId) -> None:
-    await caller.call(coordinator, "wake", Wake(deployment=name), Nothing, timeout_s=WAKE_S)
 
 
 def new_id() -> str:

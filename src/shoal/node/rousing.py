@@ -11,9 +11,19 @@ import anyio
 
 from shoal.errors import ShoalError, UnknownModelError
 from shoal.ids import DeploymentId, NodeId
+from shoal.node import messages
+from shoal.node.calls import Caller
+
+WAKE_S = 5.0
+"""For the coordinator to note that somebody asks for a model; what comes of it, its view says."""
 
 Wake = Callable[[NodeId, DeploymentId], Awaitable[None]]
 """Ask that coordinator to wake that deployment; raises ShoalError."""
+
+
+async def wake_by_call(caller: Caller, coordinator: NodeId, name: DeploymentId) -> None:
+    """See `Wake`."""
+    await caller.call(coordinator, "wake", messages.Wake(deployment=name), messages.Nothing, timeout_s=WAKE_S)
 
 
 async def wakes_nobody(_holder: NodeId, _name: DeploymentId) -> None:

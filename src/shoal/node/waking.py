@@ -26,7 +26,7 @@ from shoal.profile.fleet import FleetProfile
 
 
 class NoRoomYet(msgspec.Struct, frozen=True, kw_only=True):
-    """It fits when others have ended their answers."""
+    """It may fit soon: when others have ended their answers, or a node is heard again."""
 
     why: str
 
@@ -53,6 +53,9 @@ class Waking:
 
     async def room(self, spec: DeploymentSpec, surveyed: FleetProfile, refused: Infeasible) -> Answer | NoRoomYet:
         """A plan that counts on the memory of those that may go; *refused* is what there is without that."""
+        if spec.on_demand and not refused.needed_bytes:
+            # Not for want of memory: a node, perhaps its gateway, was not there for a moment.  Nobody is refused for that.
+            return NoRoomYet(why=refused.reason)
         tries, busy = room_for(self.state(), spec.deployment, self._since_s(), self.clock.now_s())
         for gone in tries:
             if gone and isinstance(plan := await self._without(spec, surveyed, gone), Plan):

@@ -35,6 +35,7 @@ from shoal.node.planning import FleetPlanner
 from shoal.node.rehearse.network import Network
 from shoal.node.rehearse.process import RehearsedWorker
 from shoal.node.rehearse.virtual import VirtualTime
+from shoal.node.rousing import wake_by_call
 from shoal.node.shards import ShardKeeper
 from shoal.node.voice import Bell, Voice
 from shoal.node.worker_spec import WorkerSpec
@@ -108,7 +109,8 @@ class RehearsedFleet:
         caller = Caller(bus, FLEET, self._new_id)
         ring = EventRing(self.log, self.virtual.now_s)
         desk = AnswerDesk(bus, FLEET, me, clock, self.log)
-        models = Models(me, self.store, self._artifacts, desk, clock, self.virtual.now_s, self._new_id, self.log)
+        wake, now_s = partial(wake_by_call, caller), self.virtual.now_s
+        models = Models(me, self.store, self._artifacts, desk, clock, now_s, self._new_id, self.log, wake)
         voice, bell = Voice(bus, FLEET, me, models.hear), Bell()
         workers: dict[ShardId, RehearsedWorker] = {}
         keeper = ShardKeeper(
@@ -258,6 +260,7 @@ class RehearsedFleet:
             recovery=hold.recovery,
             speculation=hold.speculation,
             activations=hold.activations,
+            cache_tokens=hold.cache_tokens,
         )
         artifact = self._artifacts.open(self.manifest)
         kinds = [block.kind for block in artifact.blocks[hold.start : hold.stop]]

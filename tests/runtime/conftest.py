@@ -60,6 +60,7 @@ def make_pipeline() -> Callable[..., LocalPipeline]:
         in_flight: int = 4,
         queue: int = 64,
         frames_out: int = CREDITS,
+        replays_exactly: bool = True,
         **timing: object,
     ) -> LocalPipeline:
         edges = [0, *cuts, LAYERS]
@@ -77,7 +78,9 @@ def make_pipeline() -> Callable[..., LocalPipeline]:
                 context_tokens=context,
                 vocabulary=VOCABULARY,
                 credits=frames_out,
-                scheduler=SchedulerSettings(in_flight=in_flight, chunk_rows=chunk, queue_limit=queue),
+                scheduler=SchedulerSettings(
+                    in_flight=in_flight, chunk_rows=chunk, queue_limit=queue, replays_exactly=replays_exactly
+                ),
             )
             relays = begin == end and 0 < index < len(cuts)
             stages.append(LocalStage(stage, PassingSession() if relays else NullBackend().load(shard)))

@@ -66,6 +66,17 @@ def test_rows_of_a_reproducible_answer_are_computed_one_by_one_as_they_were(
     assert counts == [[10, 2, 1, 1, 1, 1, 1], [10, 7]]
 
 
+def test_where_speed_counts_for_more_they_are_computed_in_chunks(
+    make_pipeline: Pipelines, make_request: Requests
+) -> None:
+    request = make_request("a", prompt=12, max_tokens=20, resume=(1, 2, 3, 4, 5), reproducible=True)
+    whole = make_pipeline((3,)).generate(request)
+    pipeline = make_pipeline((3,), chunk=10, replays_exactly=False)
+
+    assert pipeline.generate(request) == whole
+    assert [s.count for frame in pipeline.sent for s in frame.sequences if s.start < 17] == [10, 7]
+
+
 @pytest.mark.parametrize(
     ("resume", "max_tokens", "context", "code"),
     [

@@ -34,6 +34,7 @@ from shoal.ids import NodeId
 from shoal.node.running import Running, running_file, running_node
 from shoal.node.settings import read_settings
 from shoal.plan.problem import Estimate, Plan, RequestShape
+from shoal.runtime.settings import Recovery
 from shoal.runtime.speculate.speculator import OFF
 from shoal.trust.identity import load_or_create, node_id
 
@@ -103,7 +104,7 @@ def demo(
         console.print(Rule("3. the plan, before anything is loaded", align="left"))
         plan = show_plan(shoal, MODEL, wanted, console)
         console.print(Rule("4. an answer through the pipeline", align="left"))
-        served = ServeOptions(speculation=OFF, on_demand=False, keep_alive_s=None, **wanted)
+        served = ServeOptions(speculation=OFF, recovery=Recovery.EXACT, on_demand=False, keep_alive_s=None, **wanted)
         deploy_and_wait(shoal, MODEL, MODEL, served, console)
         for _ in _ask(url, "Hello", []):
             pass  # the first request pays for cold caches; it is not the one that is measured

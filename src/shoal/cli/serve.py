@@ -23,6 +23,7 @@ from shoal.fleet.spec import KEEP_ALIVE_S
 from shoal.node.fleet_api import check_name
 from shoal.node.running import Running
 from shoal.node.settings import read_settings
+from shoal.runtime.settings import Recovery
 from shoal.runtime.speculate.speculator import ADAPTIVE, MOST_GUESSES, Speculation
 
 _SPAN = re.compile(r"(\d+(?:\.\d+)?)(s|m|h|)", re.ASCII)
@@ -40,6 +41,12 @@ def serve(
             help="Tokens guessed ahead and checked in one lap: auto (as many as pay), off, or always up to this many."
         ),
     ] = "auto",
+    recovery: Annotated[
+        Recovery,
+        typer.Option(
+            help="How an answer with a seed goes on after a loss: exact (row by row, with the same bits) or fast (in chunks)."
+        ),
+    ] = Recovery.EXACT,
     on_demand: Annotated[
         bool, typer.Option("--on-demand", help="Load it when somebody asks; unload it when it is idle.")
     ] = False,
@@ -66,7 +73,9 @@ def serve(
     def deploy(shoal: Shoal, where: str) -> None:
         asked = options(ask, demands, shoal.nodes())
         show_plan(shoal, wanted, asked, console)
-        told = ServeOptions(speculation=speculation, on_demand=on_demand, keep_alive_s=keep_alive_s, **asked)
+        told = ServeOptions(
+            speculation=speculation, recovery=recovery, on_demand=on_demand, keep_alive_s=keep_alive_s, **asked
+        )
         view = deploy_and_wait(shoal, wanted, name, told, console)
         console.print(f"API at {where}/v1; try:")
         console.print(curl_line(where, view.name, view.kind), soft_wrap=True, highlight=False)

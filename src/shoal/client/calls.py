@@ -35,6 +35,7 @@ from shoal.plan.problem import (
     Residency,
 )
 from shoal.profile.fleet import FleetProfile
+from shoal.runtime.settings import Recovery
 from shoal.runtime.speculate.speculator import ADAPTIVE, Speculation
 from shoal.transport.codec import Codec
 
@@ -63,6 +64,7 @@ class ServeOptions(PlanOptions, total=False):
     """What one may say about a deployment besides the model and its name; see `DeployRequest`."""
 
     speculation: Speculation
+    recovery: Recovery
     on_demand: bool
     keep_alive_s: float | None
 
@@ -104,6 +106,7 @@ def deploy(model: str, name: str, options: ServeOptions) -> Call[DeploymentView]
         plan=PlanRequest(model=model, **planned),
         name=name,
         speculation=options.get("speculation", ADAPTIVE),
+        recovery=options.get("recovery", Recovery.EXACT),
         on_demand=options.get("on_demand", False),
         keep_alive_s=options.get("keep_alive_s", KEEP_ALIVE_S),
     )

@@ -13,6 +13,7 @@ from shoal.fleet.spec import KEEP_ALIVE_S
 from shoal.fleet.state import Standing
 from shoal.ids import DeploymentId, NodeId
 from shoal.plan.problem import Choose, Cloud, Limits, Objective, Pin, Plan, Relays, RequestShape, Residency
+from shoal.runtime.settings import Recovery
 from shoal.runtime.speculate.speculator import ADAPTIVE, Speculation
 from shoal.transport.codec import Codec
 
@@ -178,6 +179,8 @@ class DeployRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     plan: PlanRequest
     name: str = ""
     speculation: Speculation = ADAPTIVE
+    recovery: Recovery = Recovery.EXACT
+    """How the rows of an answer with a seed are computed again when it goes on after a loss."""
     """Whether later tokens are guessed and checked in one lap, and how many at most."""
     on_demand: bool = False
     """Loaded when somebody asks, and unloaded when nobody has for `keep_alive_s`, or when its memory is needed."""

@@ -139,7 +139,11 @@ class FleetApi:
         check_name(name)
         spec = await self._spec(wanted.plan, name)
         spec = msgspec.structs.replace(
-            spec, speculation=wanted.speculation, on_demand=wanted.on_demand, keep_alive_s=wanted.keep_alive_s
+            spec,
+            speculation=wanted.speculation,
+            recovery=wanted.recovery,
+            on_demand=wanted.on_demand,
+            keep_alive_s=wanted.keep_alive_s,
         )
         coordinator = self._coordinator()
         told = await self.caller.call(coordinator, "preview", Preview(spec=spec), Previewed, timeout_s=_MEASURING_S)

@@ -29,7 +29,7 @@ from shoal.runtime.backend.roles import forms_of
 from shoal.runtime.backend.throttled import Throttled
 from shoal.runtime.ports import Backend, Session
 from shoal.runtime.scheduler import SchedulerSettings
-from shoal.runtime.settings import StageSettings, TensorForm, credits_for
+from shoal.runtime.settings import Recovery, StageSettings, TensorForm, credits_for
 from shoal.store.home import Store, open_store
 from shoal.threads import SystemThreads
 from shoal.transport.bus import Bus
@@ -55,7 +55,7 @@ def stage_settings(spec: WorkerSpec, artifact: Artifact, takes: tuple[TensorForm
         activations=spec.activations,
         cache_tokens=spec.cache_tokens,
         credits=credits_for(spec.in_flight),
-        scheduler=SchedulerSettings(in_flight=spec.in_flight),
+        scheduler=SchedulerSettings(in_flight=spec.in_flight, replays_exactly=spec.recovery is Recovery.EXACT),
     )
 
 

@@ -232,7 +232,7 @@ class FirstStage:
         reuse = self._reuse(first)
         first.begin(reuse)
         rows = chunk_rows(self.live.values(), pressure, rules)
-        return self._rows_frame((next_chunk(first, rows),), reuse)
+        return self._rows_frame((next_chunk(first, rows, exactly=rules.replays_exactly),), reuse)
 
     def closing_frame(self) -> BatchFrame | None:
         """Tell the other stages who has ended since the last time; None when nobody has."""

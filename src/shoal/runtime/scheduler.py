@@ -37,6 +37,8 @@ class SchedulerSettings(msgspec.Struct, frozen=True, kw_only=True):
     queue_limit: int = 64
     batch_patience_s: float = 30.0
     queue_s: float = 0.25
+    replays_exactly: bool = True
+    """The rows of a reproducible answer that goes on are computed one by one, as before; else in chunks, like those of others."""
 
 
 LEAST_ROWS = 16
@@ -85,7 +87,7 @@ def next_batch(
     crowded = bool(decoding) and pressure.prefill_frames > 0
     prefill_turn = not ready or not pressure.last_was_prefill
     if prefilling and prefill_turn and not crowded:
-        return (next_chunk(prefilling[0], chunk_rows(live, pressure, settings)),)
+        return (next_chunk(prefilling[0], chunk_rows(live, pressure, settings), exactly=settings.replays_exactly),)
     width = -(-len(decoding) // settings.in_flight)
     return tuple(_rows(s, s.known - s.scheduled) for s in ready[:width])
 
@@ -101,13 +103,13 @@ def is_prefill(batch: Sequence[SequenceStep], live: Mapping[RequestId, LiveSeque
     return any(live[step.request].in_prefill for step in batch)
 
 
-def next_chunk(sequence: LiveSequence, chunk_rows: int) -> SequenceStep:
+def next_chunk(sequence: LiveSequence, chunk_rows: int, *, exactly: bool = True) -> SequenceStep:
     """The next rows of a prompt.  None is left alone: its bits would differ from those of a row in a chunk (`prefix`).
 
-    Of an answer that goes on, a reproducible one has the rows of its tokens one by one, as they were computed before.
+    Of an answer that goes on, a reproducible one has the rows of its tokens one by one, as they were computed before, if *exactly*.
     """
     prompt = len(sequence.request.prompt)
-    one_by_one = sequence.request.reproducible and bool(sequence.request.resume)
+    one_by_one = exactly and sequence.request.reproducible and bool(sequence.request.resume)
     if one_by_one and sequence.scheduled >= prompt:
         return _rows(sequence, 1)
     left = (prompt if one_by_one else sequence.known) - sequence.scheduled

@@ -10,12 +10,12 @@ from shoal.transport.codec import Codec
 
 
 class Recovery(StrEnum):
-    """How a worker that takes the place of a lost one is brought to where that one was."""
+    """How the rows of an answer with a seed are computed again, when it goes on after a loss."""
 
     EXACT = "exact"
     """By the same steps again: equal engines give equal bits."""
     FAST = "fast"
-    """By as few steps as possible: the last bits may differ."""
+    """By as few steps as possible: the last bits may differ, and with them, in near ties, a token."""
 
 
 class TensorForm(msgspec.Struct, frozen=True, kw_only=True):

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from shoal.errors import CorruptFileError
@@ -45,6 +46,17 @@ def test_deployments_holds_and_the_last_view_name_manifests(tmp_path: Path) -> N
     assert found == {"own": {"chat", "again"}, "held": {"theirs"}, "heard": {"far"}}
     journal.close()
     assert in_use(tmp_path) == found
+
+
+def test_a_model_that_guesses_for_another_is_in_use_as_well(tmp_path: Path) -> None:
+    journal = Journal(journal_file(tmp_path))
+    wanted = deployment("chat", "large")
+    spec = msgspec.structs.replace(wanted.spec, draft=Digest("small"))
+    journal.put("deployment", "chat", msgspec.structs.replace(wanted, spec=spec))
+    journal.put("hold", "x", msgspec.structs.replace(hold("theirs", "held"), draft=Digest("little")))
+    journal.close()
+
+    assert in_use(tmp_path) == {"large": {"chat"}, "small": {"chat"}, "held": {"theirs"}, "little": {"theirs"}}
 
 
 def test_a_home_without_a_journal_uses_nothing_and_gets_none(tmp_path: Path) -> None:

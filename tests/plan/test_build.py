@@ -1,5 +1,7 @@
 """From blocks and a fleet profile to a problem."""
 
+import math
+
 import pytest
 from msgspec.structs import replace
 
@@ -117,6 +119,23 @@ def test_what_is_chosen_for_each_cut_is_sized_exactly_and_loses_no_more_than_is_
 
     half, apart = (Codec.FP16, 32, 4), (Codec.INT8_PEAKS, 16 + 2 * (4 + 4 * 6), 2 + 2 * (4 + 6))
     assert found == {Codec.RAW: [], Codec.FP16: [half], Codec.INT8_PEAKS: [half, apart]}
+
+
+def test_a_draft_model_takes_memory_on_the_source_and_nowhere_else() -> None:
+    draft = (BLOCKS[1], BLOCKS[3])
+    plain, drafted = (
+        problem(
+            BLOCKS, fleet(device(A, ALL, "x"), device(B, ALL, "y")), SHAPE, A, Setting(demands=Demands(draft=given))
+        )
+        for given in ((), draft)
+    )
+
+    more = [late.fixed_bytes - early.fixed_bytes for early, late in zip(plain.devices, drafted.devices, strict=True)]
+
+    weights = sum(block.weights_bytes for block in draft)
+    kv = sum(block.kv_bytes_per_token for block in draft) * SHAPE.slots * SHAPE.context_tokens
+    rows = min(SHAPE.prefill_chunk_tokens, SHAPE.tokens_in)
+    assert more == [math.ceil(1.1 * weights) + kv + 200_000 * rows, 0]
 
 
 def test_links_memory_promises_and_demands_are_carried_over() -> None:

@@ -33,6 +33,12 @@ def with_demands(stated: Problem, demands: DemandFlags, cloud: Path | None = Non
             hint="state the problem with it: `shoal plan MODEL --activations ...`",
             param="activations",
         )
+    if demands.draft:
+        raise InvalidRequestError(
+            "--draft has no part in a problem of a file: its devices say what memory is taken",
+            hint="state the problem with it: `shoal plan MODEL --draft ...`",
+            param="draft",
+        )
     match demands.relays:
         case Relays.IF_NEEDED:  # not said: what the file says
             return changed

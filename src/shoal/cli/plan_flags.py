@@ -132,6 +132,10 @@ class DemandFlags(msgspec.Struct, frozen=True, kw_only=True):
         ),
     ] = Activations.EXACT
 
+    draft: Annotated[
+        str, typer.Option(help="A small model of this machine, with the same tokenizer, that guesses tokens ahead.")
+    ] = ""
+
     def limits(self) -> Limits:
         """Bounds on predicted figures."""
         return Limits(
@@ -166,6 +170,7 @@ def options(ask: AskFlags, demands: DemandFlags, nodes: Sequence[NodeView]) -> P
         relays=demands.relays,
         activations=_CODECS[demands.activations],
         activations_per_cut=demands.activations is Activations.AUTO,
+        draft=demands.draft,
     )
 
 

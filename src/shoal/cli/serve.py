@@ -69,6 +69,9 @@ def serve(
     remote = bool(url or os.environ.get("SHOAL_URL"))
     starts = _starts_a_node(here, remote=remote)
     wanted = model if remote else have_model(model, read_settings(), Console(stderr=True))
+    if demands.draft and not remote:
+        guesses = have_model(demands.draft, read_settings(), Console(stderr=True))
+        demands = msgspec.structs.replace(demands, draft=guesses)
 
     def deploy(shoal: Shoal, where: str) -> None:
         asked = options(ask, demands, shoal.nodes())

@@ -58,6 +58,7 @@ class PlanOptions(TypedDict, total=False):
     relays: Relays
     activations: Codec
     activations_per_cut: bool
+    draft: str
 
 
 class ServeOptions(PlanOptions, total=False):

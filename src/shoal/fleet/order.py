@@ -42,6 +42,8 @@ class Hold(msgspec.Struct, frozen=True, kw_only=True, tag="hold"):
     recovery: Recovery = Recovery.EXACT
     """How a worker that is new in a plan that serves is brought to where the one before it was."""
     speculation: Speculation = Speculation()
+    draft: Digest = Digest("")
+    """Of a model that guesses beside this stage; empty: none."""
     activations: Codec = Codec.RAW
     cache_tokens: int = 0
     """Positions that all slots together may commit; 0: a whole context each."""

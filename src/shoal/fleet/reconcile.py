@@ -261,6 +261,7 @@ def hold_order(
         attempt=deployment.attempt_of(index),
         recovery=spec.recovery,
         speculation=spec.speculation,
+        draft=spec.draft if index == 0 else Digest(""),
         activations=readable(stage.writes if spec.activations_per_cut else spec.activations, facts),
         cache_tokens=kv_positions(plan.shape),
     )

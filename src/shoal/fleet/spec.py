@@ -48,6 +48,8 @@ class DeploymentSpec(msgspec.Struct, frozen=True, kw_only=True):
     recovery: Recovery = Recovery.EXACT
     standbys: Standbys = Standbys.TENSORS
     speculation: Speculation = Speculation()
+    draft: Digest = Digest("")
+    """Of a model that guesses beside the first stage; empty: none."""
     on_demand: bool = False
     """Loaded when somebody asks, and unloaded when nobody has for a while, or when the memory is needed (`fleet.demand`)."""
     keep_alive_s: float | None = KEEP_ALIVE_S

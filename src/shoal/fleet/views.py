@@ -169,6 +169,8 @@ class PlanRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """Whether frames may pass through a node that holds no block."""
     activations: Codec = Codec.RAW
     """How float32 tensors are written between stages: bit for bit, or smaller with a loss."""
+    draft: str = ""
+    """A small model of the gateway's node, with the same tokenizer, that guesses beside the first stage; empty: none."""
     activations_per_cut: bool = False
     """The plan chooses for each cut: exactly where the link allows it, and never with more loss than `activations` has."""
 

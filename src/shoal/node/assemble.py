@@ -337,6 +337,7 @@ async def launch_hold(parts: _Parts, crews: Crews, hold: Hold, birth: int) -> Wo
         birth=birth,
         recovery=hold.recovery,
         speculation=hold.speculation,
+        draft=hold.draft,
         activations=hold.activations,
         cache_tokens=hold.cache_tokens,
         slowdown=options.slowdown,

@@ -32,9 +32,10 @@ from shoal.fleet.views import (
     PredictionView,
     ProfileRequest,
 )
-from shoal.ids import DeploymentId, NodeId
+from shoal.ids import DeploymentId, Digest, NodeId
 from shoal.model.spec import ModelSpec
 from shoal.node.calls import Caller
+from shoal.node.drafting import draft_for
 from shoal.node.messages import (
     AskEvents,
     AskNodes,
@@ -235,7 +236,11 @@ class FleetApi:
             relays=wanted.relays,
             activations=wanted.activations,
             activations_per_cut=wanted.activations_per_cut,
+            draft=await anyio.to_thread.run_sync(self._draft, wanted),
         )
+
+    def _draft(self, wanted: PlanRequest) -> Digest:
+        return draft_for(self.store, wanted.draft, wanted.model) if wanted.draft else Digest("")
 
     def _kind(self, model: str) -> str:
         try:

@@ -34,6 +34,10 @@ async def fetch_hold(
         try:
             artifact = fetch_artifact(fetcher, artifacts, hold.manifest, hold.sources)
             fetch_shard(fetcher, artifact, (hold.start, hold.stop), hold.sources, tell)
+            if hold.draft:
+                with contextlib.suppress(UnavailableError):  # a stage that recovers elsewhere goes on without guesses
+                    draft = fetch_artifact(fetcher, artifacts, hold.draft, hold.sources)
+                    fetch_shard(fetcher, draft, (0, len(draft.blocks)), hold.sources, tell)
         except UnavailableError as error:
             if type(error) is not UnavailableError:
                 raise  # a node that does not answer or a full disk: nothing is lost

@@ -48,6 +48,8 @@ def _named(journal: Journal) -> InUse:
     # The last view counts as well: a deployment that another node coordinates stands in no other record here.
     view = recall(journal)
     wanted = [*journal.all("deployment", Deployment), *(s.deployment for s in (view.deployments if view else ()))]
-    pairs = [(d.spec.manifest, d.spec.deployment) for d in wanted]
-    pairs += [(hold.manifest, hold.shard.deployment) for hold in journal.all("hold", Hold)]
+    pairs = [(digest, d.spec.deployment) for d in wanted for digest in (d.spec.manifest, d.spec.draft)]
+    holds = journal.all("hold", Hold)
+    pairs += [(digest, hold.shard.deployment) for hold in holds for digest in (hold.manifest, hold.draft)]
+    pairs = [(digest, name) for digest, name in pairs if digest]  # most have no draft model
     return {manifest: frozenset(name for m, name in pairs if m == manifest) for manifest, _ in pairs}

@@ -147,6 +147,7 @@ class FleetPlanner:
             relays=spec.relays,
             activations=spec.activations,
             activations_per_cut=spec.activations_per_cut,
+            draft=(await self._blocks_of(spec.draft, spec.source)).blocks if spec.draft else (),
         )
         setting = Setting(objective=spec.objective, promised_bytes=dict(promised), demands=demands)
         return problem(known.blocks, fleet, spec.shape, spec.source, setting)

@@ -109,6 +109,8 @@ class StageLoop:
     """Called about four times a second and whenever nothing waits to be done: a place to send reports from."""
     log: FilteringBoundLogger
     grammars: Grammars | None = None
+    foretell: Callable[[AskDraft], None] = lambda _: None
+    """Has the draft model answer; nobody is told where there is none, and nobody asks (`StageSettings.draft_tokens`)."""
     inbox: SimpleQueue[Item] = field(default_factory=SimpleQueue)
     greeted: SimpleQueue[Greeting] = field(default_factory=SimpleQueue)
     steps: int = 0
@@ -307,7 +309,7 @@ class StageLoop:
             case CopySlot() | ReleaseSlot():
                 self._change_slot(effect)
             case AskDraft():
-                pass  # no draft model is loaded beside this stage (`draft_tokens`)
+                self.foretell(effect)
             case Suspect(trouble=trouble):
                 self.log.warning("stage.trouble", shard=str(self.shard), trouble=trouble)
             case _:

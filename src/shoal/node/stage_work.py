@@ -14,6 +14,7 @@ from structlog.typing import FilteringBoundLogger
 
 from shoal.errors import PortInUseError
 from shoal.fleet.report import ShardState
+from shoal.node.drafting import DraftModel, DraftThread
 from shoal.node.messages import WIRE
 from shoal.node.reporter import Reporter, worker_key
 from shoal.node.stage_keys import submit_topic
@@ -42,6 +43,7 @@ class Bench:
     reporter: Reporter
     log: FilteringBoundLogger
     grammars: Grammars | None = None
+    draft: DraftModel | None = None
     dial: Dial = field(default=partial(open_data, ()))
     threads: Threads = field(default_factory=SystemThreads)
 
@@ -72,6 +74,7 @@ def work(
         log=bench.log,
         grammars=bench.grammars,
     )
+    draft = _beside(bench, loop)
     reporter.loop, reporter.locators = loop, inbound.locators
     begun(loop)
     wirer = Wirer(
@@ -93,7 +96,19 @@ def work(
         listening.close()
         wirer.close()
         inbound.close()
+        if draft is not None:
+            draft.close()
         session.close()
+
+
+def _beside(bench: Bench, loop: StageLoop) -> DraftThread | None:
+    """Have the draft model answer what *loop* asks."""
+    if bench.draft is None:
+        return None
+    thread = DraftThread(bench.draft, loop.inbox.put, bench.threads, bench.log)
+    thread.start(f"draft-{bench.spec.shard}")
+    loop.foretell = thread.ask
+    return thread
 
 
 def listen(wanted: str) -> ZenohBus:

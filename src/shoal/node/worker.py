@@ -17,6 +17,7 @@ from structlog.typing import FilteringBoundLogger
 from shoal.errors import ShoalError
 from shoal.fleet.report import ShardState
 from shoal.node.artifacts import Artifact, load_shard, open_artifact
+from shoal.node.drafting import DraftModel, load_draft
 from shoal.node.grammars import grammars_of
 from shoal.node.reporter import Reporter
 from shoal.node.stage_loop import StageLoop, Stopped
@@ -68,13 +69,16 @@ def serve(spec: WorkerSpec, control: Bus, backend: Backend, store: Store, log: F
     try:
         artifact = open_artifact(store, spec.manifest)
         session, takes = _load(spec, store, artifact, backend)
+        draft = _draft(spec, store, backend, log)
         inbound = listen(spec.data_listen)
     except ShoalError as error:
         reporter.tell(ShardState.FAILED, error)
         raise
     settings = stage_settings(spec, artifact, takes)
+    if draft is not None:
+        settings = msgspec.structs.replace(settings, draft_tokens=draft.context_tokens)
     grammars = grammars_of(store, artifact) if settings.is_last else None
-    bench = Bench(spec=spec, control=control, reporter=reporter, log=log, grammars=grammars)
+    bench = Bench(spec=spec, control=control, reporter=reporter, log=log, grammars=grammars, draft=draft)
     work(bench, session, settings, inbound, life.begin)
 
 
@@ -91,6 +95,19 @@ def _load(
         threads=spec.threads,
     )
     return backend.load(shard), forms_of(shard.graph)
+
+
+def _draft(spec: WorkerSpec, store: Store, backend: Backend, log: FilteringBoundLogger) -> DraftModel | None:
+    """What guesses beside the stage; it goes on without where that cannot be loaded."""
+    if not spec.draft:
+        return None
+    try:
+        return load_draft(
+            store, backend, spec.draft, slots=spec.slots, context_tokens=spec.context_tokens, threads=spec.threads
+        )
+    except ShoalError as error:
+        log.warning("draft.not_loaded", shard=str(spec.shard), error=error.message)
+        return None
 
 
 @dataclass(slots=True)

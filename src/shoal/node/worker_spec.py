@@ -38,6 +38,7 @@ class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
     birth: int = 0
     recovery: Recovery = Recovery.EXACT
     speculation: Speculation = Speculation()
+    draft: Digest = Digest("")
     activations: Codec = Codec.RAW
     cache_tokens: int = 0
     slowdown: float = 1.0

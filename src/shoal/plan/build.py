@@ -6,6 +6,7 @@ weights, comes from `MemoryModel`, whose defaults were measured once (CPU, SmolL
 for every device and model: what live workers turn out to need does not correct them.
 """
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 
 import msgspec
@@ -69,6 +70,8 @@ class Demands(msgspec.Struct, frozen=True, kw_only=True):
     """How float32 tensors are written between stages."""
     activations_per_cut: bool = False
     """It is chosen for each cut, and loses no more than `activations` does."""
+    draft: tuple[Block, ...] = ()
+    """Of a model that guesses on the source, beside the first stage: it takes memory there."""
 
 
 class Setting(msgspec.Struct, frozen=True, kw_only=True):
@@ -94,7 +97,7 @@ def problem(
     declared = {device.node: device.declared for device in fleet.devices}
     return Problem(
         blocks=tuple(_block(block, shape, chosen) for block in blocks),
-        devices=tuple(_device(blocks, fleet, device, shape, chosen) for device in fleet.devices),
+        devices=tuple(_device(blocks, fleet, device, (shape, source), chosen) for device in fleet.devices),
         links=tuple(_link(link, declared) for link in fleet.links),
         shape=shape,
         objective=chosen.objective,
@@ -177,8 +180,13 @@ def _written(size_bytes: int, dtype: str, activations: Codec) -> int:
 
 
 def _device(
-    blocks: Sequence[Block], fleet: FleetProfile, device: DeviceProfile, shape: RequestShape, setting: Setting
+    blocks: Sequence[Block],
+    fleet: FleetProfile,
+    device: DeviceProfile,
+    asked: tuple[RequestShape, NodeId],
+    setting: Setting,
 ) -> DeviceSpec:
+    shape, source = asked
     fits = fit(_trials(fleet.devices, device))
     untimed = any(block.kind not in fits for block in blocks)
     timed = () if untimed and device.node in setting.demands.exclude else blocks
@@ -194,7 +202,7 @@ def _device(
         node=device.node,
         memory_budget_bytes=device.memory_budget_bytes,
         memory_promised_bytes=setting.promised_bytes.get(device.node, 0),
-        fixed_bytes=setting.memory.fixed_bytes,
+        fixed_bytes=setting.memory.fixed_bytes + (_draft_bytes(shape, setting) if device.node == source else 0),
         weights_factor=setting.memory.weights_factor,
         step_overhead_s=factor * device.step_overhead_s,
         decode_s=decode_s(1),
@@ -205,6 +213,18 @@ def _device(
         region=device.declared.region,
         trust=device.declared.trust,
     )
+
+
+def _draft_bytes(shape: RequestShape, setting: Setting) -> int:
+    """What a draft model holds: its weights, and a cache with as many slots as the stage has at most."""
+    draft, memory = setting.demands.draft, setting.memory
+    if not draft:
+        return 0
+    twice = sum(tensor.size_bytes * (len(tensor.blocks) - 1) for tensor in shared_tensors(draft))
+    weights = math.ceil(memory.weights_factor * (sum(block.weights_bytes for block in draft) - twice))
+    positions = max(shape.slots, setting.demands.choose.slots) * shape.context_tokens
+    kv = sum(block.kv_bytes_per_token for block in draft) * positions
+    return weights + kv + memory.workspace_bytes_per_row * min(shape.prefill_chunk_tokens, shape.tokens_in)
 
 
 def batches_timed(device: DeviceProfile) -> tuple[int, ...]:

@@ -97,6 +97,7 @@ class Nodes:
                     stop=order.stop,
                     locators=("tcp/x:1",) if order.load else (),
                     memory_bytes=order.memory_bytes,
+                    attempt=order.attempt,
                 )
             case Wire():
                 mine[order.shard] = msgspec.structs.replace(mine[order.shard], state=ShardState.WIRED)
@@ -249,17 +250,21 @@ def test_a_deployment_is_planned_held_wired_and_served_and_its_shards_go_when_it
     assert not journal.all("deployment", msgspec.Raw)
 
 
-def test_a_lost_node_costs_a_new_plan_with_a_higher_epoch_on_the_others(journal: Journal) -> None:
+def test_the_stage_of_a_lost_node_goes_to_another_and_the_others_hear_nothing_of_it(journal: Journal) -> None:
     async def use(office: Office) -> None:
         await office.leads()
         await office.coordinator.want(SPEC)
         await office.until(Phase.SERVING)
-        first = office.said[-1].find(CHAT).deployment.plan_epoch
+        first, orders = office.said[-1].find(CHAT).deployment, len(office.nodes.orders)
 
         office.nodes.alive = {A, C}
         await office.until(Phase.SERVING, A, C)
 
-        assert office.said[-1].find(CHAT).deployment.plan_epoch > first
+        after = office.said[-1].find(CHAT).deployment
+        assert (after.plan_epoch, after.mends, after.attempts) == (first.plan_epoch, 1, (0, 1))
+        assert "plan.mended" in office.noted
+        told = [o.order for o in office.nodes.orders[orders:] if o.node == A]
+        assert not [order for order in told if not isinstance(order, Wire)], "at most where its frames go now"
         assert [n for n in office.noted if n in {"node.suspect", "node.lost"}] == ["node.suspect", "node.lost"]
 
     run(journal, use)

@@ -195,9 +195,9 @@ def test_when_a_device_is_lost_the_plan_that_was_made_for_it_is_in_force_at_once
         site.nodes.alive = {A, C}
         await office.until(Phase.SERVING, A, C)
 
-        made = [text for kind, text in zip(office.noted, office.texts, strict=True) if kind == "plan.made"]
-        assert len(made) == 2
-        assert made[1].endswith("; made before the loss")
+        made = [text for kind, text in zip(office.noted, office.texts, strict=True) if kind == "plan.mended"]
+        assert len(made) == 1
+        assert made[0].endswith(", as planned before the loss")
 
     run(journal, use, nodes=site.nodes)
 

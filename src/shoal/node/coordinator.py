@@ -110,16 +110,6 @@ class Coordinator:
         self._tenure = Tenure(me=self.me, journal=self.journal, eager=self.eager)
         self._attendance = Attendance(self.note, self._patience.forget_all, self._apply)
         self._placing = Placing(self.planner, self.clock, lambda: self.state)
-        self._mending = Mending(
-            self._placing,
-            lambda: self.state,
-            self.clock.now_s,
-            self._apply,
-            self._keep,
-            lambda kind, text, **where: self.note(kind, named(text, self.state.members), **where),
-            self._one_plan,
-        )
-        self._waking = Waking(self._placing, self.clock, lambda: self.state, self._apply, self._keep)
         self.moving = Moving(
             Weighing(self._placing, self.clock, lambda: self.state, self.move_rules),
             self.clock,
@@ -130,6 +120,17 @@ class Coordinator:
             lambda kind, text, **where: self.note(kind, named(text, self.state.members), **where),
             self._one_plan,
         )
+        self._mending = Mending(
+            self._placing,
+            self.moving.weighing.ready,
+            lambda: self.state,
+            self.clock.now_s,
+            self._apply,
+            self._keep,
+            lambda kind, text, **where: self.note(kind, named(text, self.state.members), **where),
+            self._one_plan,
+        )
+        self._waking = Waking(self._placing, self.clock, lambda: self.state, self._apply, self._keep)
 
     @property
     def lease(self) -> Lease | None:

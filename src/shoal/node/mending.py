@@ -10,9 +10,10 @@ from typing import Any
 
 import anyio
 import anyio.abc
+import msgspec
 
 from shoal.errors import ShoalError
-from shoal.fleet.deployment import Deployment, MendEvent, MendingEnded, PlanServed
+from shoal.fleet.deployment import Deployment, MendEvent, MendingEnded, PlanMended, PlanServed
 from shoal.fleet.mends import Beyond, Mend, mended_plan, next_mend, step, wish
 from shoal.fleet.reconcile import Phase, heard, mendable, phase
 from shoal.fleet.state import Event, FleetState
@@ -27,6 +28,8 @@ class Mending:
     """Belongs to the event loop.  `apply` changes the coordinator's state; `keep` has a deployment on disk, sooner or later."""
 
     placing: Placing
+    ready: Callable[[Deployment], Plan | None]
+    """The plan that was made for what has happened to a deployment, before it did."""
     state: Callable[[], FleetState]
     now_s: Callable[[], float]
     apply: Callable[[Event], None]
@@ -52,8 +55,7 @@ class Mending:
                         assert isinstance(deployment.answer, Plan)
                         self._take(step(deployment, mend, deployment.answer), group)
                     case Mend() as mend:
-                        self._under_way.add(name)
-                        group.start_soon(self._elsewhere, deployment, mend, group)
+                        self._elsewhere(deployment, mend, group)
 
     def _take(self, event: MendEvent, group: anyio.abc.TaskGroup) -> None:
         before = self.state()
@@ -63,8 +65,18 @@ class Mending:
                 self.note("plan.mended", self.state().deployments[event.deployment].mended, deployment=event.deployment)
             group.start_soon(self.keep, event.deployment)
 
-    async def _elsewhere(self, deployment: Deployment, mend: Mend, group: anyio.abc.TaskGroup) -> None:
-        """Find nodes for stages that theirs must not have again."""
+    def _elsewhere(self, deployment: Deployment, mend: Mend, group: anyio.abc.TaskGroup) -> None:
+        """Give stages to others that their nodes must not have again: at once, where that was thought out before."""
+        prepared = self.ready(deployment)
+        event = mended_plan(deployment, mend, prepared) if prepared is not None else None
+        if isinstance(event, PlanMended):
+            self._take(msgspec.structs.replace(event, why=f"{event.why}, as planned before the loss"), group)
+        else:
+            self._under_way.add(deployment.spec.deployment)
+            group.start_soon(self._look_round, deployment, mend, group)
+
+    async def _look_round(self, deployment: Deployment, mend: Mend, group: anyio.abc.TaskGroup) -> None:
+        """Find nodes for them."""
         name = deployment.spec.deployment
         try:
             async with self.one_plan:

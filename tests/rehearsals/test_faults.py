@@ -15,7 +15,7 @@ from shoal.errors import NodeUnreachableError
 from shoal.node.rehearse.fleet import FLEET
 from shoal.node.stage_keys import stage_keys
 
-SCENARIOS = int(os.environ.get("SHOAL_TEST_REHEARSALS", "150"))
+SCENARIOS = int(os.environ.get("SHOAL_TEST_REHEARSALS", "100"))
 OTHERS = ("b", "c", "d", "e")
 MEND_S = 60.0
 """So soon after the last fault has ended the deployment answers again."""

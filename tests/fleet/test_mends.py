@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from shoal.fleet.deployment import Deployment, PlanMended, Successor
 from shoal.fleet.losses import losses
-from shoal.fleet.mends import MOST_IN_PLACE, MOST_MENDS, Beyond, Mend, mended_plan, next_mend, wish
+from shoal.fleet.mends import MOST_IN_PLACE, MOST_MENDS, Beyond, Mend, as_found, mended_plan, next_mend, wish
 from shoal.fleet.report import NodeFacts, NodeReport, ShardId, ShardReport, ShardState
 from shoal.fleet.spec import DeploymentSpec
 from shoal.ids import DeploymentId, Digest, NodeId
@@ -129,5 +129,43 @@ def test_only_a_plan_that_leaves_the_others_where_they_are_is_taken() -> None:
     assert [s.writes for s in taken.plan.stages] == [Codec.RAW, Codec.RAW, Codec.FP16, Codec.RAW], "as they were told"
     assert (taken.mends, taken.attempts) == (1, (0, 0, 1, 0))
     assert SPARE in taken.why
+    assert as_found(taken.plan, taken.plan)
+    assert not as_found(taken.plan, plan(there, Codec.FP16)), "that one was priced with other bytes over its cuts"
 
     assert isinstance(mended_plan(ours, mend, plan([NODES[0], SPARE, NODES[1], NODES[3]])), Beyond)
+
+
+@given(
+    lost=st.sets(st.integers(1, 3), min_size=1),
+    places=st.tuples(*[st.sampled_from([*NODES, SPARE])] * 4),
+    codec=st.sampled_from([Codec.RAW, Codec.FP16]),
+    slots=st.integers(1, 3),
+)
+def test_a_mended_plan_differs_from_the_old_one_only_in_what_was_lost(
+    lost: set[int], places: tuple[NodeId, ...], codec: Codec, slots: int
+) -> None:
+    ours = deployment()
+    mend = next_mend(ours, reports(gone=lost, failed={}))
+    assert isinstance(mend, Mend)
+    found = msgspec.structs.replace(plan(list(places), codec), shape=RequestShape(slots=slots))
+
+    taken = mended_plan(ours, mend, found)
+
+    old, gone = plan(NODES), {NODES[index] for index in lost}
+    fits = all(places[i] not in gone if i in lost else places[i] == NODES[i] for i in range(4))
+    assert isinstance(taken, PlanMended) == (fits and found.shape == old.shape)
+    if isinstance(taken, PlanMended):
+        assert [s for i, s in enumerate(taken.plan.stages) if i not in lost] == [
+            s for i, s in enumerate(old.stages) if i not in lost
+        ]
+        assert not {s.node for s in taken.plan.stages} & gone
+
+
+def test_a_node_that_is_about_to_leave_does_not_start_a_stage_again() -> None:
+    heard = reports(gone=set(), failed={2: "shard_lost"})
+    heard[NODES[2]] = msgspec.structs.replace(heard[NODES[2]], leaving=True)
+
+    mend = next_mend(deployment(), heard)
+
+    assert isinstance(mend, Mend)
+    assert mend.elsewhere == (2,)

@@ -100,14 +100,16 @@ def heartbeats(of: Machine, at: Machine) -> Iterator["SimpleQueue[NodeReport]"]:
 @pytest.mark.parametrize("stage", [0, 1])
 def test_when_a_worker_is_killed_the_stream_goes_on_with_the_same_text(site: Fleet, stage: int) -> None:
     before, whole, deployed = text_of(site), whole_answer(site), site.deployment("two")
-    machine = site.machines[0] if stage == 0 else second_of(site)
+    hit, other = (site.machines[0], second_of(site))[:: 1 if stage == 0 else -1]
+    stays = other.workers()
 
     with long_answer(site) as answer:
-        for worker in machine.workers():
+        for worker in hit.workers():
             worker.kill()
         assert answer() == whole
 
     site.wait_ready("two", after=deployed)
+    assert other.workers() == stays, "only what was lost is loaded again"
     assert text_of(site) == before
 
 

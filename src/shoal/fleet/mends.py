@@ -53,7 +53,7 @@ def next_mend(deployment: Deployment, reports: Mapping[NodeId, NodeReport]) -> M
     elsewhere = tuple(
         index
         for index, loss in sorted(stages.items())
-        if loss.barred or attempts[index] > MOST_IN_PLACE or not reports[plan.stages[index].node].facts.mends
+        if loss.barred or attempts[index] > MOST_IN_PLACE or not _may_again(reports[plan.stages[index].node])
     )
     if any(plan.stages[index].is_relay for index in elsewhere):
         return Beyond(why=f"{why}; it relays, and others may not need it")
@@ -80,21 +80,34 @@ def wish(deployment: Deployment, mend: Mend) -> DeploymentSpec:
 
 
 def mended_plan(deployment: Deployment, mend: Mend, found: Plan) -> PlanMended | Beyond:
-    """The step that puts *found*, the answer to the wish, in the place of the plan that lost something."""
+    """The step that puts *found*, the answer to the wish, in the place of the plan that lost something.
+
+    Its figures are still those of *found*: where the two write differently (`as_found`), it must be priced anew.
+    """
     plan = deployment.answer
     assert isinstance(plan, Plan)
+    barred = {plan.stages[index].node for index in mend.elsewhere}
     same = len(found.stages) == len(plan.stages) and all(
-        (new.start, new.stop) == (old.start, old.stop) and (index in mend.elsewhere or new.node == old.node)
+        (new.start, new.stop) == (old.start, old.stop)
+        and (new.node not in barred if index in mend.elsewhere else new.node == old.node)
         for index, (new, old) in enumerate(zip(found.stages, plan.stages, strict=True))
     )
-    if not same:
+    if not same or found.shape != plan.shape:  # a plan that was made before may count on smaller caches everywhere
         return Beyond(why=f"{mend.why}; nobody can take its blocks as they are cut")
     # How a stage writes was told it when it was loaded.
     stages = tuple(
         new if index in mend.elsewhere else msgspec.structs.replace(new, writes=old.writes)
         for index, (new, old) in enumerate(zip(found.stages, plan.stages, strict=True))
     )
-    return step(deployment, mend, msgspec.structs.replace(found, stages=stages))
+    written = tuple(one for one in plan.written if one.stage not in mend.elsewhere)
+    written += tuple(one for one in found.written if one.stage in mend.elsewhere)
+    by_stage = tuple(sorted(written, key=lambda one: one.stage))
+    return step(deployment, mend, msgspec.structs.replace(found, stages=stages, written=by_stage))
+
+
+def as_found(mended: Plan, found: Plan) -> bool:
+    """Whether the figures of *found* are those of *mended* too."""
+    return mended.stages == found.stages
 
 
 def step(deployment: Deployment, mend: Mend, plan: Plan) -> PlanMended:
@@ -108,6 +121,11 @@ def step(deployment: Deployment, mend: Mend, plan: Plan) -> PlanMended:
         attempts=mend.attempts,
         why=f"{mend.why}; {moved or 'it is started again'}",
     )
+
+
+def _may_again(report: NodeReport) -> bool:
+    """Whether a node can start a stage again that ended there: not one of an older release, nor one that is about to leave."""
+    return report.facts.mends and not report.leaving
 
 
 def _goes(index: int, stage: Stage) -> str:

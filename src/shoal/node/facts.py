@@ -35,4 +35,5 @@ def node_facts(options: NodeOptions, fabric: ZenohBus, gateway: str) -> NodeFact
         slowdown=options.slowdown,
         declared=options.declared,
         codecs=HERE,
+        mends=True,
     )

@@ -14,13 +14,16 @@ import msgspec
 
 from shoal.errors import ShoalError
 from shoal.fleet.deployment import Deployment, MendEvent, MendingEnded, PlanMended, PlanServed
-from shoal.fleet.mends import Beyond, Mend, mended_plan, next_mend, step, wish
+from shoal.fleet.mends import Beyond, Mend, as_found, mended_plan, next_mend, step, wish
 from shoal.fleet.reconcile import Phase, heard, mendable, phase
+from shoal.fleet.spec import DeploymentSpec
 from shoal.fleet.state import Event, FleetState
 from shoal.ids import DeploymentId
 from shoal.node.moving import Note
 from shoal.node.placing import Placing
 from shoal.plan.problem import Infeasible, Plan
+from shoal.plan.written import repriced
+from shoal.profile.fleet import FleetProfile
 
 
 @dataclass(slots=True)
@@ -69,7 +72,7 @@ class Mending:
         """Give stages to others that their nodes must not have again: at once, where that was thought out before."""
         prepared = self.ready(deployment)
         event = mended_plan(deployment, mend, prepared) if prepared is not None else None
-        if isinstance(event, PlanMended):
+        if prepared is not None and isinstance(event, PlanMended) and as_found(event.plan, prepared):
             self._take(msgspec.structs.replace(event, why=f"{event.why}, as planned before the loss"), group)
         else:
             self._under_way.add(deployment.spec.deployment)
@@ -94,14 +97,25 @@ class Mending:
         try:
             surveyed = await self.placing.survey(wished)
             answer = await self.placing.place(wished, surveyed)
+            if isinstance(answer, Infeasible):
+                return _ended(deployment, f"{mend.why}; {answer.reason}")
+            event = mended_plan(deployment, mend, answer)
+            if isinstance(event, Beyond):
+                return _ended(deployment, event.why)
+            return event if as_found(event.plan, answer) else await self._priced(event, wished, surveyed)
         except ShoalError as error:
             return _ended(deployment, f"{mend.why}; {error.message}")
         except Exception as error:  # noqa: BLE001 a fault in planning one model must not end the service of the others
             return _ended(deployment, f"{mend.why}; {type(error).__name__}: {error}")
-        if isinstance(answer, Infeasible):
-            return _ended(deployment, f"{mend.why}; {answer.reason}")
-        event = mended_plan(deployment, mend, answer)
-        return _ended(deployment, event.why) if isinstance(event, Beyond) else event
+
+    async def _priced(self, event: PlanMended, wished: DeploymentSpec, surveyed: FleetProfile) -> MendEvent:
+        """*event* with the figures of a plan whose stages write as they were told, and not as the planner would have it."""
+        stated = await self.placing.problem(wished, surveyed)
+        if isinstance(stated, Infeasible):
+            return MendingEnded(
+                deployment=event.deployment, plan_epoch=event.plan_epoch, mends=event.mends - 1, why=stated.reason
+            )
+        return msgspec.structs.replace(event, plan=repriced(stated, event.plan))
 
 
 def _ended(deployment: Deployment, why: str) -> MendingEnded:

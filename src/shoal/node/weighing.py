@@ -156,7 +156,7 @@ class Weighing:
         promised = promised_bytes(reports.values(), state.deployments.values(), deployment.spec.deployment)
         for stage in plan.stages:
             member = state.members.get(stage.node)
-            if member is None or standing(member, now_s) is not Standing.ALIVE:
+            if member is None or member.report.leaving or standing(member, now_s) is not Standing.ALIVE:
                 return False
             wanted = sum(other.memory_bytes for other in plan.stages if other.node == stage.node)
             if promised[stage.node] + wanted > member.report.facts.memory_budget_bytes:

@@ -6,7 +6,18 @@ from hypothesis import strategies as st
 
 from shoal.fleet.deployment import Deployment, PlanMended, Successor
 from shoal.fleet.losses import losses
-from shoal.fleet.mends import MOST_IN_PLACE, MOST_MENDS, Beyond, Mend, as_found, mended_plan, next_mend, wish
+from shoal.fleet.mends import (
+    MOST_IN_PLACE,
+    MOST_MENDS,
+    MOST_TRIED,
+    Beyond,
+    Mend,
+    as_found,
+    mended_plan,
+    next_mend,
+    wish,
+    wishes_as_cut,
+)
 from shoal.fleet.report import NodeFacts, NodeReport, ShardId, ShardReport, ShardState
 from shoal.fleet.spec import DeploymentSpec
 from shoal.ids import DeploymentId, Digest, NodeId
@@ -169,3 +180,30 @@ def test_a_node_that_is_about_to_leave_does_not_start_a_stage_again() -> None:
 
     assert isinstance(mend, Mend)
     assert mend.elsewhere == (2,)
+
+
+@given(
+    lost=st.sets(st.integers(1, 3), min_size=1),
+    free=st.dictionaries(st.sampled_from([*NODES, *(NodeId(name * 32) for name in "efgh")]), st.integers(0, MB)),
+)
+def test_lost_stages_are_offered_as_they_are_cut_to_nodes_that_have_none_of_the_plan(
+    lost: set[int], free: dict[NodeId, int]
+) -> None:
+    ours = deployment()
+    mend = next_mend(ours, reports(gone=lost, failed={}))
+    assert isinstance(mend, Mend)
+
+    offered = wishes_as_cut(ours, mend, free)
+
+    spare = {node: free_bytes for node, free_bytes in free.items() if node not in NODES}
+    assert bool(offered) == (len(spare) >= len(lost))
+    assert len(offered) <= MOST_TRIED
+    for number, spec in enumerate(offered):
+        owners = {pin.block: pin.node for pin in spec.pins}
+        assert len(owners) == len(spec.pins) == CUTS[-1][1]
+        nodes = [{owners[block] for block in range(*cut)} for cut in CUTS]
+        assert all(len(owner) == 1 for owner in nodes), "no stage is cut again"
+        assert len(set().union(*nodes)) == len(CUTS), "no node has two"
+        given_to = [nodes[index].pop() for index in sorted(lost)]
+        assert set(given_to) <= spare.keys()
+        assert number or spare[given_to[0]] == max(spare.values())

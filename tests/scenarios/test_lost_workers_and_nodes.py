@@ -131,7 +131,7 @@ def test_when_only_the_last_worker_freezes_the_stream_goes_on_with_the_same_text
 def test_a_killed_node_is_seen_to_end_its_stage_moves_and_the_stream_goes_on(site: Fleet) -> None:
     before, whole, deployed = text_of(site), whole_answer(site), site.deployment("two")
     lost = second_of(site)
-    orphans = lost.workers()
+    orphans, stays = lost.workers(), site.machines[0].workers()
 
     with long_answer(site) as answer:
         past = last_event(site)
@@ -142,6 +142,7 @@ def test_a_killed_node_is_seen_to_end_its_stage_moves_and_the_stream_goes_on(sit
     assert "its process or link ended" in site.wait(lambda: told_after(site, "node.lost", lost.id, past), "lost")
     view = site.wait_ready("two", after=deployed)
     assert lost.id not in {s.node for s in view.plan.stages}
+    assert site.machines[0].workers() == stays, "the first stage keeps its worker, and its weights"
     assert text_of(site) == before
     assert not psutil.wait_procs(orphans, timeout=6)[1], "workers do not outlive their agent"
 

@@ -6,6 +6,7 @@ where they are (`wish`): they keep their weights, and only one shard is loaded. 
 """
 
 from collections.abc import Mapping
+from itertools import islice, permutations
 
 import msgspec
 
@@ -20,6 +21,9 @@ MOST_IN_PLACE = 3
 """So often a node starts a stage of one plan again; what takes it down may be the node's own."""
 MOST_MENDS = 8
 """Of one plan: then it is thought out anew, from all that is known by then."""
+
+MOST_TRIED = 8
+"""Ways to give away lost stages as they are cut; each is planned for, while requests wait."""
 
 
 class Mend(msgspec.Struct, frozen=True, kw_only=True):
@@ -76,6 +80,32 @@ def wish(deployment: Deployment, mend: Mend) -> DeploymentSpec:
         stages_exactly=len(plan.stages),
         pins=deployment.spec.pins + pins,
         exclude=(*deployment.spec.exclude, *(plan.stages[index].node for index in mend.elsewhere)),
+    )
+
+
+def wishes_as_cut(deployment: Deployment, mend: Mend, free_bytes: Mapping[NodeId, int]) -> tuple[DeploymentSpec, ...]:
+    """The same wish for each way to give the stages as they are cut to nodes with *free_bytes*, those with most first.
+
+    Asked freely, the planner may find that a stage that stays should rather take some of the lost blocks: that is another plan.
+    """
+    plan, wished = deployment.answer, wish(deployment, mend)
+    assert isinstance(plan, Plan)
+    taken = {stage.node for stage in plan.stages} | set(wished.exclude)
+    others = sorted((node for node in free_bytes if node not in taken), key=lambda node: (-free_bytes[node], node))
+    known = {pin.block for pin in wished.pins}
+    lost = [plan.stages[index] for index in mend.elsewhere]
+    return tuple(
+        msgspec.structs.replace(
+            wished,
+            pins=wished.pins
+            + tuple(
+                Pin(block=block, node=node)
+                for stage, node in zip(lost, nodes, strict=True)
+                for block in range(stage.start, stage.stop)
+                if block not in known
+            ),
+        )
+        for nodes in islice(permutations(others, len(lost)), MOST_TRIED)
     )
 
 

@@ -14,13 +14,14 @@ import msgspec
 
 from shoal.errors import ShoalError
 from shoal.fleet.deployment import Deployment, MendEvent, MendingEnded, PlanMended, PlanServed
-from shoal.fleet.mends import Beyond, Mend, as_found, mended_plan, next_mend, step, wish
-from shoal.fleet.reconcile import Phase, heard, mendable, phase
+from shoal.fleet.mends import Beyond, Mend, as_found, mended_plan, next_mend, step, wish, wishes_as_cut
+from shoal.fleet.reconcile import Phase, heard, mendable, phase, promised_bytes
 from shoal.fleet.spec import DeploymentSpec
 from shoal.fleet.state import Event, FleetState
-from shoal.ids import DeploymentId
+from shoal.ids import DeploymentId, NodeId
 from shoal.node.moving import Note
 from shoal.node.placing import Placing
+from shoal.plan.cost import objective_value
 from shoal.plan.problem import Infeasible, Plan
 from shoal.plan.written import repriced
 from shoal.profile.fleet import FleetProfile
@@ -96,6 +97,24 @@ class Mending:
         wished = wish(deployment, mend)
         try:
             surveyed = await self.placing.survey(wished)
+            event = await self._answered(deployment, mend, wished, surveyed)
+            if isinstance(event, PlanMended):
+                return event
+            found = [
+                await self._answered(deployment, mend, spec, surveyed)
+                for spec in wishes_as_cut(deployment, mend, self._free_bytes(deployment))
+            ]
+        except ShoalError as error:
+            return _ended(deployment, f"{mend.why}; {error.message}")
+        except Exception as error:  # noqa: BLE001 a fault in planning one model must not end the service of the others
+            return _ended(deployment, f"{mend.why}; {type(error).__name__}: {error}")
+        mended = [each for each in found if isinstance(each, PlanMended)]
+        return min(mended, key=_value, default=event)
+
+    async def _answered(
+        self, deployment: Deployment, mend: Mend, wished: DeploymentSpec, surveyed: FleetProfile
+    ) -> MendEvent:
+        try:
             answer = await self.placing.place(wished, surveyed)
             if isinstance(answer, Infeasible):
                 return _ended(deployment, f"{mend.why}; {answer.reason}")
@@ -103,10 +122,15 @@ class Mending:
             if isinstance(event, Beyond):
                 return _ended(deployment, event.why)
             return event if as_found(event.plan, answer) else await self._priced(event, wished, surveyed)
-        except ShoalError as error:
+        except ShoalError as error:  # this wish cannot be answered, a node of it was not surveyed: another may
             return _ended(deployment, f"{mend.why}; {error.message}")
-        except Exception as error:  # noqa: BLE001 a fault in planning one model must not end the service of the others
-            return _ended(deployment, f"{mend.why}; {type(error).__name__}: {error}")
+
+    def _free_bytes(self, deployment: Deployment) -> dict[NodeId, int]:
+        """Of the nodes that stay."""
+        state = self.state()
+        reports = heard(state, self.now_s())
+        promised = promised_bytes(reports.values(), state.deployments.values(), deployment.spec.deployment)
+        return {n: r.facts.memory_budget_bytes - promised[n] for n, r in reports.items() if not r.leaving}
 
     async def _priced(self, event: PlanMended, wished: DeploymentSpec, surveyed: FleetProfile) -> MendEvent:
         """*event* with the figures of a plan whose stages write as they were told, and not as the planner would have it."""
@@ -116,6 +140,10 @@ class Mending:
                 deployment=event.deployment, plan_epoch=event.plan_epoch, mends=event.mends - 1, why=stated.reason
             )
         return msgspec.structs.replace(event, plan=repriced(stated, event.plan))
+
+
+def _value(event: PlanMended) -> float:
+    return objective_value(event.plan.objective, event.plan.estimate)
 
 
 def _ended(deployment: Deployment, why: str) -> MendingEnded:

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from bench.activations import over_links
 from bench.measure import MODEL, Cell, Finding, Options, Values, quantile, values_of
 from bench.nodes import imported_home
 from bench.prompt import prompt_ids
@@ -35,7 +36,8 @@ _CODECS = (Codec.FP16, Codec.INT8_PEAKS, Codec.INT8)
 
 
 def cells(options: Options) -> list[Cell]:
-    return [Cell(name=f"cut before block {cut}", measure=lambda cut=cut: _measure(options, cut)) for cut in _CUTS]  # type: ignore[misc]
+    losses = [Cell(name=f"cut before block {cut}", measure=lambda cut=cut: _measure(options, cut)) for cut in _CUTS]  # type: ignore[misc]
+    return [*losses, *over_links.cells(options)]
 
 
 def _measure(options: Options, cut: int) -> Values:
@@ -124,7 +126,7 @@ def findings(results: Mapping[str, Values]) -> list[Finding]:
                 )
             )
         found += [_sizes(cut, rows, values["frames"][str(rows)]) for rows in (1, _CHUNK)] if values else []
-    return found
+    return found + over_links.findings(results)
 
 
 def _sizes(cut: int, rows: int, frames: Values) -> Finding:

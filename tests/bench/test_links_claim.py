@@ -146,7 +146,9 @@ def test_the_picture_is_an_svg_with_a_bar_or_point_for_each_value() -> None:
 def test_names_are_escaped_in_a_picture_and_missing_values_left_out() -> None:
     panel = Panel(title="a < b", places=("1", "2"), series={"x & y": [None, 3.0]}, unit="s")
 
-    ET.fromstring(picture([panel], "<heading>"))
+    texts = {element.text for element in ET.fromstring(picture([panel], "<heading>")).iter()}
+    assert {"<heading>", "x & y"} <= texts
+    assert not any("None" in text or "nan" in text for text in texts if text)
 
 
 @pytest.mark.parametrize("top", [0.3, 1.0, 7.0, 52.0, 99.0, 160.0])

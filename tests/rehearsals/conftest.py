@@ -3,10 +3,11 @@
 import io
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import anyio
+import msgspec
 import pytest
 
 from shoal.errors import ShardLostError, UnavailableError
@@ -60,15 +61,15 @@ class Site:
     fleet: RehearsedFleet
     virtual: VirtualTime
     logged: io.StringIO
-    died: dict[str, float] = field(default_factory=dict)
 
-    async def answer(self, seed: int) -> list[int]:
+    async def answer(self, seed: int, name: DeploymentId = CHAT) -> list[int]:
         """The tokens of an answer, whole; who is refused at the door comes again."""
+        request = msgspec.structs.replace(asked(seed), deployment=name, request=RequestId(f"{name}-{seed}"))
         while True:
             tokens: list[int] = []
             finish: FinishReason | None = None
             try:
-                async for delta in self.fleet.generate(asked(seed), at="a"):
+                async for delta in self.fleet.generate(request, at="a"):
                     assert finish is None
                     tokens += [token.token for token in delta.tokens]
                     finish = delta.finish

@@ -9,10 +9,9 @@ from pathlib import Path
 import anyio
 import msgspec
 import pytest
-from tests.rehearsals.conftest import CHAT, MACHINES, Site, asked
+from tests.rehearsals.conftest import CHAT, MACHINES, Site
 from tests.rehearsals.test_faults import MEND_S, OTHERS, Fault, cut_link, cut_off
 
-from shoal.errors import ShardLostError, UnavailableError
 from shoal.fleet.reconcile import Phase
 from shoal.fleet.spec import DeploymentSpec
 from shoal.ids import DeploymentId, Digest
@@ -21,7 +20,6 @@ from shoal.node.rehearse.loop import rehearse
 from shoal.node.rehearse.virtual import VirtualTime
 from shoal.observe.log import set_up_logs
 from shoal.plan.problem import RequestShape
-from shoal.runtime.request import FinishReason
 from shoal.store.home import Store
 
 SCENARIOS = int(os.environ.get("SHOAL_TEST_REHEARSALS", "40")) // 2
@@ -75,25 +73,6 @@ def spec(name: DeploymentId, manifest: Digest) -> DeploymentSpec:
     )
 
 
-async def answer(site: Site, name: DeploymentId, seed: int) -> list[int]:
-    """The tokens of an answer, whole; who is refused at the door comes again."""
-    request = msgspec.structs.replace(asked(seed), deployment=name, request=f"{name}-{seed}")
-    while True:
-        tokens: list[int] = []
-        finish: FinishReason | None = None
-        try:
-            async for delta in site.fleet.generate(request, at="a"):
-                tokens += [token.token for token in delta.tokens]
-                finish = delta.finish
-        except UnavailableError as error:
-            if tokens or isinstance(error, ShardLostError):
-                raise
-            await anyio.sleep(error.retry_after_s or 1.0)
-        else:
-            assert finish is FinishReason.LENGTH
-            return tokens
-
-
 def test_each_is_loaded_when_it_is_asked_for_and_no_node_ever_holds_two(
     play: Play, undisturbed: dict[int, list[int]]
 ) -> None:
@@ -111,14 +90,14 @@ def test_each_is_loaded_when_it_is_asked_for_and_no_node_ever_holds_two(
             group.start_soon(watch)
             assert sum(len(node.workers) for node in site.fleet.nodes.values()) == 0
             for seed, name in enumerate((CHAT, CODE, CODE, CHAT, CODE)):
-                assert await answer(site, name, seed) == undisturbed[seed]
+                assert await site.answer(seed, name) == undisturbed[seed]
             assert most == 1
 
-            assert await answer(site, CHAT, 5) == undisturbed[5]
+            assert await site.answer(5, CHAT) == undisturbed[5]
             await anyio.sleep(8.0)
             assert phase_of(site, CHAT) is Phase.ASLEEP, "nobody has asked for longer than it was to stay"
             assert site.fleet.workers_of(CHAT) == []
-            assert await answer(site, CODE, 6) == undisturbed[6]
+            assert await site.answer(6, CODE) == undisturbed[6]
             await anyio.sleep(30.0)
             assert phase_of(site, CODE) is Phase.SERVING, "nobody needs its memory"
             group.cancel_scope.cancel()
@@ -155,7 +134,7 @@ def test_every_answer_of_both_is_whole_and_right_whatever_goes_wrong(
 
         async def ask(name: DeploymentId, seed: int, after_s: float) -> None:
             await anyio.sleep(after_s)
-            told[name, seed] = await answer(site, name, seed)
+            told[name, seed] = await site.answer(seed, name)
 
         async def happen(fault: Fault, after_s: float) -> None:
             await anyio.sleep(after_s)
@@ -170,7 +149,7 @@ def test_every_answer_of_both_is_whole_and_right_whatever_goes_wrong(
         assert {seed: tokens for (_, seed), tokens in told.items()} == {n: undisturbed[n] for n in range(len(told))}
         with anyio.fail_after(2 * MEND_S):
             for name in (CHAT, CODE):
-                assert await answer(site, name, 7) == undisturbed[7]
+                assert await site.answer(7, name) == undisturbed[7]
 
     play(scenario)
 
